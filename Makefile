@@ -1,0 +1,57 @@
+# make          what there is to do
+# make demo     set up, fetch, and run the whole main job (resumes where it stopped)
+# make test     set up, fetch, and check everything
+PYTHON ?= python3
+JOBS   ?= 2
+ARGS   ?=
+BIN    := .venv/bin
+STAMP  := .venv/installed
+COMPONENTS = $(wildcard nbs/[01]*.ipynb) nbs/index.ipynb
+REFRESH := $(BIN)/python -c "import sys; from medvlm3d.runners import refresh; refresh(*sys.argv[1:])"
+# one thread a kernel and no GPU: stored outputs are the same whatever else the machine does
+STEADY := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
+RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }
+
+.DEFAULT_GOAL := help
+.PHONY: help setup fetch demo test lint export clean-notebooks notebooks readme docs clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## .venv with the library and its development tools (only when pyproject.toml changed)
+	@test -x $(BIN)/python || { echo "setting up .venv"; $(PYTHON) -m venv .venv; }
+	@$(RECIPE) | cmp -s - $(STAMP) || { echo "installing (about three minutes the first time)"; \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && $(RECIPE) > $(STAMP); }
+
+fetch: setup  ## embedded weights and volumes, verified by their SHA-256
+	@$(BIN)/medvlm3d fetch
+
+demo: setup  ## the main job: fetch, prepare, train, evaluate, report; ARGS="--llm smollm2" for a real LLM
+	@$(BIN)/medvlm3d demo $(ARGS)
+	@$(MAKE) --no-print-directory readme
+
+test: fetch  ## everything CI checks: export, lint, notebooks, runners, command line
+	@$(BIN)/ruff check --quiet medvlm3d tests
+	@$(STEADY) $(BIN)/python -m pytest tests -q -n $(JOBS) --maxschedchunk 1 $(ARGS)
+
+lint: setup  ## ruff on the exported library and the tests
+	@$(BIN)/ruff check medvlm3d tests
+
+export: setup  ## clean the notebooks and write medvlm3d/ from them
+	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+notebooks: fetch  ## execute every component notebook from a fresh kernel and store its outputs
+	@printf '%s\n' $(COMPONENTS) | $(STEADY) xargs -P $(JOBS) -n 1 $(REFRESH)
+	@$(BIN)/nbdev_clean
+
+readme: setup  ## README.md from nbs/index.ipynb
+	@$(STEADY) $(REFRESH) nbs/index.ipynb && $(BIN)/nbdev_clean --fname nbs/index.ipynb
+	@$(BIN)/python -c "from medvlm3d.runners import write_readme; write_readme()"
+
+docs: setup  ## the site, in site/ (installs mkdocs)
+	@$(BIN)/python -c "import material, mkdocs_jupyter" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+
+clean:  ## remove what is generated (.venv, fetched data and reports stay)
+	@rm -rf build dist site _docs .pytest_cache .ruff_cache *.egg-info
+	@find medvlm3d tests nbs -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,65 @@
+"""A parameter given to a runner arrives, or the run does not start."""
+import ast
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT, RUNNERS
+
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.runners import check_parameters, read_plan, run_notebook, runner_parameters
+
+PLANS = sorted((ROOT/"runs").glob("*.yaml"))
+
+
+def code_after_parameters(path):
+    "The code cells below the parameters cell, as one syntax tree; what stands above must not use a parameter."
+    sources = [(c.source, "parameters" in c.metadata.get("tags", [])) for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    at = next(i for i, (_, tagged) in enumerate(sources) if tagged)
+    return [ast.parse(s) for s, _ in sources[:at]], [ast.parse(s) for s, _ in sources[at + 1:]]
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.stem)
+def test_each_parameter_is_read_and_none_is_overwritten(path):
+    above, below = code_after_parameters(path)
+    names = [n for tree in below for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    read, written = {n.id for n in names if isinstance(n.ctx, ast.Load)}, {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    parameters = set(runner_parameters(path))
+    assert parameters and parameters <= read, f"never read: {sorted(parameters - read)}"
+    assert not parameters & written, f"overwritten: {sorted(parameters & written)}"
+    assert not parameters & {n.id for tree in above for n in ast.walk(tree) if isinstance(n, ast.Name)}
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.stem)
+def test_wrong_parameters_stop_the_run_before_it_starts(path, tmp_path):
+    name, default = next(iter(runner_parameters(path).items()))
+    with pytest.raises(MedVLM3DError, match="unknown"): run_notebook(path, {name + "s": default}, tmp_path)
+    with pytest.raises(MedVLM3DError, match="unknown"): run_notebook(path, {"no_such_parameter": 1}, tmp_path)
+    typed = {k: v for k, v in runner_parameters(path).items() if v is not None}
+    for key in typed:
+        with pytest.raises(MedVLM3DError, match="expects"): check_parameters(path, {key: object()})
+    assert not list(tmp_path.rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.stem)
+def test_defaults_are_accepted(path):
+    assert check_parameters(path, runner_parameters(path))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
+def test_plan_is_valid_yaml(path):
+    "Each plan is safe YAML; those that name runners pass the gate."
+    plan = yaml.safe_load(path.read_text())
+    assert isinstance(plan, dict)
+    if all(str(name)[:2].isdigit() for name in plan): assert read_plan(path)
+
+
+def test_parameter_arrives(tmp_path):
+    "End to end through papermill: default, given value, injected cell, and no path of this machine in the record."
+    cells = [nbformat.v4.new_code_cell(s) for s in ("depth = 3\nname = 'a'", "import os\nprint(name * depth, os.getcwd())")]
+    cells[0].metadata["tags"] = ["parameters"]
+    source = tmp_path/"95_arrive.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}), source)
+    record = run_notebook(source, {"depth": 5}, tmp_path/"out", show=False)
+    assert nbformat.read(record, 4).cells[-1].outputs[0].text == "aaaaa nbs\n"
+    assert str(ROOT) not in record.read_text() and str(tmp_path) not in record.read_text()
