@@ -13,7 +13,7 @@ STEADY := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch demo test lint export clean-notebooks notebooks readme docs clean
+.PHONY: help setup fetch demo test lint export notebooks readme docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -68,9 +68,8 @@ class MedVLM3DConfig(PreTrainedConfig):
 
 def refuse_unknown(keys):
     "An error that names the keys which neither this configuration nor Hugging Face's common part knows."
-    common = "attn_implementation _attn_implementation name_or_path _name_or_path torch_dtype use_cache bos_token_id eos_token_id pad_token_id"
-    known = {*PreTrainedConfig().to_dict(), *common.split()}
-    if unknown := sorted(set(keys) - known):
+    known = {*PreTrainedConfig().to_dict(), *"attn_implementation name_or_path torch_dtype use_cache bos_token_id eos_token_id pad_token_id".split()}
+    if unknown := sorted(k for k in keys if k not in known and not k.startswith("_")):
         raise MedVLM3DError("MedVLM3DConfig", f"does not know {', '.join(unknown)}", "Check the spelling, or the version of the library that saved it.")
 
 def as_text_config(value):

@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'MedVLM3DError', 'project_root', 'home', 'relative', 'ato
            'git_commit', 'hardware', 'RunFolder', 'open_run']
 
 # %% ../nbs/00_core.ipynb #77f9cebd
-import hashlib, json, os, platform, random, subprocess, sys, time
+import hashlib, json, os, platform, random, subprocess, time
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path

@@ -75,8 +75,8 @@ class SliceEncoder(nn.Module):
 
     @property
     def weights_hash(self):
-        "SHA-256 over names, types and values of all weights, computed anew each time."
-        return sha256_tensors(self.model.state_dict())
+        "SHA-256 over names, shapes and values of all weights, rounded to bf16 so that it is the same in every float type; computed anew each time."
+        return sha256_tensors({name: t.to(torch.bfloat16) for name, t in self.model.state_dict().items()})
     @property
     def like(self): return next(self.model.parameters())
 
@@ -104,10 +104,12 @@ class SliceEncoder(nn.Module):
 def quietly():
     "Silence transformers' loading bar and load report; errors still rise."
     from transformers.utils import logging
-    level = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(); logging.disable_progress_bar()
     try: yield
-    finally: logging.set_verbosity(level); logging.enable_progress_bar()
+    finally:
+        logging.set_verbosity(level)
+        if bar: logging.enable_progress_bar()
 
 def tiny_tower(size=None, seed=0):
     "A random transformer of two layers: 64 px, patch 16, 32 channels; the same for the same seed."

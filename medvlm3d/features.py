@@ -30,11 +30,12 @@ class StoreSpec:
     preprocess: dict
     rho: float = 28   # percent
     strategy: str = "cosine"
+    precision: str = "float32"  # in which the encoder ran
 
     @classmethod
     def of(cls, encoder, preprocess, rho=28, strategy="cosine"):
         "The description for a loaded encoder and a `Preprocess`."
-        return cls(encoder.name, encoder.weights_hash, encoder.size, preprocess.to_dict(), rho, strategy)
+        return cls(encoder.name, encoder.weights_hash, encoder.size, preprocess.to_dict(), rho, strategy, str(encoder.like.dtype).removeprefix("torch."))
 
     def to_dict(self):
         "Plain JSON values: tuples become lists."

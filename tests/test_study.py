@@ -1,0 +1,63 @@
+"""The runners through papermill, from nothing to tables: a reader of two steps, a random encoder, all the rest real."""
+import json
+
+import nbformat
+import pytest
+import yaml
+from conftest import ROOT
+
+from medvlm3d.runners import run_plan
+
+STEPS = ("90_prepare", "91_train", "92_evaluate", "99_report")
+SEED = 5
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    "A finished study in a folder of its own."
+    base = tmp_path_factory.mktemp("study")
+    where = {"out": str(base/"out"), "data": str(base/"data"), "store": str(base/"store")}
+    run_plan({"90a_reader": {"out": str(base/"reader"), "steps": 2, "held_out": 2}}, base/"reader", show=False, tell=lambda _: None)
+    where |= {"reader": str(base/"reader"/"model"), "seed": SEED}
+    plan = {"90_prepare": {"train": 9}, "91_train": {"channels": 12}, "92_evaluate": {"scans": ["brain2"], "resamples": 60}, "99_report": {}}
+    run_plan(plan, base/"out", show=False, tell=lambda _: None, **where)
+    return base/"out", plan, where
+
+
+def test_it_ends_with_tables_figures_and_a_model(study):
+    out = study[0]
+    assert {p.stem for p in (out/"tables").glob("*.md")} >= {"closed", "open", "reports", "examples", "real-scans"}
+    assert {p.stem for p in (out/"figures").glob("*.png")} >= {"loss", "accuracy", "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
+    assert (out/"model"/"model.safetensors").exists() and "Research use only" in (out/"model"/"README.md").read_text()
+
+
+def test_parameters_arrived(study):
+    out = study[0]
+    assert json.loads((out/"prepared.json").read_text())["cases"]["train"] == 9
+    assert json.loads((out/"training.json").read_text())["plan"]["model"]["channels"] == 12
+    assert json.loads((out/"training.json").read_text())["plan"]["seed"] == SEED
+    assert f"60 resamples of cases, seed {SEED}" in json.loads((out/"results.json").read_text())["systems"]["model"]["signatures"]["bootstrap"]
+
+
+def test_four_systems_and_chance_stand_side_by_side(study):
+    systems = json.loads((study[0]/"results.json").read_text())["systems"]
+    assert set(systems) == {"model", "other image", "blind", "constant", "chance"}
+    assert systems["model"]["items"] == {"closed": 20, "open": 20, "report": 4, "failed": 0, "cases": 4}
+
+
+def test_records_hold_no_path_of_this_machine(study):
+    for step in STEPS:
+        text = (study[0]/"notebooks"/f"{step}.ipynb").read_text()
+        assert str(ROOT) not in text and "/tmp/" not in text
+        assert nbformat.read(study[0]/"notebooks"/f"{step}.ipynb", 4).cells
+
+
+def test_a_second_run_does_nothing(study):
+    out, plan, where = study
+    before, said = (out/"results.json").stat().st_mtime_ns, []
+    run_plan(plan, out, show=False, tell=said.append, **where)
+    assert (out/"results.json").stat().st_mtime_ns == before and all("already done" in line for line in said)
+
+
+def test_the_demo_plan_names_the_four_steps():
+    assert tuple(yaml.safe_load((ROOT/"runs"/"demo.yaml").read_text())) == STEPS
