@@ -116,7 +116,7 @@ def reading_score(llm, tokenizer, cases, slots, seed=0, style="text"):
 
 # %% ../nbs/10a_reader.ipynb #046954d2
 def train_reader(llm, tokenizer, steps=400, batch=16, slots=64, lr=2e-3, seed=0, style="text", on_step=None, progress=True):
-    "Teach `llm` to read, in place; returns the losses. `on_step(step, loss)` is called after each step."
+    "Teach `llm` to read, in place; returns the losses. `on_step(step, loss, lr)` is called after each step."
     rng, losses = np.random.default_rng(seed), []
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .98))
     warm = max(1, steps // 12)
@@ -129,7 +129,7 @@ def train_reader(llm, tokenizer, steps=400, batch=16, slots=64, lr=2e-3, seed=0,
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.)
         optimizer.step(); schedule.step()
         losses.append(loss.item())
-        if on_step: on_step(step, losses[-1])
+        if on_step: on_step(step, losses[-1], optimizer.param_groups[0]["lr"])
     llm.eval()
     return losses
 
@@ -147,7 +147,7 @@ def reader_run(out, steps, batch, lr, slots, hidden, layers, heads, least, held_
     with open_run(out, config, seed=seed, data="text of phantoms, drawn as needed") as run:
         tokenizer = reader_tokenizer()
         llm = make_reader(tokenizer, hidden, layers, heads, seed)
-        train_reader(llm, tokenizer, steps, batch, slots, lr, seed, on_step=lambda step, loss: run.log(stage="text", step=step, loss=loss))
+        train_reader(llm, tokenizer, steps, batch, slots, lr, seed, on_step=lambda step, loss, lr: run.log(stage="text", step=step, loss=loss, lr=lr))
         scores = gate(reading_score(llm, tokenizer, sample_cases(held_out, seed=seed + 5, first=950_000), slots), least)
         llm.to(torch.bfloat16).save_pretrained(run/"model")
         tokenizer.save_pretrained(run/"model")

@@ -242,6 +242,7 @@ def loss_figure(run):
         held = [(e.get("step"), e["eval_loss"]) for e in log if e.get("stage", 1) == stage and e.get("eval_loss") is not None]
         if held: top.plot(*zip(*held), "o-", color="C1", ms=3, label="validation")
         if any(r is not None for r in rate): low.plot(x, [np.nan if r is None else r for r in rate], color="C2")
+        else: low.text(.5, .5, "not logged", ha="center", transform=low.transAxes, fontsize=8)
         top.set(title=f"stage {stage}", ylabel="loss"); low.set(xlabel="step", ylabel="learning rate"); top.legend(frameon=False, fontsize=8)
         low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     sns.despine(figure)

@@ -154,7 +154,7 @@ def read_plan(path):
     if not isinstance(plan, dict): raise MedVLM3DError(relative(path), "is not a plan", "Write `runner: {parameter: value}`, one runner a block.")
     return {name: check_parameters(name, given or {}) for name, given in plan.items()}
 
-def run_plan(plan, out, show=True, tell=print, **overrides):
+def run_plan(plan, out, /, show=True, tell=print, **overrides):
     "Run `plan` (a dict, or the name of one) into `out`; `overrides` go to every runner that has that parameter."
     plan, out, fresh, records = read_plan(plan) if not isinstance(plan, dict) else plan, Path(out), False, []
     for name, given in plan.items():

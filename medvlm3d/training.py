@@ -35,6 +35,7 @@ class Stage:
     accumulation: int = 2
     warmup: float = .03
     weight_decay: float = 0.
+    beta2: float = .999      # of AdamW; see "What made it learn"
     lora: dict | None = None
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def make_arguments(plan, stage, folder, steps_an_epoch):
     bf16 = plan.precision == "bf16" or (plan.precision == "auto" and on_gpu)
     return TrainingArguments(
         str(folder), max_steps=total, per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulation,
-        learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=max(1, round(stage.warmup * total)), weight_decay=stage.weight_decay,
+        learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=max(1, round(stage.warmup * total)), weight_decay=stage.weight_decay, adam_beta2=stage.beta2,
         bf16=bf16, use_cpu=not on_gpu, seed=plan.seed, data_seed=plan.seed, logging_steps=5, logging_first_step=True, logging_nan_inf_filter=False,
         save_steps=plan.save_every, save_total_limit=2, remove_unused_columns=False, report_to="none", label_names=["labels"],
         deepspeed=plan.deepspeed, dataloader_num_workers=0, max_grad_norm=1.)
