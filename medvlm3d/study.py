@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .core import MedVLM3DError, RunFolder, pick_device, project_root, read_json, relative, sha256_file, write_json, write_text
+from .core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root, read_json, relative, sha256_file, versions,
+                           write_json, write_text)
 from .datasets import by_image, load_m3d
 from .encoder import load_encoder
 from .evaluation import evaluate_systems
@@ -112,6 +113,8 @@ def evaluate(out, data, store, split="test", seed=0, resamples=2000, batch_size=
     results = evaluate_systems(systems, [s for s in samples if s.split == "train"], facts, LEXICON, METEOR(fetch("wordnet")), BERTScore(fetch("minilm")),
                                seed, resamples, split=split, data=relative(project_root()/data))
     write_json(folder/"results.json", results)
+    RunFolder(folder).note(commit=git_commit(), versions=versions(), hardware=hardware(), store=features.spec, seed=seed, split=split,
+                           weights={name: read_json(folder/"predictions"/f"{name}.json")["weights"] for name in systems})
     return results
 
 def row_case(row): return "/".join(Path(row["image"]).parts[-3:-1])
