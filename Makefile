@@ -9,7 +9,7 @@ STAMP  := .venv/installed
 COMPONENTS = $(wildcard nbs/[01]*.ipynb) nbs/index.ipynb
 REFRESH := $(BIN)/python -c "import sys; from medvlm3d.runners import refresh; refresh(*sys.argv[1:])"
 # one thread a kernel and no GPU: stored outputs are the same whatever else the machine does
-STEADY := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
+STEADY := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }
 
 .DEFAULT_GOAL := help

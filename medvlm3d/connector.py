@@ -73,9 +73,9 @@ def refuse_unknown(keys):
         raise MedVLM3DError("MedVLM3DConfig", f"does not know {', '.join(unknown)}", "Check the spelling, or the version of the library that saved it.")
 
 def as_text_config(value):
-    "A language model's configuration from its dict (with `model_type`), or as it is."
+    "A language model's configuration from its dict (with `model_type`; where it lay is forgotten), or as it is."
     from transformers import AutoConfig
-    return AutoConfig.for_model(**value) if isinstance(value, dict) else value
+    return AutoConfig.for_model(**{k: v for k, v in value.items() if k != "_name_or_path"}) if isinstance(value, dict) else value
 
 # %% ../nbs/06a_connector.ipynb #2a896238
 @torch.no_grad()

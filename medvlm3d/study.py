@@ -17,7 +17,7 @@ import torch
 from .core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root, read_json, relative, sha256_file, versions,
                            write_json, write_text)
 from .datasets import by_image, load_m3d
-from .encoder import load_encoder
+from .encoder import load_encoder, quietly
 from .evaluation import evaluate_systems
 from .features import FeatureStore, encode_images
 from .fetch import fetch
@@ -75,11 +75,11 @@ def blind_plan(plan, share=1.):
     values = plan.to_dict()
     return Plan.of({**values, "blind": True, "stages": [{**s, "epochs": s["epochs"] * share} for s in values["stages"]]})
 
-def train_twins(out, plan, blind=1.):
+def train_twins(out, plan, blind=1., progress=True):
     "Train the model and, for `blind` times as many epochs (0: not at all), its blind twin, each in a process of its own; model and log are copied to `out`."
     folder = project_root()/out
     for name, twin in {"model": plan, **({"blind": blind_plan(plan, blind)} if blind else {})}.items():
-        if RunFolder(folder/"training"/name).status != "done": launch(folder/"training"/name, twin)
+        if RunFolder(folder/"training"/name).status != "done": launch(folder/"training"/name, twin, progress=progress)
     model = MedVLM3D.from_pretrained(folder/"training"/"model"/"model")
     model.to(torch.bfloat16).save_pretrained(folder/"model")
     shutil.copy(folder/"training"/"model"/"log.jsonl", folder/"log.jsonl")
@@ -109,8 +109,9 @@ def evaluate(out, data, store, split="test", seed=0, resamples=2000, batch_size=
     if (folder/"training"/"blind"/"model").exists():
         twin = load(folder/"training"/"blind"/"model")
         systems["blind"] = predictions_of(folder, "blind", twin, asked, Constant(features, list(by_image([s for s in samples if s.split == "train"]))), **how)
+    with quietly(): bertscore = BERTScore(fetch("minilm"))
     facts = {row_case(row): {k: row[k] for k in LEXICON} for row in read_truth(project_root()/data).values()}
-    results = evaluate_systems(systems, [s for s in samples if s.split == "train"], facts, LEXICON, METEOR(fetch("wordnet")), BERTScore(fetch("minilm")),
+    results = evaluate_systems(systems, [s for s in samples if s.split == "train"], facts, LEXICON, METEOR(fetch("wordnet")), bertscore,
                                seed, resamples, split=split, data=relative(project_root()/data))
     write_json(folder/"results.json", results)
     RunFolder(folder).note(commit=git_commit(), versions=versions(), hardware=hardware(), store=features.spec, seed=seed, split=split,

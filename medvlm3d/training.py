@@ -16,6 +16,7 @@ import yaml
 
 from .core import MedVLM3DError, RunFolder, open_run, pick_device, project_root, relative, seed_everything, write_json, write_text
 from .datasets import by_image, load_m3d
+from .encoder import quietly
 from .features import FeatureStore
 from .language import base_hash
 from .model import MedVLM3D, assemble
@@ -126,7 +127,7 @@ def begin(plan, store, images):
     return model
 
 # %% ../nbs/11_training.ipynb #089b7e32
-def make_arguments(plan, stage, folder, steps_an_epoch):
+def make_arguments(plan, stage, folder, steps_an_epoch, progress=True):
     "`TrainingArguments` of one stage: AdamW, warm-up, cosine, checkpoints every `save_every` steps."
     from transformers import TrainingArguments
     on_gpu, total = pick_device().type == "cuda", max(1, round(steps_an_epoch * stage.epochs))
@@ -136,7 +137,7 @@ def make_arguments(plan, stage, folder, steps_an_epoch):
         learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=max(1, round(stage.warmup * total)), weight_decay=stage.weight_decay, adam_beta2=stage.beta2,
         bf16=bf16, use_cpu=not on_gpu, seed=plan.seed, data_seed=plan.seed, logging_steps=5, logging_first_step=True, logging_nan_inf_filter=False,
         save_steps=plan.save_every, save_total_limit=2, remove_unused_columns=False, report_to="none", label_names=["labels"],
-        deepspeed=plan.deepspeed, dataloader_num_workers=0, max_grad_norm=1.)
+        deepspeed=plan.deepspeed, dataloader_num_workers=0, disable_tqdm=not progress, max_grad_norm=1.)
 
 def logger(run, stage, data):
     "A callback that writes every logged step to `log.jsonl`, and tells `data` the epoch (also after a restart in its middle)."
@@ -155,16 +156,17 @@ def last_checkpoint(folder):
     return str(found[-1].parent) if found else None
 
 # %% ../nbs/11_training.ipynb #42544bb0
-def train_stage(run, plan, stage, model, data):
+def train_stage(run, plan, stage, model, data, progress=True):
     "Train `model` for one stage in place, continuing from its newest checkpoint; returns what was trained."
-    from transformers import Trainer
+    from transformers import PrinterCallback, Trainer
     if stage.lora and not model.config.lora: model.add_lora(**stage.lora)
     model.set_stage(stage.stage)
     before, folder = base_hash(model.llm), run/"checkpoints"/f"stage-{stage.stage}"
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     per_epoch = max(1, -(-len(data) // (stage.batch * stage.accumulation * ranks)))
-    trainer = Trainer(model, make_arguments(plan, stage, folder, per_epoch), data_collator=data.batch, train_dataset=data, callbacks=[logger(run, stage.stage, data)])
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer = Trainer(model, make_arguments(plan, stage, folder, per_epoch, progress), data_collator=data.batch, train_dataset=data, callbacks=[logger(run, stage.stage, data)])
+    trainer.remove_callback(PrinterCallback)
+    with quietly(): trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if base_hash(model.llm) != before: raise MedVLM3DError(f"stage {stage.stage}", "changed weights that are frozen", "This is a fault of the software: please report it.")
     return [{"part": part, "parameters": n, "trained": t} for part, n, t in model.trainable_table()]
 
@@ -174,7 +176,7 @@ def save_stage(model, folder, table):
     model.save_pretrained(folder)
     write_json(Path(folder)/"trained.json", table)
 
-def train(folder, plan):
+def train(folder, plan, progress=True):
     "Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`. Returns the run folder."
     plan = plan if isinstance(plan, Plan) else Plan.of(plan)
     seed_everything(plan.seed)
@@ -191,7 +193,7 @@ def train(folder, plan):
                 model = MedVLM3D.from_pretrained(saved)
                 continue
             data = PackedVolumes(samples, store, model.processor, model.config, stage.tasks, plan.weighting, plan.forms, plan.seed, constant)
-            done[f"stage {stage.stage}"] = train_stage(run, plan, stage, model, data)
+            done[f"stage {stage.stage}"] = train_stage(run, plan, stage, model, data, progress)
             save_stage(model.to("cpu"), saved, done[f"stage {stage.stage}"])
         model.save_pretrained(run/"model")
         run.note(trained=done or run.manifest.get("trained"))
@@ -204,12 +206,13 @@ def main(folder):
     if not plan.exists(): raise MedVLM3DError(relative(plan), "is missing", "Write the plan first, or use `medvlm3d train`.")
     train(folder, yaml.safe_load(plan.read_text()))
 
-def launch(folder, plan, launcher=(sys.executable, "-m")):
-    "Write the plan into `folder` and train in a process of its own; a failure raises with what it said last."
+def launch(folder, plan, launcher=(sys.executable, "-m"), progress=True):
+    "Write the plan into `folder` and train in a process of its own, quiet without `progress`; a failure raises with what it said last."
     import subprocess
     plan = plan if isinstance(plan, Plan) else Plan.of(plan)
     write_text(Path(folder)/"plan.yaml", yaml.safe_dump(plan.to_dict(), sort_keys=False))
-    if subprocess.run([*launcher, "medvlm3d.training", str(folder)], cwd=project_root()).returncode:
+    quiet = {} if progress else {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if subprocess.run([*launcher, "medvlm3d.training", str(folder)], cwd=project_root(), **quiet).returncode:
         raise MedVLM3DError(relative(folder), f"the training process stopped: {RunFolder(folder).manifest.get('error')}", "Remove the cause and start again: it continues.")
     return RunFolder(folder)
 

@@ -6,6 +6,8 @@
 __all__ = ['cluster_sums', 'bootstrap_sums', 'percentile_interval', 'cluster_bootstrap', 'paired_permutation', 'mcnemar', 'holm']
 
 # %% ../nbs/12a_uncertainty.ipynb #15642157
+import warnings
+
 import numpy as np
 
 from .core import MedVLM3DError
@@ -31,7 +33,9 @@ def bootstrap_sums(values, clusters, seed=0, n=2000, chunk=500):
 def percentile_interval(replicates, level=.95):
     "The central `level` of replicates (n, ...), leaving NaN out: (low, high)."
     tail = 50 * (1 - level)
-    return tuple(np.nanpercentile(replicates, [tail, 100 - tail], axis=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a column without any value has no interval: NaN
+        return tuple(np.nanpercentile(replicates, [tail, 100 - tail], axis=0))
 
 def cluster_bootstrap(values, clusters, seed=0, n=2000, level=.95):
     "Mean of `values` (N,) and its percentile interval, clustered: (mean, low, high); no interval (None) from one cluster."

@@ -61,7 +61,7 @@ def test_a_killed_process_continues_to_the_same_weights(corpus, tmp_path):
 def test_smollm2_learns_speaks_and_is_saved_as_a_reference(corpus, tmp_path):
     "SmolLM2-135M: the loss falls within a few steps of both stages, it generates, and only what was trained is saved."
     root, fields = corpus
-    stages = [{**STAGES[0], "epochs": 3, "lr": 2e-3, "batch": 2}, {**STAGES[1], "tasks": ["closed"], "epochs": 2, "lr": 1e-3, "batch": 2, "accumulation": 1}]
+    stages = [{**STAGES[0], "epochs": 3, "lr": 2e-3, "batch": 2}, {**STAGES[1], "tasks": ["closed"], "epochs": 3, "lr": 1e-3, "batch": 2, "accumulation": 1}]
     given = plan(corpus, llm=None, stages=stages, save_every=1000, model={**fields, "llm_reference": {"name": "smollm2", "sha256": None}})
     from medvlm3d.features import FeatureStore
     store = FeatureStore(root/"store")
