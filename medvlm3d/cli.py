@@ -142,7 +142,7 @@ def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, DICOM folder or zi
             question: Annotated[Optional[list[str]], typer.Option("-q", "--question", help="A question; may be repeated. None: a report.")] = None,
             choices: Annotated[Optional[str], typer.Option(help="Options of a closed question, separated by commas.")] = None,
             model: Annotated[Optional[Path], typer.Option(help="A model folder; the demo model when not given.")] = None,
-            overlay: Annotated[Optional[Path], typer.Option(help="Write a picture of where the model looked.")] = None,
+            overlay: Annotated[Optional[Path], typer.Option(help="Write a picture of where the words of the (first) answer looked.")] = None,
             device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
             as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "Answer questions about one scan, or write its report."
@@ -151,7 +151,7 @@ def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, DICOM folder or zi
     features, options = network.features_of(scan), [c.strip() for c in choices.split(",")] if choices else None
     answers = [{"question": q, **answer_dict(network.answer(features, q, options))} for q in question or []]
     found = {"answers": answers} if answers else {"report": network.say(features, report_prompt(0))}
-    if overlay: draw_overlay(network, scan, overlay)
+    if overlay: draw_overlay(network, scan, overlay, features, *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
     print(json.dumps({**found, "notice": NOTICE}, indent=1) if as_json else readable(found))
 
 def load_model(folder, device="auto"):
@@ -177,14 +177,14 @@ def readable(found):
     return "\n".join([*lines, "", NOTICE])
 
 # %% ../nbs/17_cli.ipynb #4d8f40eb
-def draw_overlay(network, scan, path):
-    "Write a picture: the kept slices of `scan` with most attention, the mean attention of all visual tokens over them."
-    from medvlm3d.core import MedVLM3DError, atomic_path
-    from medvlm3d.report import overlay
-    from medvlm3d.study import mean_attention
-    trace, pixels = network.trace(scan), network.need_processor().pixels(scan)
-    if trace.attention is None: raise MedVLM3DError("--overlay", "needs attention, and this model has attention='none'", "Leave it out.")
-    figure = overlay(pixels.cpu().numpy(), mean_attention(trace, network.config), trace.indices.tolist(), title=f"mean attention of the visual tokens. {NOTICE}")
+def draw_overlay(network, scan, path, features, question, answer):
+    "Write a picture: the kept slices of `scan`, and over them where the words of `answer` looked; question None is the report."
+    from medvlm3d.core import atomic_path
+    from medvlm3d.looking import look_figure
+    from medvlm3d.tokenization import open_prompt
+    pixels = network.need_processor().pixels(scan)
+    indices = network.encode(pixels[None])[1][0]
+    figure = look_figure(network, pixels, features, indices, question and open_prompt(question), answer, f"where “{answer[:50]}” looked. {NOTICE}")
     with atomic_path(path) as part: figure.savefig(part, format=path.suffix[1:] or "png", dpi=150)
 
 # %% ../nbs/17_cli.ipynb #1d6e518e

@@ -109,11 +109,11 @@ def versions():
     return found
 
 def git_commit():
-    "The commit checked out at the root, with `+changes` if tracked files differ; None outside a repository."
+    "The commit checked out at the root, with `+changes` if tracked files outside `reports/` differ; None outside a repository."
     def git(*args): return subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True)
     head = git("rev-parse", "HEAD")
     if head.returncode: return None
-    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno", "--", ".", ":!reports").stdout.strip() else "")
 
 def hardware():
     "The device in words, without host or user names."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_MEAN', 'CLIP_STD', 'IMAGENET_MEAN', 'IMAGENET_STD', 'FILES', 'KNOWN', 'NAMES', 'slice_pixels', 'Tower',
-           'timm_tokens', 'open_clip_tokens', 'clip_tokens', 'dinov2_tokens', 'SliceEncoder', 'quietly', 'tiny_tower',
-           'transformers_tower', 'read_weights', 'filled', 'open_clip_tower', 'timm_vision', 'open_clip_vision',
-           'interpolate_grid', 'Known', 'locate', 'hub_folder', 'load_encoder']
+           'timm_tokens', 'open_clip_tokens', 'clip_tokens', 'dinov2_tokens', 'SliceEncoder', 'quick_dtype', 'quietly',
+           'tiny_tower', 'transformers_tower', 'read_weights', 'filled', 'open_clip_tower', 'timm_vision',
+           'open_clip_vision', 'interpolate_grid', 'Known', 'locate', 'hub_folder', 'load_encoder']
 
 # %% ../nbs/02_encoder.ipynb #bbfd0a43
 import os
@@ -100,6 +100,11 @@ class SliceEncoder(nn.Module):
     def __repr__(self): return f"SliceEncoder({self.name}: {self.size} px, grid {self.grid}, {self.channels} channels, frozen)"
 
 # %% ../nbs/02_encoder.ipynb #b7e16a4a
+def quick_dtype(device):
+    "bfloat16 where the device multiplies it fast (GPUs, CPUs with AVX-512 bf16 or AMX), else float32."
+    if torch.device(device).type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(): return torch.bfloat16
+    return torch.float32
+
 @contextmanager
 def quietly():
     "Silence transformers' loading bar and load report; errors still rise."

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .core import MedVLM3DError, atomic_path, read_json, relative, sha256_file, write_json
 from .readers import read_volume
-from .selection import select_slices
+from .selection import encode_selected
 
 # %% ../nbs/10_features.ipynb #a6ed95c1
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class FeatureStore:
 def encode_volume(volume, encoder, preprocess, rho=28, strategy="cosine"):
     "(features (D̂, N, C) bf16, indices) of a `Volume`, a path, or a preprocessed (D, H, W) tensor."
     if not torch.is_tensor(volume): volume = preprocess(volume if hasattr(volume, "array") else read_volume(volume))
-    features, indices = select_slices(encoder(volume[None])[0], rho, strategy)
+    features, indices = encode_selected(lambda v: encoder(v[None])[0], volume, rho, strategy)
     return features.to(torch.bfloat16), indices
 
 def write_shard(path, number, images, encoded):

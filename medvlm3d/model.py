@@ -16,7 +16,7 @@ from .core import MedVLM3DError, atomic_path, project_root
 from .encoder import interpolate_grid, load_encoder
 from .language import (Answer, MedVLM3DProcessor, add_lora, ask_prompt, base_hash, has_lora, load_llm, load_tokenizer, reference_llm,
     saved_folder, word_tokenizer)
-from .selection import select_slices
+from .selection import encode_selected, select_slices
 from .tokenization import (add_image_token, closed_prompt, closed_target, collate, flatten_tokens, image_prefix, pack_examples,
     packed_mask, padding_id, prompt_ids, report_prompt, target_ids, target_logprobs, target_loss)
 from .trace import Trace
@@ -43,7 +43,8 @@ class Seeing:
     def encode(self, pixel_values):
         "Volumes (B, D, H, W) → features of the kept slices (B, D′, N, C) and their indices (B, D′); no gradient."
         c, grid = self.config, tuple(self.config.grid)
-        found = [select_slices(interpolate_grid(f, grid), c.rho, c.selection, c.seed) for f in self.encoder(pixel_values.to(self.device))]
+        see = lambda volume: interpolate_grid(self.encoder(volume[None])[0], grid)
+        found = [encode_selected(see, volume, c.rho, c.selection, c.seed) for volume in pixel_values.to(self.device)]
         return tuple(torch.stack(x) for x in zip(*found))
 
     def visual_tokens(self, features):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GIVEN', 'REQUIRED', 'prediction_line', 'failed_line', 'read_predictions', 'cut_to_whole_lines', 'other_images',
-           'sample_prompt', 'VolumePrefix', 'generate_rows', 'score_rows', 'answer_batch', 'chosen_option', 'answered',
-           'attempt', 'predict_volume', 'predict_items']
+           'sample_prompt', 'Prefix', 'generate_rows', 'score_rows', 'answer_batch', 'option_scores', 'chosen_option',
+           'answered', 'attempt', 'bundles', 'predict_bundle', 'predict_items']
 
 # %% ../nbs/12b_prediction.ipynb #3da6cb70
 import copy, json, os, time
@@ -70,30 +70,30 @@ def sample_prompt(sample):
     if sample.task == "closed": return closed_prompt(sample.question, sample.choices)
     return open_prompt(sample.question) if sample.task == "open" else report_prompt(0)
 
-class VolumePrefix:
-    "The prefix of one volume's kept features (D̂, N, C) inside a model: keys and values, computed once. None: the prefix without an image."
+class Prefix:
+    "The prefixes of V volumes' kept features, each (D̂, N, C), inside a model: keys and values, computed once. None: the prefix without an image."
     @torch.no_grad()
     def __init__(self, model, processor, features):
         self.model, self.tokenizer = model, processor.tokenizer
-        places, batch = (0, None) if features is None else (model.config.visual_tokens, features[None])
-        ids = torch.tensor([image_prefix(self.tokenizer, places)], device=model.device)
+        places, batch = (0, None) if features[0] is None else (model.config.visual_tokens, torch.stack(features))
+        ids = torch.tensor([image_prefix(self.tokenizer, places)] * len(features), device=model.device)
         self.cache, self.length = model(input_ids=ids, features=batch, use_cache=True, logits_to_keep=1).past_key_values, ids.shape[1]
 
-    def start(self, rows, left=True):
-        "Ids, mask (B, prefix + T), positions (B, T) of `rows` of ids padded at one side, and a copy of the cache for them."
+    def start(self, rows, volumes, left=True):
+        "Ids, mask (B, prefix + T), positions (B, T) of `rows` of ids padded at one side, and a copy of the cache for them; `volumes` names each row's volume."
         pad, width = self.tokenizer.eos_token_id, max(map(len, rows))
         place = lambda row, fill, value: [fill] * (width - len(row)) + value if left else value + [fill] * (width - len(row))
         ids, mask = (torch.tensor(x, device=self.model.device) for x in ([place(r, pad, list(r)) for r in rows], [place(r, 0, [1] * len(r)) for r in rows]))
         cache = copy.deepcopy(self.cache)
-        cache.batch_repeat_interleave(len(rows))
+        cache.batch_select_indices(torch.tensor(volumes, device=ids.device))
         return ids, torch.cat([mask.new_ones(len(rows), self.length), mask], 1), self.length + (mask.cumsum(1) - 1).clamp_min(0), cache
 
 # %% ../nbs/12b_prediction.ipynb #598fe895
 @torch.no_grad()
-def generate_rows(prefix, rows, max_new_tokens=256):
-    "New token ids of each row of prompt ids, greedy, up to the end token (left out)."
+def generate_rows(prefix, rows, volumes, max_new_tokens=256):
+    "New token ids of each row of prompt ids about its volume, greedy, up to the end token (left out)."
     end = prefix.tokenizer.eos_token_id
-    ids, mask, position, cache = prefix.start(rows)
+    ids, mask, position, cache = prefix.start(rows, volumes)
     done, found = torch.zeros(len(rows), dtype=torch.bool, device=ids.device), []
     room = prefix.model.llm.config.max_position_embeddings - mask.shape[1]
     for _ in range(min(max_new_tokens, room)):
@@ -106,28 +106,34 @@ def generate_rows(prefix, rows, max_new_tokens=256):
     return [(row + [end])[:(row + [end]).index(end)] for row in (torch.cat(found, 1).tolist() if found else [[]] * len(rows))]
 
 @torch.no_grad()
-def score_rows(prefix, rows):
-    "Log-likelihood of the target in each (prompt ids, target ids)."
-    ids, mask, position, cache = prefix.start([[*p, *t] for p, t in rows], left=False)
+def score_rows(prefix, rows, volumes):
+    "Log-likelihood of the target in each (prompt ids, target ids) about its volume."
+    ids, mask, position, cache = prefix.start([[*p, *t] for p, t in rows], volumes, left=False)
     logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits
     logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return [logp[i, len(p) - 1:len(p) + len(t) - 1].sum().item() for i, (p, t) in enumerate(rows)]
 
 # %% ../nbs/12b_prediction.ipynb #26fd4346
-def answer_batch(prefix, processor, samples, by=None, max_new_tokens=256):
-    "Lines for `samples` about the volume behind `prefix`; `by` is 'words' or 'options' (None: as the model was trained)."
+def answer_batch(prefix, processor, asked, by=None, max_new_tokens=256):
+    "Lines for `asked`, pairs (volume of `prefix`, sample); `by` is 'words' or 'options' (None: as the model was trained)."
     start, model = time.perf_counter(), prefix.model
     by = by or ("options" if model.config.answer_style == "text" else "words")
-    asked = [s for s in samples if s.task != "closed" or by == "words"]
-    rows = generate_rows(prefix, [prompt_ids(processor.tokenizer, sample_prompt(s)) for s in asked], max_new_tokens) if asked else []
-    said = {s.id: (processor.decode(row), len(row)) for s, row in zip(asked, rows)}
-    segments = {s.id: model.option_segments(s.question, s.choices) for s in samples if s.task == "closed"}
-    scores = iter(score_rows(prefix, [row for rows in segments.values() for row in rows]) if segments else ())
-    logprobs = {i: [round(next(scores), 5) for _ in rows] for i, rows in segments.items()}
-    for s in samples:
+    said, logprobs = {}, option_scores(prefix, [(v, s) for v, s in asked if s.task == "closed"])
+    for task in ("closed", "open", "report")[by == "options":]:
+        if not (mine := [(v, s) for v, s in asked if s.task == task]): continue
+        rows = generate_rows(prefix, [prompt_ids(processor.tokenizer, sample_prompt(s)) for _, s in mine], [v for v, _ in mine], max_new_tokens)
+        said |= {s.id: (processor.decode(row), len(row)) for (_, s), row in zip(mine, rows)}
+    for _, s in asked:
         if s.id not in said: said[s.id] = (chosen_option(s.choices, logprobs[s.id]), 0)
-    ms = 1000 * (time.perf_counter() - start) / len(samples)
-    return [prediction_line(s, said[s.id][0], logprobs.get(s.id), ms, said[s.id][1]) for s in samples]
+    ms = 1000 * (time.perf_counter() - start) / len(asked)
+    return [prediction_line(s, said[s.id][0], logprobs.get(s.id), ms, said[s.id][1]) for _, s in asked]
+
+def option_scores(prefix, asked):
+    "Sample id → log-likelihoods of the options of a closed question, for pairs (volume, sample)."
+    segments = {s.id: (v, prefix.model.option_segments(s.question, s.choices)) for v, s in asked}
+    rows = [(row, v) for v, options in segments.values() for row in options]
+    scores = iter(score_rows(prefix, *zip(*rows)) if rows else ())
+    return {i: [round(next(scores), 5) for _ in options] for i, (_, options) in segments.items()}
 
 def chosen_option(choices, logprobs):
     "The likeliest option as `letter. text`."
@@ -146,27 +152,41 @@ def answered(path, samples):
             raise MedVLM3DError(relative(path), f"holds an answer to another question ({line['id']!r})", "Delete the file or choose another one.")
     return {line["id"] for line in read_predictions(path)}
 
-def attempt(answer, samples):
-    "`answer(samples)`; if it fails, each sample alone, and a failed line for each that fails again."
-    try: return answer(samples)
+def attempt(answer, asked):
+    "`answer(asked)`; if it fails, each (volume, sample) alone, and a failed line for each that fails again."
+    try: return answer(asked)
     except Exception as e:
-        if len(samples) == 1: return [failed_line(samples[0], e)]
-        return [line for s in samples for line in attempt(answer, [s])]
+        if len(asked) == 1: return [failed_line(asked[0][1], e)]
+        return [line for pair in asked for line in attempt(answer, [pair])]
 
-def predict_volume(model, processor, samples, features, batch_size=8, **how):
-    "Yield lists of lines for samples about one volume; `features()` gives its kept features (D̂, N, C)."
-    try:
-        kept = features()
-        prefix = VolumePrefix(model, processor, kept[0] if isinstance(kept, tuple) else kept)
+def bundles(groups, batch_size):
+    "Lists of (image, samples) with at most `batch_size` samples together; a group with more stands alone."
+    bundle = []
+    for group in groups:
+        if bundle and sum(len(samples) for _, samples in [*bundle, group]) > batch_size:
+            yield bundle
+            bundle = []
+        bundle.append(group)
+    if bundle: yield bundle
+
+def predict_bundle(model, processor, bundle, features, batch_size, **how):
+    "Yield lists of lines for a list of (image, samples); `features(image)` gives its kept features (D̂, N, C) or None."
+    try: prefix = Prefix(model, processor, [features(image) for image, _ in bundle])
     except Exception as e:
-        yield [failed_line(s, e) for s in samples]
+        if len(bundle) == 1: yield [failed_line(s, e) for s in bundle[0][1]]
+        else:
+            for group in bundle: yield from predict_bundle(model, processor, [group], features, batch_size, **how)
         return
-    for start in range(0, len(samples), batch_size):
-        yield attempt(lambda batch: answer_batch(prefix, processor, batch, **how), samples[start:start+batch_size])
+    asked = [(volume, s) for volume, (_, samples) in enumerate(bundle) for s in samples]
+    for start in range(0, len(asked), batch_size):
+        yield attempt(lambda part: answer_batch(prefix, processor, part, **how), asked[start:start+batch_size])
 
 # %% ../nbs/12b_prediction.ipynb #6a9cc16c
 def predict_items(model, processor, samples, features, batch_size, out_path, images=None, by=None, max_new_tokens=256, progress=True):
-    "Answer `samples` into the file `out_path` and return its lines in their order. `features[image]` gives kept features (`features=None`: no image at all); `images` exchanges images."
+    "Answer `samples`, `batch_size` at a time, into the file `out_path` and return its lines in their order. `features[image]` gives kept features (`features=None`: no image at all); `images` exchanges images."
+    def look_up(image):
+        found = None if features is None else features[(images or {}).get(image, image)]
+        return found[0] if isinstance(found, tuple) else found
     known = answered(out_path, samples)
     todo = {}
     for s in sorted(samples, key=lambda s: (s.image, s.task, s.id)):
@@ -174,9 +194,8 @@ def predict_items(model, processor, samples, features, batch_size, out_path, ima
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
     was_training, _ = model.training, model.eval()
     with open(out_path, "a", encoding="utf-8") as f, tqdm(total=len(samples), initial=len(known), desc="predict", unit="item", disable=not progress) as bar:
-        for image, group in todo.items():
-            source = (images or {}).get(image, image)
-            for lines in predict_volume(model, processor, group, lambda: None if features is None else features[source], batch_size, by=by, max_new_tokens=max_new_tokens):
+        for bundle in bundles(todo.items(), batch_size):
+            for lines in predict_bundle(model, processor, bundle, look_up, batch_size, by=by, max_new_tokens=max_new_tokens):
                 f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
                 f.flush()
                 bar.update(len(lines))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['phantom_texts', 'reader_tokenizer', 'make_reader', 'exercises', 'say_facts', 'facts_of', 'say_report', 'scatter',
-           'text_prefix', 'read_loss', 'reading_score', 'train_reader', 'gate', 'reader_run']
+           'text_prefix', 'say_votes', 'votes_prefix', 'hum', 'read_loss', 'reading_score', 'train_reader', 'gate',
+           'reader_run']
 
 # %% ../nbs/10a_reader.ipynb #46c8017f
 import math
@@ -91,17 +92,46 @@ def text_prefix(llm, said, slots, rng, noise=1.):
     return prefix.index_put((torch.tensor(row), torch.tensor(place)), words, accumulate=True)
 
 # %% ../nbs/10a_reader.ipynb #922677e4
-def read_loss(llm, tokenizer, cases, slots, rng, noise=1., style="text", **how):
-    "(loss, logits, batch) of the exercises of `cases`, read from scattered words; `how` goes to `say_facts`."
+def say_votes(tokenizer, case, slots, rng, missing=.1):
+    "Weights (slots, words): a faint random vote in many positions for each value of a fact, a little more for the true one."
+    weights = np.zeros((slots, len(tokenizer)), np.float32)
+    for value, values in facts_of(case):
+        if rng.random() < missing: continue
+        heard = rng.random(slots) < rng.uniform(.05, 1)
+        margin, strength = rng.uniform(.3, 2), np.exp(rng.uniform(np.log(.03), np.log(.6)))
+        for v in values:
+            vote = strength * heard * (rng.standard_normal(slots) + margin * (v == value))
+            for token in tokenizer(" " + v, add_special_tokens=False)["input_ids"]: weights[:, token] += vote
+    return weights
+
+def votes_prefix(llm, weights, rng):
+    "Embeddings (B, slots, hidden) of weights (B, slots, words), in noise."
+    table = llm.get_input_embeddings().weight
+    noise = torch.from_numpy(rng.uniform(.05, 1, (len(weights), 1, 1)).astype(np.float32))
+    mixed = torch.from_numpy(weights).to(table.device) @ table
+    return mixed + noise * table.std().detach() * torch.from_numpy(rng.standard_normal(mixed.shape, dtype=np.float32))
+
+def hum(prefix, scale, rng):
+    "One random vector a case, up to `scale` strong, for all positions of (B, slots, hidden)."
+    strength = torch.from_numpy(rng.uniform(0, 1, (len(prefix), 1, 1)).astype(np.float32)) * scale
+    return prefix + strength * torch.from_numpy(rng.standard_normal((len(prefix), 1, prefix.shape[2]), dtype=np.float32))
+
+# %% ../nbs/10a_reader.ipynb #046954d2
+def read_loss(llm, tokenizer, cases, slots, rng, noise=1., style="text", votes=0., **how):
+    "(loss, logits, batch) of the exercises of `cases`, read from scattered words or, for a share `votes` of them, from votes; `how` goes to `say_facts`."
     batch = collate([exercises(tokenizer, case, slots, style, rng) for case in cases], padding_id(tokenizer))
     embedded = llm.get_input_embeddings()(batch["input_ids"])
     is_slot = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
     prefix = text_prefix(llm, [scatter(tokenizer, case, slots, rng, **how) for case in cases], slots, rng, noise)
+    if votes:
+        voted = votes_prefix(llm, np.stack([say_votes(tokenizer, case, slots, rng) for case in cases]), rng)
+        prefix = torch.where(torch.from_numpy(rng.random((len(cases), 1, 1)) < votes), voted, prefix)
+        prefix = hum(prefix, llm.get_input_embeddings().weight.std().detach(), rng)
     embedded = embedded.masked_scatter(is_slot[..., None], prefix.to(embedded.dtype))
     logits = llm(inputs_embeds=embedded, attention_mask=packed_mask(batch["segments"]), position_ids=batch["position_ids"]).logits
     return target_loss(logits, batch["labels"], batch["loss_weights"]), logits, batch
 
-# %% ../nbs/10a_reader.ipynb #717f999c
+# %% ../nbs/10a_reader.ipynb #fbdc112d
 @torch.no_grad()
 def reading_score(llm, tokenizer, cases, slots, seed=0, style="text"):
     "Share of exercises answered without a wrong token, by type: `Plane closed`, `Plane open`, … All facts are said, unopposed, in little noise."
@@ -114,17 +144,17 @@ def reading_score(llm, tokenizer, cases, slots, seed=0, style="text"):
     names = [f"{t} {task}" for t in TYPES for task in ("closed", "open")]
     return {name: round(1 - float((wrong & (segments == k)).any(1).float().mean()), 4) for k, name in enumerate(names, 1)}
 
-# %% ../nbs/10a_reader.ipynb #046954d2
-def train_reader(llm, tokenizer, steps=400, batch=16, slots=64, lr=2e-3, seed=0, style="text", on_step=None, progress=True):
-    "Teach `llm` to read, in place; returns the losses. `on_step(step, loss, lr)` is called after each step."
+# %% ../nbs/10a_reader.ipynb #170f40a7
+def train_reader(llm, tokenizer, steps=400, batch=16, slots=64, lr=2e-3, seed=0, style="text", votes=0., on_step=None, progress=True):
+    "Teach `llm` to read words, and for a share `votes` of the cases votes, in place; returns the losses. `on_step(step, loss, lr)` is called after each step."
     rng, losses = np.random.default_rng(seed), []
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .98))
     warm = max(1, steps // 12)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s+1)/warm, .02 + .98*.5*(1 + math.cos(math.pi*s/steps))))
     llm.train()
-    for step in tqdm(range(steps), desc="reader", unit="step", disable=not progress):
+    for step in tqdm(range(steps), desc="votes" if votes else "words", unit="step", disable=not progress):
         cases = sample_cases(batch, seed=(seed + 1) * 100_000 + step, first=900_000)
-        loss, *_ = read_loss(llm, tokenizer, cases, slots, rng, style=style)
+        loss, *_ = read_loss(llm, tokenizer, cases, slots, rng, style=style, votes=votes)
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.)
         optimizer.step(); schedule.step()
@@ -139,15 +169,16 @@ def gate(scores, least=.95):
         raise MedVLM3DError("the reader", f"reads below {least} on {low}", "Train it for more steps, or lower the gate and say so.")
     return scores
 
-# %% ../nbs/10a_reader.ipynb #fbdc112d
-def reader_run(out, steps, batch, lr, slots, hidden, layers, heads, least, held_out, seed):
-    "Train a reader in the run folder `out`, pass the gate, and save it in `out/model`; returns its scores (kept if it is done)."
-    config = dict(steps=steps, batch=batch, lr=lr, slots=slots, hidden=hidden, layers=layers, heads=heads, least=least, held_out=held_out, seed=seed)
+# %% ../nbs/10a_reader.ipynb #42144704
+def reader_run(out, steps, votes, batch, lr, slots, hidden, layers, heads, least, held_out, seed):
+    "Train a reader in the run folder `out`, `steps` on words and `votes` on words and votes, pass the gate, and save it in `out/model`; returns its scores (kept if it is done)."
+    config = dict(steps=steps, votes=votes, batch=batch, lr=lr, slots=slots, hidden=hidden, layers=layers, heads=heads, least=least, held_out=held_out, seed=seed)
     if RunFolder(out).status == "done": return RunFolder(out).results["scores"]
     with open_run(out, config, seed=seed, data="text of phantoms, drawn as needed") as run:
         tokenizer = reader_tokenizer()
         llm = make_reader(tokenizer, hidden, layers, heads, seed)
-        train_reader(llm, tokenizer, steps, batch, slots, lr, seed, on_step=lambda step, loss, lr: run.log(stage="text", step=step, loss=loss, lr=lr))
+        train_reader(llm, tokenizer, steps, batch, slots, lr, seed, on_step=lambda step, loss, lr: run.log(stage="words", step=step, loss=loss, lr=lr))
+        if votes: train_reader(llm, tokenizer, votes, batch, slots, lr / 2, seed + 1, votes=.5, on_step=lambda step, loss, lr: run.log(stage="votes", step=steps + step, loss=loss, lr=lr))
         scores = gate(reading_score(llm, tokenizer, sample_cases(held_out, seed=seed + 5, first=950_000), slots), least)
         llm.to(torch.bfloat16).save_pretrained(run/"model")
         tokenizer.save_pretrained(run/"model")

@@ -231,7 +231,7 @@ def loss_figure(run):
     "Loss and learning rate by step of each stage, from a run's `log.jsonl` (lines with `loss`; `stage`, `step`, `lr`, `eval_loss` where given)."
     import seaborn as sns
     log = RunFolder(getattr(run, "path", run)).read_log()
-    stages = sorted({e.get("stage", 1) for e in log if e.get("loss") is not None}, key=str)
+    stages = list(dict.fromkeys(e.get("stage", 1) for e in log if e.get("loss") is not None))
     if not stages: raise MedVLM3DError(Path(getattr(run, "path", run)).name, "holds no training steps", "Train first; log.jsonl needs lines with a loss.")
     figure, axes = new_figure(3.6 * len(stages), 3.4, 2, len(stages), squeeze=False, sharex="col", height_ratios=[3, 1])
     for (top, low), stage in zip(axes.T, stages):

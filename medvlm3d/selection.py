@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'pool_slices', 'adjacent_similarity', 'slice_scores', 'kept_count', 'lowest_scores', 'evenly_spaced',
-           'random_slices', 'farthest_points', 'select_indices', 'select_slices']
+           'random_slices', 'farthest_points', 'indices_ahead', 'check_finite', 'select_indices', 'select_slices',
+           'encode_selected']
 
 # %% ../nbs/03_selection.ipynb #f8e35584
 from fractions import Fraction
@@ -71,18 +72,27 @@ def farthest_points(features, kept):
 # %% ../nbs/03_selection.ipynb #e32b5086
 STRATEGIES = ("cosine", "uniform", "random", "k-centre")
 
-def select_indices(features, rho=28, strategy="cosine", seed=0):
-    "Ascending indices (D̂,) of the slices of (D, N, C) that `strategy` keeps; NaN or infinite features are refused."
-    depth = features.shape[0]
+def indices_ahead(depth, rho=28, strategy="uniform", seed=0):
+    "Ascending indices (D̂,) where the rule looks at no features (uniform, random), else None."
     kept = kept_count(depth, rho)
+    if strategy == "uniform": return evenly_spaced(depth, kept)
+    if strategy == "random": return random_slices(depth, kept, seed).sort().values
+    if strategy not in STRATEGIES: raise MedVLM3DError(f"strategy={strategy!r}", "is not known", f"Choose one of {', '.join(STRATEGIES)}.")
+    return None
+
+def check_finite(features):
+    "Refuse NaN or infinite features (D, N, C), and name the slices."
     if bad := (~pool_slices(features).isfinite().all(-1)).nonzero().flatten().tolist():
         raise MedVLM3DError("features", f"not finite in slices {bad[:8]}", "Look for NaN in the volume or an overflow in the encoder.")
-    if strategy == "cosine": chosen = lowest_scores(features, kept)
-    elif strategy == "uniform": chosen = evenly_spaced(depth, kept)
-    elif strategy == "random": chosen = random_slices(depth, kept, seed)
-    elif strategy == "k-centre": chosen = farthest_points(features, kept)
-    else: raise MedVLM3DError(f"strategy={strategy!r}", "is not known", f"Choose one of {', '.join(STRATEGIES)}.")
-    return chosen.sort().values.to(features.device)
+
+def select_indices(features, rho=28, strategy="cosine", seed=0):
+    "Ascending indices (D̂,) of the slices of (D, N, C) that `strategy` keeps; NaN or infinite features are refused."
+    check_finite(features)
+    chosen = indices_ahead(features.shape[0], rho, strategy, seed)
+    if chosen is None:
+        rule = {"cosine": lowest_scores, "k-centre": farthest_points}[strategy]
+        chosen = rule(features, kept_count(features.shape[0], rho)).sort().values
+    return chosen.to(features.device)
 
 # %% ../nbs/03_selection.ipynb #d7bc690b
 def select_slices(features, rho=28, strategy="cosine", seed=0):
@@ -94,3 +104,11 @@ def select_slices(features, rho=28, strategy="cosine", seed=0):
         raise MedVLM3DError("features", f"have shape {tuple(features.shape)}", "Give (D, N, C) or (B, D, N, C).")
     indices = select_indices(features, rho, strategy, seed)
     return features[indices], indices
+
+# %% ../nbs/03_selection.ipynb #4dee4122
+def encode_selected(encode, volume, rho=28, strategy="cosine", seed=0):
+    "Features (D̂, N, C) of the kept slices of a volume (D, H, W), and their indices; `encode` maps (D, H, W) to (D, N, C)."
+    indices = indices_ahead(len(volume), rho, strategy, seed)
+    if indices is None: return select_slices(encode(volume), rho, strategy, seed)
+    check_finite(features := encode(volume[indices.to(volume.device)]))
+    return features, indices.to(features.device)

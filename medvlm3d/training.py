@@ -16,7 +16,7 @@ import yaml
 
 from .core import MedVLM3DError, RunFolder, open_run, pick_device, project_root, relative, seed_everything, write_json, write_text
 from .datasets import by_image, load_m3d
-from .encoder import quietly
+from .encoder import quick_dtype, quietly
 from .features import FeatureStore
 from .language import base_hash
 from .model import MedVLM3D, assemble
@@ -51,7 +51,7 @@ class Plan:
     forms: str = "both"      # a question in both its forms, or `alternate`: closed or open, drawn by epoch
     blind: bool = False      # every volume replaced by the average of the training features
     limit: int | None = None # use only the first volumes of the training split
-    precision: str = "auto"  # bf16 on a GPU, fp32 on a CPU; or `bf16`, `fp32`
+    precision: str = "auto"  # bf16 where the device multiplies it fast, else fp32; or `bf16`, `fp32`
     save_every: int = 50     # steps
     seed: int = 0
     deepspeed: str | None = None
@@ -131,7 +131,7 @@ def make_arguments(plan, stage, folder, steps_an_epoch, progress=True):
     "`TrainingArguments` of one stage: AdamW, warm-up, cosine, checkpoints every `save_every` steps."
     from transformers import TrainingArguments
     on_gpu, total = pick_device().type == "cuda", max(1, round(steps_an_epoch * stage.epochs))
-    bf16 = plan.precision == "bf16" or (plan.precision == "auto" and on_gpu)
+    bf16 = plan.precision == "bf16" or (plan.precision == "auto" and quick_dtype(pick_device()) == torch.bfloat16)
     return TrainingArguments(
         str(folder), max_steps=total, per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulation,
         learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=max(1, round(stage.warmup * total)), weight_decay=stage.weight_decay, adam_beta2=stage.beta2,
