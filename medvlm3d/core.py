@@ -134,6 +134,10 @@ class RunFolder:
     @property
     def results(self): return read_json(self/"results.json") if (self/"results.json").exists() else {}
 
+    def is_done(self, config):
+        "Whether the run ended well with this configuration; one that ended with another is for `open_run` to refuse."
+        return self.status == "done" and yaml.safe_load((self/"config.yaml").read_text()) == config
+
     def note(self, **entries):
         "Merge `entries` into the manifest."
         write_json(self/"manifest.json", {**self.manifest, **entries})

@@ -173,7 +173,7 @@ def gate(scores, least=.95):
 def reader_run(out, steps, votes, batch, lr, slots, hidden, layers, heads, least, held_out, seed):
     "Train a reader in the run folder `out`, `steps` on words and `votes` on words and votes, pass the gate, and save it in `out/model`; returns its scores (kept if it is done)."
     config = dict(steps=steps, votes=votes, batch=batch, lr=lr, slots=slots, hidden=hidden, layers=layers, heads=heads, least=least, held_out=held_out, seed=seed)
-    if RunFolder(out).status == "done": return RunFolder(out).results["scores"]
+    if RunFolder(out).is_done(config): return RunFolder(out).results["scores"]
     with open_run(out, config, seed=seed, data="text of phantoms, drawn as needed") as run:
         tokenizer = reader_tokenizer()
         llm = make_reader(tokenizer, hidden, layers, heads, seed)

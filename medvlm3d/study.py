@@ -76,7 +76,7 @@ def train_twins(out, plan, blind=1., progress=True):
     "Train the model and, for `blind` times as many epochs (0: not at all), its blind twin, each in a process of its own; model and log are copied to `out`."
     folder = project_root()/out
     for name, twin in {"model": plan, **({"blind": blind_plan(plan, blind)} if blind else {})}.items():
-        if RunFolder(folder/"training"/name).status != "done": launch(folder/"training"/name, twin, progress=progress)
+        if not RunFolder(folder/"training"/name).is_done(twin.to_dict()): launch(folder/"training"/name, twin, progress=progress)
     model = MedVLM3D.from_pretrained(folder/"training"/"model"/"model")
     model.to(torch.bfloat16).save_pretrained(folder/"model")
     shutil.copy(folder/"training"/"model"/"log.jsonl", folder/"log.jsonl")

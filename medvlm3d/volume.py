@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'OPPOSITE', 'INTENSITIES', 'MAX_VOXELS', 'AXIS_PLANE', 'WINDOWS', 'AIR', 'axis_codes', 'codes_affine',
-           'Volume', 'check_size', 'check_affine', 'check_finite', 'make_volume', 'reorient', 'acquired_plane',
-           'clip_window', 'min_max', 'otsu', 'foreground_box', 'resize_weights', 'resize', 'Preprocess',
-           'resample_mask', 'lesion_slices']
+           'Volume', 'check_size', 'check_affine', 'check_intensity', 'check_finite', 'make_volume', 'reorient',
+           'acquired_plane', 'clip_window', 'Preprocess', 'resample_mask', 'lesion_slices']
 
 # %% ../nbs/01_volume.ipynb #d8f91db5
-import math, warnings
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import permutations
 
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .core import MedVLM3DError
+from .resample import foreground_box, min_max, resize
 
 # %% ../nbs/01_volume.ipynb #a081d3fa
 PLANES = {"axial": "SPL", "coronal": "PIL", "sagittal": "LIP"}
@@ -90,6 +90,11 @@ def check_affine(affine, what="affine"):
                             "Resample the scan to a rectangular grid first.")
     return affine + 0.0
 
+def check_intensity(intensity, what):
+    "`intensity` if it is one of INTENSITIES."
+    if intensity not in INTENSITIES: raise MedVLM3DError(what, f"is given the intensity {intensity!r}", f"Use one of {', '.join(INTENSITIES)}.")
+    return intensity
+
 def check_finite(array, what, policy):
     "Refuse NaN and infinities, or `replace` them by the smallest finite value; returns (array, notes)."
     if policy not in ("error", "replace"): raise MedVLM3DError(policy, "is no policy for non-finite voxels", "Use `error` or `replace`.")
@@ -105,6 +110,7 @@ def check_finite(array, what, policy):
 def make_volume(array, affine=None, plane="axial", spacing=(1., 1., 1.), what="array", non_finite="error", notes=(), **meta):
     "A checked `Volume` of a 3D array; without an `affine` the canonical one of `plane` and `spacing` (mm) is assumed."
     array = np.asarray(array)
+    check_intensity(meta.get("intensity", "arbitrary"), what)
     if array.dtype.kind not in "fiub":
         raise MedVLM3DError(what, f"holds {array.dtype} values, not one real number a voxel", "Convert it to a single grey channel.")
     if array.ndim != 3 or 0 in array.shape:
@@ -151,49 +157,7 @@ def clip_window(volume, window):
         raise MedVLM3DError(f"window {window}", f"is in HU, the volume's intensity is {volume.intensity}", "Use window=None for it.")
     return np.clip(volume.array, *(WINDOWS[window] if isinstance(window, str) else window))
 
-def min_max(array):
-    "Stretch the whole array to [0, 1]; a constant array becomes zeros, with a warning. Eq. (V2)."
-    low, high = array.min(), array.max()
-    if low == high:
-        warnings.warn("the volume is constant: it becomes zeros", stacklevel=2)
-        return np.zeros_like(array)
-    return (array - low) / (high - low)
-
 # %% ../nbs/01_volume.ipynb #64563340
-def otsu(unit, bins=256):
-    "Otsu's threshold of an array in [0, 1]. Eq. (V3)."
-    count, edges = np.histogram(unit, bins=bins, range=(0, 1))
-    share = count / count.sum()
-    below = share.cumsum()[:-1]
-    mean = (share * (edges[:-1] + edges[1:]) / 2).cumsum()
-    between = (mean[-1] * below - mean[:-1])**2 / np.maximum(below * (1 - below), 1e-12)
-    return float(edges[between.argmax() + 1])
-
-def foreground_box(unit, share=0.005):
-    "Slices along D, H, W around the foreground of a (D, H, W) array in [0, 1]; the whole array when there is none."
-    inside, box = unit > otsu(unit), []
-    for axis in range(3):
-        kept = np.flatnonzero(inside.mean(axis=tuple({0, 1, 2} - {axis})) >= share)
-        box.append(slice(int(kept[0]), int(kept[-1]) + 1) if len(kept) else slice(0, unit.shape[axis]))
-    return tuple(box)
-
-# %% ../nbs/01_volume.ipynb #8c9a1591
-def resize_weights(n, m):
-    "The (m, n) matrix that resamples n values to m: triangle filter, half-pixel centres, antialiased. Eq. (V4)."
-    centre = (torch.arange(m, dtype=torch.float64) + 0.5) * n / m
-    distance = (torch.arange(n) + 0.5 - centre[:, None]).abs() / max(1, n / m)
-    weights = (1 - distance).clamp(min=0)
-    return (weights / weights.sum(1, keepdim=True)).float()
-
-def resize(x, shape):
-    "Resample x (D, H, W) to `shape`, the axis that shrinks most first; an equal axis is untouched."
-    for axis in sorted(range(3), key=lambda a: shape[a] / x.shape[a]):
-        if x.shape[axis] != shape[axis]:
-            weights = resize_weights(x.shape[axis], shape[axis]).to(x)
-            x = torch.tensordot(weights, x, dims=([1], [axis])).movedim(0, axis)
-    return x.contiguous()
-
-# %% ../nbs/01_volume.ipynb #052ecc49
 @dataclass(frozen=True)
 class Preprocess:
     "Volume → float32 tensor (D, H, W) in [0, 1]: orient → HU window → min-max → foreground crop → resize."
@@ -220,10 +184,14 @@ class Preprocess:
         "The volume in the plane asked for."
         return reorient(volume, acquired_plane(volume) if self.plane == "acquired" else self.plane)
 
+    def clip(self, volume):
+        "The oriented volume and its array, clipped to the window where it has one."
+        oriented = self.orient(volume)
+        return oriented, clip_window(oriented, self.window if volume.intensity == "HU" else None)
+
     def unit(self, volume):
         "The oriented, windowed volume in [0, 1] and the box (three slices) that the crop keeps of it."
-        window = self.window if volume.intensity == "HU" else None
-        unit = min_max(clip_window(self.orient(volume), window))
+        unit = min_max(self.clip(volume)[1])
         return unit, foreground_box(unit) if self.crop else tuple(slice(0, n) for n in unit.shape)
 
     def __call__(self, volume):
@@ -231,12 +199,14 @@ class Preprocess:
         return resize(torch.from_numpy(np.ascontiguousarray(unit[box])), self.shape).clamp_(0, 1)
 
     def describe(self, volume):
-        "What happens to this volume's geometry: plane, box, and voxel counts and spacings (mm) before and after."
-        oriented, (_, box) = self.orient(volume), self.unit(volume)
+        "A record, ready for JSON, of what happens to this volume: which values become 0 and 1, which box is kept, voxels and spacing (mm) before and after."
+        (oriented, clipped), box = self.clip(volume), self.unit(volume)[1]
         size = [b.stop - b.start for b in box]
         after = [round(s * n / m, 4) for s, n, m in zip(oriented.spacing, size, self.shape)]
-        return {"plane": oriented.plane, "voxels": list(oriented.shape), "box": [[b.start, b.stop] for b in box],
-                "spacing": [round(s, 4) for s in oriented.spacing], "to_voxels": list(self.shape), "to_spacing": after}
+        return {"modality": volume.modality, "intensity": volume.intensity, "plane": oriented.plane, "assumed": volume.assumed,
+                "window": self.window if volume.intensity == "HU" else None, "zero_one": [float(clipped.min()), float(clipped.max())],
+                "voxels": list(oriented.shape), "box": [[b.start, b.stop] for b in box], "spacing": [round(s, 4) for s in oriented.spacing],
+                "to_voxels": list(self.shape), "to_spacing": after, "source": volume.source_hash, "warnings": list(volume.warnings)}
 
     def to_dict(self): return asdict(self)
 
@@ -247,7 +217,7 @@ class Preprocess:
             raise MedVLM3DError("Preprocess", f"unknown keys {', '.join(unknown)}", "Use the version of the library that saved it.")
         return cls(**values)
 
-# %% ../nbs/01_volume.ipynb #c9e2af62
+# %% ../nbs/01_volume.ipynb #92cf88ae
 def resample_mask(mask, preprocess, image=None, mode="any"):
     "Bool tensor (D, H, W): `mask` through the geometry of `preprocess`; a new voxel is set if it meets `any` set voxel, or by `nearest`."
     if preprocess.crop and image is None: raise MedVLM3DError("resample_mask", "the crop follows the image", "Give the image as well.")

@@ -1,0 +1,373 @@
+"""The cross-modal benchmark: what is asked is true, raters are blind to each other, their known error rate is found, patients stay on one side."""
+import json
+import shutil
+from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import combinations
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.corpora import load_autopet, load_brats
+from medvlm3d.crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, Facts, collect_facts, load_phantom_studies, review, simulated_raters, split_by_patient, study_facts, true_answer
+from medvlm3d.crossmodal_study import accuracy_table, agreement_figure, agreement_table, open_corpora, run, source_table
+from medvlm3d.layouts import sample_brains, write_layout
+from medvlm3d.manifest import read_manifest
+from medvlm3d.metrics import offered, parse_choice
+from medvlm3d.raters import (SHEET, agreement, cohen_kappa, disagreement, error_rate, fleiss_kappa, pattern_counts, read_rows, read_sheet, set_verdict,
+                             sheet_rows, simulated_names, simulated_votes, votes_from_sheets, write_rows)
+
+SHAPE, STUDIES = (20, 36, 36), 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("crossmodal")
+    for layout in ("brats", "autopet", "phantom"): write_layout(root/layout, layout, STUDIES, SHAPE, seed=5)
+    return root
+
+
+@pytest.fixture(scope="module")
+def studies(data): return [*load_brats(data/"brats"), *load_autopet(data/"autopet"), *load_phantom_studies(data/"phantom")]
+
+
+@pytest.fixture(scope="module")
+def facts(studies): return collect_facts(studies)
+
+
+def invented(n, modalities=("MR", "PT")):
+    "Facts of volumes that need not exist, two of each patient."
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(n):
+        side, level = rng.choice(["right", "left"]), rng.choice(["upper", "lower"])
+        shares = (1., 0.) if side == "right" else (0., 1.)
+        made.append(Facts(f"c{i}", f"p{i // 2}", "invented", modalities[i // 2 % len(modalities)], "x", ROOT/f"volume-{i}.nii.gz", ROOT/f"mask-{i}.nii.gz", str(side), str(level), shares))
+    return made
+
+
+# --- what is asked --------------------------------------------------------------------------------------------------
+
+def test_sides_are_those_of_the_drawing(data, facts):
+    truth = {c.id: (c.side, c.level) for c in sample_brains(STUDIES, seed=5)}
+    brains = [f for f in facts[0] if f.source.startswith("BraTS")]
+    assert len(brains) > STUDIES // 2
+    for f in brains: assert (f.side, f.level) == truth[f.case]
+
+
+def test_left_stays_left_however_the_file_is_stored(studies, tmp_path):
+    "All 48 orders of axes of one PET study, mask and volume: the same facts, or the same refusal."
+    study = next(s for s in studies if s.source == "AutoPET" and nib.load(s.mask).get_fdata().any())
+    def told(s):
+        try: return (f := study_facts(s, "PT")).side, f.level, f.shares
+        except MedVLM3DError as e: return e.why
+    first, seen = told(study), set()
+    for axes in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
+        for flips in range(8):
+            turn = np.array([[a, 1 - 2 * (flips >> i & 1)] for i, a in enumerate(axes)])
+            paths = {}
+            for kind, path in (("PT", study.images["PT"]), ("mask", study.mask)):
+                paths[kind] = tmp_path/f"{kind}.nii"
+                nib.save(nib.load(path).as_reoriented(turn), paths[kind])
+            seen.add(told(replace(study, images={"PT": paths["PT"]}, mask=paths["mask"])))
+    assert seen == {first}
+
+
+def test_three_questions_a_volume_and_every_answer_is_true(data, facts):
+    drafter = Drafter(facts[0], data, seed=3)
+    pairs = drafter.draft(12)
+    assert Counter((p.case, p.modality) for p in pairs).most_common()[-1][1] == 3
+    assert Counter(p.type for p in pairs) == {kind: 24 for kind in QUESTIONS}
+    for p in pairs:
+        assert p.choices["ABCD".index(p.letter)] == p.answer == true_answer(p.type, p.question, drafter.facts[p.id])
+        assert len(set(offered(p.choices).values())) == len(offered(p.choices)) >= 2
+        assert parse_choice(f"{p.letter}. {p.answer}", p.choices) == p.letter and (data/p.image).exists()
+
+
+def test_answers_are_balanced_within_each_modality():
+    "From a pool that is large enough: no type, modality, side or letter has a favourite."
+    pairs = Drafter(invented(800), ROOT, seed=1).draft(160)
+    groups = defaultdict(Counter)
+    for p in pairs:
+        if p.type != "Modality Identification": groups[p.type, p.modality][p.answer] += 1
+        if p.type == "Lesion Detection": groups["half", p.modality, "right" in p.question][p.answer] += 1
+        groups[p.type, "letter"][p.letter] += 1
+    groups["modality"].update(p.answer for p in pairs if p.type == "Modality Identification")
+    for key, counts in groups.items(): assert max(counts.values()) - min(counts.values()) <= (8 if "half" in key else 1), (key, counts)
+
+
+def test_no_volume_is_drawn_twice_and_the_pool_ends_with_a_message():
+    drafter = Drafter(invented(40), ROOT)
+    pairs = drafter.draft(20)
+    assert len({p.case for p in pairs}) == 40
+    with pytest.raises(MedVLM3DError, match="pool of MRI volumes: is used up.*Ask for fewer"): drafter.replace(pairs[0])
+
+
+def test_what_cannot_be_asked_is_counted_with_its_reason(studies, facts):
+    found, refused = facts
+    assert len(found) + sum(refused.values()) == len(studies)
+    assert refused["the mask holds no lesion"] == STUDIES // 4
+
+
+def test_a_mask_on_another_grid_is_refused(studies, tmp_path):
+    study = studies[0]
+    small = nib.load(study.mask).slicer[:-2]
+    nib.save(small, tmp_path/"seg.nii.gz")
+    with pytest.raises(MedVLM3DError, match="another grid.*Restore"): study_facts(replace(study, mask=tmp_path/"seg.nii.gz"), "t1n")
+
+
+# --- sheets ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def sheets(data, facts, tmp_path):
+    drafter = Drafter(facts[0], data, seed=3)
+    pairs = drafter.draft(4)
+    vote = votes_from_sheets(tmp_path, ("anna", "ben", "carla"), seed=2)
+    with pytest.raises(MedVLM3DError, match="awaits the verdicts of anna, ben, carla"): vote(1, pairs)
+    return drafter, pairs, vote, tmp_path/"round-1"
+
+
+def test_raters_are_blind_to_each_other(sheets):
+    "One file each, in an order of its own; nothing of a verdict, a patient or the mask in another's file."
+    drafter, pairs, vote, folder = sheets
+    orders = {name: tuple(r["id"] for r in read_rows(folder/f"{name}.csv")) for name in ("anna", "ben", "carla")}
+    assert len(set(orders.values())) == 3 and len({frozenset(o) for o in orders.values()}) == 1
+    before = (folder/"ben.csv").read_bytes()
+    set_verdict(folder/"anna.csv", pairs[0].id, "reject", "a secret remark")
+    assert (folder/"ben.csv").read_bytes() == before
+    for name in orders:
+        text = (folder/f"{name}.csv").read_text()
+        assert name == "anna" or "secret" not in text
+        for p in pairs: assert p.patient not in [c for r in read_rows(folder/f"{name}.csv") for c in r.values()]
+        assert "seg.nii" not in text and "SEG.nii" not in text
+
+
+def test_verdicts_arrive_in_the_order_of_the_pairs(sheets):
+    drafter, pairs, vote, folder = sheets
+    rejected = {"anna": {pairs[2].id}, "ben": {pairs[2].id, pairs[7].id}, "carla": set()}
+    for name, out in rejected.items():
+        write_rows(folder/f"{name}.csv", [[*[r[c] for c in SHEET[:-2]], " Reject" if r["id"] in out else "ACCEPT ", ""] for r in read_rows(folder/f"{name}.csv")])
+    votes = vote(1, pairs)
+    assert [(i, votes[i].tolist()) for i in range(len(pairs)) if not votes[i].all()] == [(2, [False, False, True]), (7, [True, False, True])]
+
+
+def test_a_begun_sheet_is_never_written_over(sheets):
+    drafter, pairs, vote, folder = sheets
+    set_verdict(folder/"anna.csv", pairs[0].id, "accept")
+    before = (folder/"anna.csv").read_bytes()
+    with pytest.raises(MedVLM3DError, match="awaits the verdicts"): vote(1, pairs)
+    assert (folder/"anna.csv").read_bytes() == before
+
+
+def test_every_fault_of_a_sheet_is_named_at_once(sheets):
+    drafter, pairs, vote, folder = sheets
+    rows = [[r[c] for c in SHEET[:-2]] for r in read_rows(folder/"ben.csv")]
+    verdicts = ["maybe", "", *["accept"] * (len(rows) - 3)]
+    write_rows(folder/"ben.csv", [[*r, v, ""] for r, v in zip(rows, verdicts)] + [[*rows[4], "reject", ""], ["location/9999", *rows[0][1:], "accept", ""]])
+    with pytest.raises(MedVLM3DError) as caught: read_sheet(folder/"ben.csv", pairs)
+    n = len(rows)
+    for part in ("ben.csv:2: has a verdict that is not known", "ben.csv:3: has no verdict", f"ben.csv:{n + 1}: repeats a pair", f"ben.csv:{n + 2}: is not a pair of this round", "ben.csv: lacks 1 pairs", "has 5 problems"):
+        assert part in str(caught.value)
+
+
+def test_a_file_that_is_no_sheet(sheets, tmp_path):
+    (tmp_path/"x.csv").write_text("id,verdict\n1,accept\n")
+    with pytest.raises(MedVLM3DError, match="x.csv: does not have a sheet's columns.*They are id, image"): read_sheet(tmp_path/"x.csv", sheets[1])
+
+
+def test_cells_are_no_formulas(sheets):
+    risky = replace(sheets[1][0], image="=cmd|x", question="+1", answer="@x")
+    assert not [c for c in sheet_rows([risky], "anna")[0] if c[:1] in tuple("=+-@") and c]
+
+
+# --- agreement ------------------------------------------------------------------------------------------------------
+
+def test_kappa_of_textbooks():
+    "Cohen on 20, 5, 10, 15 is 0.4; Fleiss equals a loop over couples; perfect agreement is 1; independence about 0."
+    counts = np.zeros(4)
+    counts[[3, 1, 2, 0]] = 20, 5, 10, 15
+    assert cohen_kappa(counts, 0, 1) == pytest.approx(.4)
+    votes = np.random.default_rng(1).random((300, 4)) < np.random.default_rng(2).random((300, 1))
+    observed = np.mean([[a == b for a, b in combinations(v, 2)] for v in votes])
+    q = votes.mean()
+    assert fleiss_kappa(pattern_counts(votes).sum(0)) == pytest.approx((observed - q*q - (1 - q)**2) / (1 - q*q - (1 - q)**2))
+    same = np.repeat(np.arange(100)[:, None] < 30, 3, 1)
+    assert fleiss_kappa(pattern_counts(same).sum(0)) == pytest.approx(1)
+    apart = np.random.default_rng(3).random((40000, 3)) < .9
+    assert abs(fleiss_kappa(pattern_counts(apart).sum(0))) < .02
+
+
+def test_kappa_where_nobody_rejects_is_undefined_and_not_one():
+    account = agreement(np.ones((60, 3), bool), np.arange(60), ("a", "b", "c"), n=50)
+    assert account["Fleiss"]["value"] is None and account["mean Cohen"]["value"] is None and account["accepted by all"]["value"] == 1
+    assert "undefined" in agreement_table({**account, "rounds": [{"judged": 60, "accepted by all": 60}], "replaced": 0}).markdown()
+
+
+def test_intervals_resample_patients():
+    "The same votes in fewer patients give wider intervals."
+    votes = simulated_votes(np.repeat(np.random.default_rng(5).random(60) < .8, 10), .05, seed=1)
+    width = lambda patients: (v := agreement(votes, patients, ("a", "b", "c"), n=400)["Fleiss"])["high"] - v["low"]
+    assert width(np.arange(600) // 10) > 1.5 * width(np.arange(600))
+
+
+@pytest.mark.parametrize("error", [.005, .02, .1, .25])
+def test_the_known_error_rate_of_simulated_raters_is_recovered(error):
+    "From votes alone: within four standard errors, and inside its interval in most of forty reviews."
+    n, right = 40000, np.random.default_rng(0).random(40000) < .93
+    counts = pattern_counts(simulated_votes(right, error, seed=1)).sum(0)
+    assert disagreement(counts) == pytest.approx(2 * error * (1 - error), rel=.1)
+    assert abs(float(error_rate(counts)) - error) < 4 * np.sqrt(error * (1 - error) / (3 * n)) / (1 - 2 * error)
+    def covered(seed):
+        votes = simulated_votes(np.random.default_rng(seed).random(600) < .93, error, seed=seed)
+        found = agreement(votes, np.arange(600) // 3, simulated_names(3, error), seed, n=300)["error rate"]
+        return found["low"] <= error <= found["high"]
+    assert sum(map(covered, range(40))) >= 33
+
+
+# --- discard and replace --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def reviewed():
+    drafter = Drafter(invented(1200), ROOT, seed=4, slip=.06)
+    pairs = drafter.draft(120)
+    return drafter, pairs, review(drafter, pairs, simulated_raters(drafter.facts, .02, seed=7))
+
+
+def test_the_review_ends_unanimous_and_keeps_its_shape(reviewed):
+    drafter, pairs, done = reviewed
+    assert len(done.rounds) > 1 and done.rounds[-1][1].all() and len(done.final) == len(pairs) == 720
+    assert Counter((p.type, p.modality) for p in done.final) == Counter((p.type, p.modality) for p in pairs)
+    for (before, votes), (after, _) in zip(done.rounds, done.rounds[1:]): assert len(after) == (~votes.all(1)).sum()
+
+
+def test_discarded_pairs_never_return_and_replacements_are_of_fresh_volumes(reviewed):
+    drafter, pairs, done = reviewed
+    dropped = {p.id for ps, votes in done.rounds for p, ok in zip(ps, votes.all(1)) if not ok}
+    kept = {p.id for p in done.final}
+    assert dropped and not dropped & kept and done.replaced == len(dropped)
+    seen = {p.case for p in pairs}
+    for ps, _ in done.rounds[1:]:
+        assert not {p.case for p in ps} & seen
+        seen |= {p.case for p in ps}
+
+
+def test_wrong_pairs_are_found(reviewed):
+    "With three raters that err in 2 %, of about 43 wrong pairs none is left (0.02³ of them would be)."
+    drafter, pairs, done = reviewed
+    wrong = lambda ps: sum(p.answer != true_answer(p.type, p.question, drafter.facts[p.id]) for p in ps)
+    assert 25 < wrong(pairs) < 65 and wrong(done.final) == 0
+
+
+def test_the_account_is_of_the_first_round_before_replacement(reviewed):
+    drafter, pairs, done = reviewed
+    first, votes = done.first
+    assert [p.id for p in first] == [p.id for p in pairs] and not votes.all()
+    account = agreement(votes, [p.patient for p in first], simulated_names(3, .02), n=300)
+    assert account["pairs"] == 720 and .5 < account["mean Cohen"]["value"] < .95
+    assert account["error rate"]["low"] <= .02 <= account["error rate"]["high"]
+
+
+def test_a_review_without_end_is_ended():
+    drafter = Drafter(invented(400), ROOT)
+    with pytest.raises(MedVLM3DError, match="not unanimous after 3 rounds.*Look at what"): review(drafter, drafter.draft(4), lambda n, ps: np.zeros((len(ps), 3), bool), most=3)
+
+
+# --- split ----------------------------------------------------------------------------------------------------------
+
+def test_patients_stand_on_one_side_and_shares_are_eight_to_two(reviewed):
+    final = split_by_patient(reviewed[2].final, seed=3)
+    sides = defaultdict(set)
+    for p in final: sides[p.patient].add(p.split)
+    assert all(len(s) == 1 for s in sides.values())
+    for modality in ("MR", "PT"):
+        mine = [p for p in final if p.modality == modality]
+        assert abs(sum(p.split == "train" for p in mine) / len(mine) - .8) < .02
+    assert [p.split for p in split_by_patient(reviewed[2].final, seed=3)] == [p.split for p in final]
+
+
+def test_a_patient_in_two_sources_stands_on_one_side():
+    drafter = Drafter([replace(f, patient=f"p{i % 30}", source=("a", "b")[i % 2]) for i, f in enumerate(invented(240))], ROOT)
+    final = split_by_patient(drafter.draft(60))
+    assert not {p.patient for p in final if p.split == "train"} & {p.patient for p in final if p.split == "test"}
+
+
+# --- end to end -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")/"out"
+    tables = run(out, data, studies=STUDIES, shape=SHAPE, volumes=8, slip=.1, resamples=100, seed=5, workers=1, progress=False)
+    return out, tables
+
+
+def test_run_leaves_tables_figures_and_records(whole, data):
+    out, tables = whole
+    assert {p.name for p in (out/"tables").glob("*.md")} == {"accuracy.md", "agreement.md", "sources.md"}
+    assert {p.name for p in (out/"figures").glob("*.png")} == {"agreement.png", "contact-sheet.png"}
+    manifest = json.loads((out/"manifest.json").read_text())
+    assert manifest["status"] == "done" and manifest["raters"] == "simulated"
+    pairs = read_manifest(data/"crossmodal.jsonl")
+    assert len(pairs) == 48 and {p.split for p in pairs} == {"train", "test"} and all(len(p.sha256) == 64 for p in pairs)
+
+
+def test_simulated_and_generated_are_said_everywhere(whole):
+    out, tables = whole
+    for suffix in ("md", "csv", "tex", "html"):
+        text = (out/"tables"/f"agreement.{suffix}").read_text()
+        assert "simulated raters" in text
+        assert "generated" in (out/"tables"/f"sources.{suffix}").read_text()
+    account = json.loads((out/"review.json").read_text())
+    assert account["simulated"] and all(name.startswith("simulated rater") for name in account["raters"])
+    titles = [ax.get_title() for ax in agreement_figure(account).axes]
+    assert any("simulated raters" in t for t in titles)
+    assert "simulated" not in agreement_table({**account, "simulated": False}).markdown() and "before replacement" in tables["agreement"].title
+
+
+def test_published_numbers_stand_beside_and_what_was_not_run_says_so(whole):
+    rows = {r[:2]: r for r in whole[1]["accuracy"].rows}
+    assert rows["MRI", "all"][3] == "93.8" and rows["PET", "all"][3] == "91.5"
+    assert rows["MRI", "all"][4] == "not run" and rows["MRI", "all"][6] != "not run"
+    paper = {r[0]: r[1] for r in whole[1]["agreement"].rows}
+    assert paper["accepted by all, %"] == "99.67" and paper["Cohen's kappa, mean of the couples"] == "0.927"
+
+
+def test_an_oracle_is_right_and_scored_by_modality(whole, data):
+    from medvlm3d.evaluation import evaluate_systems
+    from medvlm3d.prediction import prediction_line
+    pairs = [p for p in read_manifest(data/"crossmodal.jsonl") if p.split == "test"]
+    results = {word: evaluate_systems({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in pairs if p.modality == m]}, n=50) for m, word in MODALITY_WORDS.items() if m != "CT"}
+    for row in accuracy_table(results).rows: assert row[4].startswith("100.0") or row[2] == 0
+
+
+def test_people_are_awaited_and_the_same_pairs_are_asked_again(data, tmp_path):
+    def go(): return run(tmp_path/"people", data, studies=STUDIES, shape=SHAPE, volumes=2, raters=["anna", "ben"], resamples=50, seed=5, workers=1, progress=False)
+    with pytest.raises(MedVLM3DError, match="round-1: awaits the verdicts of anna, ben"): go()
+    first = {n: read_rows(tmp_path/"people"/"review"/"round-1"/f"{n}.csv") for n in ("anna", "ben")}
+    for name, rows in first.items():
+        write_rows(tmp_path/"people"/"review"/"round-1"/f"{name}.csv", [[*[r[c] for c in SHEET[:-2]], "reject" if name == "ben" and i == 0 else "accept", ""] for i, r in enumerate(rows)])
+    with pytest.raises(MedVLM3DError, match="round-2: awaits"): go()
+    for name in first:
+        path = tmp_path/"people"/"review"/"round-2"/f"{name}.csv"
+        assert len(read_rows(path)) == 1 and read_rows(path)[0]["id"] not in {r["id"] for r in first[name]}
+        write_rows(path, [[*[r[c] for c in SHEET[:-2]], "accept", ""] for r in read_rows(path)])
+    tables = go()
+    assert tables["agreement"].title.startswith("Agreement of 2 raters") and json.loads((tmp_path/"people"/"review.json").read_text())["known error"] is None
+
+
+def test_a_real_corpus_is_never_written_over_and_an_empty_one_is_no_licence_to_generate(data, tmp_path):
+    real = shutil.copytree(data/"brats", tmp_path/"brats")
+    (real/"GENERATED.json").unlink()
+    before = {p: p.stat().st_mtime_ns for p in real.rglob("*")}
+    assert {s.source for s in open_corpora(tmp_path, ("brats",), studies=2)} == {"BraTS 2023"}
+    assert {p: p.stat().st_mtime_ns for p in real.rglob("*")} == before
+    with pytest.raises(MedVLM3DError, match="nothing real is ever written over"): write_layout(real, "brats", 2)
+    (tmp_path/"autopet").mkdir()
+    with pytest.raises(MedVLM3DError, match="holds no study"): open_corpora(tmp_path, ("autopet",), studies=2)
+
+
+def test_source_table_counts_what_was_left_out(whole):
+    account = json.loads((whole[0]/"review.json").read_text())
+    assert "holds no lesion: 6" in source_table(account).note and sum(account["studies"].values()) == 3 * STUDIES

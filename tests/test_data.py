@@ -1,0 +1,590 @@
+"""What a reader need not see of data sets: every layout as it lies on disk, every fault of a list, leaks found and cut, no name in anything written."""
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.corpora import BRATS, load_autopet, load_brats, load_folder, study_samples
+from medvlm3d.data_cli import data_app
+from medvlm3d.datasets import COLUMNS, Sample, load_m3d, read_image, read_m3d
+from medvlm3d.leakage import audit, find_ties, take_census
+from medvlm3d.manifest import check_lengths, pin_data, read_manifest, scan_manifest, with_hashes, write_manifest
+from medvlm3d.phantom import make_phantom
+from medvlm3d.scale import benchmark, varied_report
+from medvlm3d.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
+from medvlm3d.split import assign, groups_of, split_corpus
+
+NAME = "Beeblebrox_Zaphod_1952-03-11"
+QUIET = dict(workers=1, progress=False)
+VERBS = ("phantom", "m3d", "brats", "autopet", "folder", "verify", "split", "benchmark")
+LISTS = ("train", "validation", "test", "test1k", "test500", "test100", "hard_test")
+
+
+def smooth(seed, shape):
+    "A volume that changes little from slice to slice, in [0, 1]."
+    rng = np.random.default_rng(seed)
+    grid = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
+    waves = sum(rng.normal() * np.cos(np.pi * (rng.uniform(.3, 1) * grid[0] + rng.integers(0, 5) * grid[1] + rng.integers(0, 5) * grid[2]) + rng.uniform(0, 6)) for _ in range(8))
+    return ((waves - waves.min()) / np.ptp(waves)).astype(np.float32)
+
+
+def write_nifti(path, array, affine=np.diag([-1., -1., 1., 1.])):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+def write_table(path, rows, columns=COLUMNS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows([columns, *rows])
+
+
+def row(image, kind=3, question="Which organ?", choices=("liver", "NA", "spleen", "NA"), answer="spleen", letter="C"):
+    return [image, f"{Path(image).parent}/text.txt", kind, question, *choices, answer, letter]
+
+
+def m3d_image(case, series="Axial_non_contrast", source="ct_quizze"): return f"M3D_Cap_npy/{source}/{case:06d}/{series}.npy"
+
+
+@pytest.fixture
+def m3d(tmp_path):
+    "M3D as its authors lay it out: lists and tables in folders of their own, eight cases, every list and table."
+    root, images = tmp_path/"M3D", {}
+    for n in range(8):
+        image = images[n] = m3d_image(n, source="ct_case" if n % 2 else "ct_quizze")
+        (root/image).parent.mkdir(parents=True)
+        np.save(root/image, smooth(n, (8, 32, 32))[None])
+        (root/image).with_name("text.txt").write_text(f"Title: x\nstudy_findings: {varied_report(np.random.default_rng(n))}\ndiscussion: none\n")
+    entry = lambda n: {"image": images[n], "text": str(Path(images[n]).with_name("text.txt"))}
+    where = dict(zip(LISTS, ([0, 1, 2, 3], [4], [5, 6, 7], [5, 6], [5], [5], [6])))
+    (root/"M3D_Cap_npy"/"M3D_Cap.json").write_text(json.dumps({name: [entry(n) for n in where[name]] for name in LISTS}))
+    for table, n in (("train", 0), ("val", 4), ("test", 5), ("test5k", 5)): write_table(root/"M3D-VQA"/f"M3D_VQA_{table}.csv", [row(images[n]), row(images[n], 1, "Which plane?", ("axial", "coronal", "sagittal", "oblique"), "axial", "A")])
+    yes_no = [c for c in COLUMNS if "Choice" not in c]
+    write_table(root/"M3D-VQA"/"M3D_VQA_yn_train.csv", [[images[1], "", 4, "Is there a mass?", "Yes"], [images[1], "", 4, "Is it old?", "no"]], yes_no)
+    return root
+
+
+def listing(tmp_path, n=12, **changes):
+    "A manifest of `n` report samples with volumes of their own: (samples, root)."
+    root, samples = tmp_path/"listed", []
+    for i in range(n):
+        image = f"v/{i}/axial.npy"
+        (root/image).parent.mkdir(parents=True, exist_ok=True)
+        np.save(root/image, smooth(100 + i, (8, 24, 24))[None])
+        samples.append(Sample(f"s{i}", f"c{i}", image, "train" if i < n - 4 else "test", "report", "Report", answer=varied_report(np.random.default_rng((3, i))), **changes))
+    return with_hashes(root, samples, workers=1), root
+
+
+def refused(function, *parts):
+    "The message of the error that `function` raises; it holds all `parts`."
+    with pytest.raises(MedVLM3DError) as e: function()
+    for part in parts: assert part in str(e.value), (part, str(e.value))
+    return str(e.value)
+
+
+# --- M3D as it lies on disk -----------------------------------------------------------------------------------------
+
+def test_every_list_and_table_of_m3d_is_read(m3d):
+    samples = load_m3d(m3d)
+    counts = Counter((s.split, s.task) for s in samples)
+    assert {name: counts[name, "report"] for name in LISTS} == {"train": 4, "validation": 1, "test": 3, "test1k": 2, "test500": 1, "test100": 1, "hard_test": 1}
+    assert all(counts[split, task] == 2 for split in ("train", "validation", "test", "test5k", "yn_train") for task in ("closed", "open"))
+    assert len({s.id for s in samples}) == len(samples)
+    closed = [s for s in samples if s.task == "closed" and s.type == "Organ"]
+    assert all(s.choices == ("liver", "NA", "spleen", "NA") and s.letter == "C" for s in closed)
+    yes, no = [s for s in samples if s.split == "yn_train" and s.task == "closed"]
+    assert (yes.choices, yes.answer, yes.letter, no.answer, no.letter) == (("Yes", "No"), "Yes", "A", "No", "B")
+    assert {s.plane for s in samples} == {"axial"} and {s.case.split("/")[0] for s in samples} == {"ct_case", "ct_quizze"}
+
+
+def test_the_phantom_loads_as_before(tmp_path):
+    "The samples of a phantom, checked against a second, naive reading of its files."
+    make_phantom(tmp_path, train=6, validation=2, test=4, shape=(8, 32, 32), **QUIET)
+    samples, expected = load_m3d(tmp_path), []
+    for split, entries in json.loads((tmp_path/"M3D_Cap.json").read_text()).items():
+        for n, e in enumerate(entries):
+            text = (tmp_path/e["text"]).read_text().split("study_findings: ")[1].strip()
+            expected.append((f"{split}/report/{n}", e["image"].split("/", 1)[1].rsplit("/", 1)[0], e["image"], split, "report", "Report", "", (), text, ""))
+    for split, stem in (("train", "train"), ("validation", "val"), ("test", "test")):
+        with open(tmp_path/f"M3D_VQA_{stem}.csv", newline="") as f:
+            for n, r in enumerate(list(csv.reader(f))[1:]):
+                case = r[0].split("/", 1)[1].rsplit("/", 1)[0]
+                kind = ("Plane", "Phase", "Organ", "Abnormality", "Location")[int(r[2]) - 1]
+                expected.append((f"{split}/closed/{n}", case, r[0], split, "closed", kind, r[3], tuple(r[4:8]), r[8], r[9]))
+                expected.append((f"{split}/open/{n}", case, r[0], split, "open", kind, r[3], (), r[8], ""))
+    assert [(s.id, s.case, s.image, s.split, s.task, s.type, s.question, s.choices, s.answer, s.letter) for s in samples] == expected
+
+
+def test_prepared_volumes_in_every_form_give_the_same_voxels(tmp_path):
+    "(1, 32, 256, 256) float32, and 128×256×256 NIfTI as SimpleITK and as nibabel would write it."
+    array = smooth(0, (32, 256, 256))
+    fine = np.repeat((array * 255).astype(np.uint8), 4, 0)
+    folder = tmp_path/"M3D_Cap_npy"/"ct_quizze"/"005461"
+    folder.mkdir(parents=True)
+    np.save(folder/"Axial_non_contrast.npy", array[None])
+    write_nifti(folder/"Coronal_bone_window.nii.gz", fine.transpose(2, 1, 0))
+    write_nifti(folder/"Sagittal_C__portal_venous_phase.nii.gz", fine, np.eye(4))
+    (folder/"text.txt").write_text("study_findings: A cyst of the liver.")
+    entries = [{"image": f"M3D_Cap_npy/ct_quizze/005461/{name}.npy", "text": "M3D_Cap_npy/ct_quizze/005461/text.txt"} for name in ("Axial_non_contrast", "Coronal_bone_window", "Sagittal_C__portal_venous_phase")]
+    (tmp_path/"M3D_Cap.json").write_text(json.dumps({"train": entries}))
+    npy, last, first = load_m3d(tmp_path)
+    assert (npy.plane, last.plane, first.plane) == ("axial", "coronal", "sagittal") and last.image.endswith(".nii.gz")
+    assert np.array_equal(read_image(tmp_path/npy.image).array, array)
+    for s in (last, first): assert np.array_equal(read_image(tmp_path/s.image).array, fine) and read_image(tmp_path/s.image).plane == s.plane
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_raw_folders_of_slices(tmp_path, kind):
+    "Numbered slices with text.txt above: numbers are sorted as numbers, plane from the name of the series, interleaved order seen."
+    array = (smooth(1, (24, 40, 40)) * 255).astype(np.uint8)
+    case, order = tmp_path/"M3D_Cap"/"ct_quizze"/"005461", np.r_[0:24:2, 1:24:2]
+    for series, slices in (("Coronal_C__portal_venous_phase", array), ("_non_contrast", array[order])):
+        (case/series).mkdir(parents=True)
+        for d, x in enumerate(slices): Image.fromarray(x).save(case/series/f"{d}.{kind}", **({"quality": 95} if kind == "jpeg" else {}))
+    (case/"text.txt").write_text("\ufeffstudy_findings: Normal.\r\n", encoding="utf-8")
+    coronal, mixed = load_m3d(tmp_path)
+    assert (coronal.plane, mixed.plane, coronal.split, coronal.answer, coronal.case) == ("coronal", "", "", "Normal.", "ct_quizze/005461")
+    volume = read_m3d(tmp_path/coronal.image)
+    assert volume.plane == "coronal" and np.abs(volume.array - array).max() <= (0 if kind == "png" else 12)
+    assert not any("interleaved" in w for w in volume.warnings) and any("interleaved" in w for w in read_m3d(tmp_path/mixed.image).warnings)
+    found = audit(tmp_path, **QUIET)
+    assert not found["passed"] and found["problems by reason"] == {"its slices look interleaved": 1} and "005461/text.txt" in found["first problems"][0]
+
+
+def test_raw_folders_that_are_none(tmp_path):
+    (tmp_path/"000001").mkdir()
+    (tmp_path/"000001"/"text.txt").write_text("study_findings: Normal.")
+    refused(lambda: load_m3d(tmp_path), "000001/text.txt: has no series beside it", "Restore")
+    (tmp_path/NAME).mkdir()
+    (tmp_path/NAME/"text.txt").write_text("study_findings: Normal.")
+    assert NAME not in refused(lambda: load_m3d(tmp_path), "is not named with six digits", "medvlm3d data folder")
+
+
+# --- faults of lists and tables -------------------------------------------------------------------------------------
+
+def test_all_faults_of_m3d_are_named_at_once(m3d, tmp_path):
+    images = sorted(p.relative_to(m3d).as_posix() for p in m3d.rglob("*.npy"))
+    (tmp_path/"outside.npy").write_bytes(b"x")
+    (m3d/"link.npy").symlink_to(tmp_path/"outside.npy")
+    rows = [row("../outside.npy"), row(str(tmp_path/"outside.npy")), row("link.npy"), row("M3D_Cap_npy/ct_case/000099/x.npy"), row(images[0], 9), row(images[0], question=" "), row(images[0], answer="lung"),
+            row(images[0], letter="A"), row(images[0], choices=("NA",) * 4), row(images[0], question="<image> Which?"), row(images[0])[:7], row(images[0], choices=("spleen", "NA", "spleen", "NA"))]
+    write_table(m3d/"M3D-VQA"/"M3D_VQA_train.csv", rows)
+    table = m3d/"M3D-VQA"/"M3D_VQA_val.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"Which plane?", "Où?".encode("latin-1")))
+    (m3d/images[1]).with_name("text.txt").write_bytes("study_findings: Lésion".encode("latin-1"))
+    (m3d/m3d_image(4)).with_name("text.txt").write_text("  \n")
+    message = refused(lambda: load_m3d(m3d), "has 15 problems", "M3D_VQA_val.csv:3: is not UTF-8 (byte 0xf9). Save the file as UTF-8.", "its text file is not UTF-8 (byte 0xe9)", "the report is empty")
+    for line, reason in enumerate(("leaves the data root", "leaves the data root", "link out of the data root", "does not exist", "question type is not one of 1 to 5", "question is empty", "answer is not among the choices",
+                                   "not the choice that its letter names", "fewer than two choices", "contains <image>", "too many or too few columns", "two choices are the same"), 2):
+        assert re.search(rf"M3D_VQA_train.csv:{line}: [^\n]*{re.escape(reason)}[^\n]*\. [A-Z]", message), (line, reason)
+    assert "outside" not in message and "lung" not in message
+    sound = load_m3d(m3d, rejects=tmp_path/"rejects.jsonl")
+    rejected = [json.loads(line) for line in (tmp_path/"rejects.jsonl").read_text().splitlines()]
+    assert len(rejected) == 15 and set(rejected[0]) == {"where", "why", "remedy"}
+    assert not {s.where for s in sound} & {r["where"] for r in rejected}
+
+
+def test_crlf_bom_and_commas_in_quotes_do_no_harm(m3d):
+    image = m3d_image(0)
+    write_table(m3d/"M3D-VQA"/"M3D_VQA_train.csv", [row(image, question='Which organ, "really"?')])
+    table = m3d/"M3D-VQA"/"M3D_VQA_train.csv"
+    assert b"\r\n" in table.read_bytes()
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    assert [s.question for s in load_m3d(m3d) if s.split == "train" and s.task == "open"] == ['Which organ, "really"?']
+
+
+@pytest.mark.parametrize("content, reason", [(b'{"train": [', "M3D_Cap.json:1: is not JSON"), (b'{"exam": []}', "M3D_Cap.json:exam: is no list of M3D"), (b'{"train": [{"image": 7}]}', "M3D_Cap.json:train[0]: has no image and text")])
+def test_a_broken_list_is_named(m3d, content, reason):
+    (m3d/"M3D_Cap_npy"/"M3D_Cap.json").write_bytes(content)
+    refused(lambda: load_m3d(m3d), reason)
+
+
+def test_a_table_with_other_columns_or_an_open_quote(m3d):
+    table = m3d/"M3D-VQA"/"M3D_VQA_train.csv"
+    write_table(table, [], ["image", "question"])
+    refused(lambda: load_m3d(m3d), "M3D_VQA_train.csv:1: does not have M3D's columns", "They are Image Path")
+    write_table(table, [row(m3d_image(0))])
+    table.write_text(table.read_text() + 'a,"b' + "x" * 200_000 + "\n")
+    refused(lambda: load_m3d(m3d), "M3D_VQA_train.csv:3: is no CSV", "one may never close")
+
+
+def test_a_case_on_two_sides_cannot_be_rejected_away(m3d, tmp_path):
+    file = m3d/"M3D_Cap_npy"/"M3D_Cap.json"
+    lists = json.loads(file.read_text())
+    lists["hard_test"].append(lists["train"][2])
+    file.write_text(json.dumps(lists))
+    for rejects in (None, tmp_path/"rejects.jsonl"): refused(lambda: load_m3d(m3d, rejects=rejects), "M3D_Cap.json:hard_test[1]: its case stands in train (M3D_Cap.json:train[2]) and in test", "medvlm3d data split")
+    assert len(load_m3d(m3d, allow_shared=True)) == len(load_m3d(m3d, allow_shared=True, rejects=tmp_path/"rejects.jsonl"))
+
+
+# --- manifests ------------------------------------------------------------------------------------------------------
+
+def test_a_manifest_keeps_every_field(tmp_path):
+    samples, root = listing(tmp_path, source="S", licence="CC0", patient="p", modality="MR", plane="sagittal")
+    closed = replace(samples[0], id="q", task="closed", type="Organ", question="Größe? “x”", choices=("a", "NA", "b"), answer="b", letter="C")
+    write_manifest(root/"m.jsonl", [*samples, closed])
+    assert read_manifest(root/"m.jsonl") == [*samples, closed]
+    assert [s.where for s in read_manifest(root/"m.jsonl")][-1] == "m.jsonl:13"
+
+
+FAULTS = {"not JSON": (lambda r: b'{"id": "x"', "is not JSON"), "NaN": (lambda r: json.dumps({**r, "case": float("nan")}).encode(), "NaN"), "a list": (lambda r: b"[1, 2]", "is no JSON object"),
+          "latin-1": (lambda r: json.dumps({**r, "report": "Lésion"}, ensure_ascii=False).encode("latin-1"), "is not UTF-8 (byte 0xe9)"), "no case": (lambda r: {k: v for k, v in r.items() if k != "case"}, "lacks case"),
+          "unknown field": (lambda r: {**r, "Zaphod": 1}, "has 1 unknown field"), "number": (lambda r: {**r, "id": 5}, "id is no text"), "task": (lambda r: {**r, "task": "Zaphod"}, "task is not known"),
+          "split": (lambda r: {**r, "split": "Zaphod"}, "split is not known"), "hash": (lambda r: {**r, "sha256": "Zaphod"}, "sha256 is no hash"), "above": (lambda r: {**r, "image": "v/../../Zaphod.npy"}, "leaves the data root"),
+          "absolute": (lambda r: {**r, "image": "/Zaphod.npy"}, "leaves the data root"), "link": (lambda r: {**r, "image": "v/link.npy"}, "link out of the data root"), "missing": (lambda r: {**r, "image": "v/Zaphod.npy"}, "does not exist"),
+          "same id": (lambda r: {**r, "id": "s1"}, "repeats the id of line 2"), "empty report": (lambda r: {**r, "report": " \n"}, "the report is empty"), "marker": (lambda r: {**r, "report": "Zaphod <image>."}, "contains <image>"),
+          "no choices": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod"}, "fewer than two choices"),
+          "answer": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod", "choices": ["a", "b"]}, "not among the choices"), "no answer": (lambda r: {**r, "task": "open", "question": "?"}, "the answer is empty"),
+          "other hash": (lambda r: {**r, "sha256": "0" * 64}, "another case, patient or hash than line 6"), "deep": (lambda r: b'{"id": ' + b"[" * 100_000, "is not JSON")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_a_line_is_named_with_its_line_and_harms_no_other(tmp_path, fault):
+    samples, root = listing(tmp_path, 6)
+    write_manifest(root/"m.jsonl", samples)
+    (tmp_path/"outside.npy").write_bytes(b"x")
+    (root/"v"/"link.npy").symlink_to(tmp_path/"outside.npy")
+    make, reason = FAULTS[fault]
+    bad = make({**json.loads((root/"m.jsonl").read_text().splitlines()[5]), "id": "bad"})
+    with open(root/"m.jsonl", "ab") as f: f.write((bad if isinstance(bad, bytes) else json.dumps(bad).encode()) + b"\n")
+    message = refused(lambda: read_manifest(root/"m.jsonl"), "m.jsonl", "m.jsonl:7: ", reason)
+    assert re.search(r"m\.jsonl:7: .+?\. [A-Z].+\.", message) and "Zaphod" not in message and "Lésion" not in message
+    assert read_manifest(root/"m.jsonl", rejects=tmp_path/"r.jsonl") == samples
+    assert json.loads((tmp_path/"r.jsonl").read_text().splitlines()[0])["where"] == "m.jsonl:7"
+
+
+def test_faults_come_all_at_once_and_bom_and_crlf_do_no_harm(tmp_path):
+    samples, root = listing(tmp_path, 6)
+    write_manifest(root/"m.jsonl", samples)
+    lines = (root/"m.jsonl").read_bytes().splitlines()
+    (root/"windows.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n\r\n")
+    assert read_manifest(root/"windows.jsonl") == samples
+    (root/"many.jsonl").write_bytes(b"\n".join([*lines, *[b"{"] * 3000]) + b"\n")
+    message = refused(lambda: read_manifest(root/"many.jsonl"), "has 3000 problems", "many.jsonl:7: ", "3000 × is not JSON")
+    assert len(message) < 10_000
+    read_manifest(root/"many.jsonl", rejects=tmp_path/"r.jsonl")
+    assert len((tmp_path/"r.jsonl").read_text().splitlines()) == 3000
+    refused(lambda: read_manifest(root/"no.jsonl"), "no.jsonl: is no file", "Make a manifest")
+    (root/"empty.jsonl").write_text("")
+    refused(lambda: read_manifest(root/"empty.jsonl"), "holds no line")
+
+
+def test_a_case_or_report_on_two_sides_of_a_manifest(tmp_path):
+    samples, root = listing(tmp_path, 6)
+    write_manifest(root/"m.jsonl", [*samples, replace(samples[0], id="x", split="validation")])
+    refused(lambda: read_manifest(root/"m.jsonl", rejects=tmp_path/"r"), "m.jsonl:7: its case stands in train (m.jsonl:1) and in validation")
+    assert len(read_manifest(root/"m.jsonl", allow_shared=True)) == 7
+    write_manifest(root/"m.jsonl", [*samples[:-1], replace(samples[-1], answer=f"  {samples[0].answer.upper()}")])
+    refused(lambda: read_manifest(root/"m.jsonl"), "m.jsonl:6: its report stands in train (m.jsonl:1) and in test", "Split again")
+
+
+def test_reading_remembers_no_words(tmp_path):
+    "Ten megabytes of reports pass through two."
+    samples, root = listing(tmp_path, 6)
+    with open(root/"m.jsonl", "w") as f:
+        for n in range(1000): f.write(json.dumps({"id": f"r{n}", "case": "c0", "image": samples[0].image, "task": "report", "split": "train", "report": f"{n} " + "word " * 2000}) + "\n")
+    assert (root/"m.jsonl").stat().st_size > 10e6
+    tracemalloc.start()
+    problems = []
+    assert sum(1 for _ in scan_manifest(root/"m.jsonl", problems)) == 1000 and not problems
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
+
+
+class Words:
+    "A tokenizer with a token a word."
+    all_special_tokens, eos_token_id = [], 0
+    def __call__(self, text, add_special_tokens=True): return {"input_ids": [hash(w) for w in re.findall(r"a(?= )|\S+", text)]}
+
+
+def test_reports_longer_than_their_room_are_counted_and_named(tmp_path):
+    samples = [Sample(f"s{n}", f"c{n}", "x", "train", "report", "Report", answer="word " * n, where=f"m.jsonl:{n}") for n in (3, 9, 12)]
+    refused(lambda: check_lengths(samples, Words(), 8), "m.jsonl:9: its report has 10 tokens, room is for 8", "m.jsonl:12: ", "Allow policy='truncate'")
+    assert check_lengths(samples, Words(), 8, "truncate") == (2, "2 of 3 answers and reports have more than 8 tokens and will be cut (longest 13)")
+    refused(lambda: check_lengths(samples, Words(), 8, "cut"), "Use 'error' or 'truncate'")
+
+
+def test_data_that_changed_between_save_and_resume(tmp_path):
+    samples, root = listing(tmp_path, 6)
+    write_manifest(root/"m.jsonl", samples)
+    samples, pinned = read_manifest(root/"m.jsonl"), tmp_path/"run"/"data.json"
+    pin_data(pinned, root, samples)
+    pin_data(pinned, root, samples, thorough=True)
+    assert "v/" not in pinned.read_text()
+    whole, path = (root/samples[2].image).read_bytes(), root/samples[2].image
+    clock = path.stat()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    refused(lambda: pin_data(pinned, root, samples), "m.jsonl:3: its volume has changed since this run began", "Restore the data, or begin a new run.")
+    os.utime(path, ns=(clock.st_atime_ns, clock.st_mtime_ns))
+    refused(lambda: pin_data(pinned, root, samples, thorough=True), "m.jsonl:3: its volume has changed")
+    path.write_bytes(whole)
+    pin_data(pinned, root, samples)
+    refused(lambda: pin_data(pinned, root, [replace(samples[0], answer="Other."), *samples[1:]]), "m.jsonl:1: its words have changed")
+    refused(lambda: pin_data(pinned, root, samples[1:]), "1 volumes: are no longer asked about")
+    path.unlink()
+    refused(lambda: pin_data(pinned, root, samples), "m.jsonl:3: its volume is gone")
+
+
+# --- other corpora --------------------------------------------------------------------------------------------------
+
+def own_pattern(seed, shape):
+    "A volume (x, y, z) like no other that changes slowly along z."
+    a, b = np.random.default_rng(seed).random((2, *shape[:2], 1))
+    return a + b * np.linspace(0, 1, shape[2])
+
+
+def write_brats(root, case, seed=0, shape=(12, 12, 8), kinds=(*BRATS, "seg")):
+    for n, kind in enumerate(kinds): write_nifti(root/case/f"{case}-{kind}.nii.gz", (own_pattern(seed * 10 + n, shape) * 500).astype(np.int16) if kind != "seg" else (smooth(seed, shape) > .8).astype(np.uint8))
+
+
+def write_autopet(folder, seed=0, names=("CTres", "SUV", "SEG")):
+    for n, name in enumerate(names): write_nifti(folder/f"{name}.nii.gz", smooth(seed * 10 + n, (10, 10, 8)))
+
+
+def test_brats(tmp_path):
+    for n, case in enumerate(("BraTS-GLI-00002-000", "BraTS-GLI-00002-001", "BraTS-MET-00017-000")): write_brats(tmp_path/"ASNR"/"Training", case, n)
+    write_brats(tmp_path/"ASNR"/"Validation", "BraTS-GLI-00099-000", 9, kinds=BRATS)
+    studies = load_brats(tmp_path)
+    assert [(s.case, s.patient, s.mask is None) for s in studies][1] == ("BraTS-GLI-00002-001", "BraTS-GLI-00002", False) and studies[3].mask is None
+    assert all(list(s.images) == list(BRATS) and s.images["t1c"].name == f"{s.case}-t1c.nii.gz" for s in studies)
+    samples = study_samples(studies, tmp_path)
+    assert len(samples) == 16 and {s.task for s in samples} == {"image"} and len({s.patient for s in samples}) == 3
+    write_manifest(tmp_path/"m.jsonl", samples)
+    assert read_manifest(tmp_path/"m.jsonl") == samples
+
+
+def test_faults_of_brats_are_named_at_once(tmp_path):
+    for n in range(4): write_brats(tmp_path, f"BraTS-GLI-0000{n}-000", n)
+    (tmp_path/"BraTS-GLI-00000-000"/"BraTS-GLI-00000-000-t2f.nii.gz").unlink()
+    write_nifti(tmp_path/"BraTS-GLI-00001-000"/"BraTS-GLI-00001-000-seg.nii.gz", np.zeros((12, 12, 9), np.uint8))
+    cut = tmp_path/"BraTS-GLI-00002-000"/"BraTS-GLI-00002-000-t1c.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:40])
+    write_brats(tmp_path, NAME, 7, kinds=BRATS[:2])
+    message = refused(lambda: load_brats(tmp_path), "BraTS-GLI-00000-000: t2f missing", "BraTS-GLI-00001-000: mask lies on another grid than t1n", "BraTS-GLI-00002-000: t1c is no readable NIfTI file", "has 4 problems", "The layout is <case>/<case>-")
+    assert NAME not in message
+    assert [s.case for s in load_brats(tmp_path, rejects=tmp_path/"r.jsonl")] == ["BraTS-GLI-00003-000"] and NAME not in (tmp_path/"r.jsonl").read_text()
+    refused(lambda: load_brats(tmp_path/"BraTS-GLI-00000-000"/"nothing"), "holds no study")
+
+
+def test_autopet(tmp_path):
+    for n, folder in enumerate(("PETCT_0011f3deaf/03-23-2003-NA-PET-CT-11111", "PETCT_0011f3deaf/03-25-2004-NA-PET-CT-22222", "PETCT_01140d52d8/08-13-2005-NA-PET-CT-33333")): write_autopet(tmp_path/"FDG"/folder, n)
+    studies = load_autopet(tmp_path)
+    assert [(s.case, s.patient) for s in studies] == [("PETCT_0011f3deaf/1", "PETCT_0011f3deaf"), ("PETCT_0011f3deaf/2", "PETCT_0011f3deaf"), ("PETCT_01140d52d8/1", "PETCT_01140d52d8")]
+    assert all(s.images["PT"].name == "SUV.nii.gz" and s.images["CT"].name == "CTres.nii.gz" and s.mask.name == "SEG.nii.gz" for s in studies)
+    assert Counter(s.modality for s in study_samples(studies, tmp_path)) == {"CT": 3, "PT": 3}
+    (tmp_path/"FDG"/"PETCT_01140d52d8"/"08-13-2005-NA-PET-CT-33333"/"SUV.nii.gz").unlink()
+    message = refused(lambda: load_autopet(tmp_path), "PETCT_01140d52d8: SUV.nii.gz missing", "The layout is PETCT_<patient>/<study>/{CTres,SUV,SEG}.nii.gz")
+    assert "2005" not in message
+
+
+def test_a_plain_folder_in_its_three_arrangements(tmp_path):
+    from scan_files import save_dicom
+    write_nifti(tmp_path/"a.nii.gz", smooth(0, (8, 8, 6)))
+    (tmp_path/"a.txt").write_text("A beside.")
+    for series in ("axial_1", "axial_1_seg", "coronal_2"): write_nifti(tmp_path/"case_b"/f"{series}.nii.gz", smooth(1, (8, 8, 6)))
+    (tmp_path/"case_b"/"report.txt").write_text("B in the folder.")
+    save_dicom(tmp_path/"case_c"/"series", (smooth(2, (6, 8, 8)) * 900).astype(np.int16), np.diag([1., 1., 3., 1.]))
+    (tmp_path/"case_c"/"words.txt").write_text("C above.")
+    samples = load_folder(tmp_path, licence="CC0")
+    assert [(s.image, s.answer, s.plane) for s in samples] == [("a.nii.gz", "A beside.", ""), ("case_b/axial_1.nii.gz", "B in the folder.", "axial"), ("case_b/coronal_2.nii.gz", "B in the folder.", "coronal"), ("case_c/series", "C above.", "")]
+    assert len({s.case for s in samples}) == 3 and len({s.patient for s in samples}) == 3 and {s.licence for s in samples} == {"CC0"}
+
+
+# --- nobody's name --------------------------------------------------------------------------------------------------
+
+def ask(*args):
+    result = CliRunner().invoke(data_app, [str(a) for a in args])
+    return result.exit_code, result.output + (str(result.exception) if result.exception else "")
+
+
+def test_a_planted_name_is_nowhere_in_what_is_written(tmp_path):
+    "A folder, its files and its reports hold a name; listing, audit, ledger, rejects and every line printed do not."
+    for n, name in enumerate((NAME, "Trillian", "Marvin", "Slartibartfast", "Agrajag")):
+        write_nifti(tmp_path/"in"/f"{NAME}_{n}"/f"{name}.nii.gz", smooth(n, (16, 16, 8)))
+        (tmp_path/"in"/f"{NAME}_{n}"/f"{name}.txt").write_text(varied_report(np.random.default_rng(n)) + f" Reported for {name}.")
+    root, said = tmp_path/"in", []
+    said.append(ask("folder", root)[1])
+    rows = [json.loads(line) for line in (root/"manifest.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and not any(NAME in r[k] for r in rows for k in ("id", "case", "patient"))
+    (root/"leaky.jsonl").write_text("".join(json.dumps({**r, "split": side, "id": f"{r['id']}{side}"}) + "\n" for r in rows for side in ("train", "test")))
+    said += [ask("verify", root/"leaky.jsonl", "--workers", 1)[1], ask("split", root/"leaky.jsonl", "--workers", 1, "--shares", "60,20,20")[1]]
+    (root/f"{NAME}_0"/f"{NAME}.txt").unlink()
+    (root/f"{NAME}_1"/"Trillian.nii.gz").write_bytes(b"broken")
+    said += [ask("folder", root)[1], ask("folder", root, "--rejects", root/"rejects.jsonl", "--out", root/"rest.jsonl")[1], ask("verify", root/"leaky.jsonl", "--workers", 1)[1]]
+    written = [p.read_text() for p in (root/"audit"/"audit.md", root/"audit"/"audit.json", root/"leaky-by-case.ledger.jsonl", root/"leaky-by-case.summary.json", root/"rejects.jsonl")]
+    assert "cannot be read" in written[0] and "no report beside it" in written[-1]
+    for text in (*said, *written): assert not any(word in text for word in ("Zaphod", "Beeblebrox", "Trillian", "Marvin", "Slartibartfast", "1952"))
+
+
+# --- near-duplicates ------------------------------------------------------------------------------------------------
+
+def test_near_texts_are_those_that_all_pairs_give():
+    rng = np.random.default_rng(0)
+    texts = [varied_report(np.random.default_rng((5, n))) for n in range(150)]
+    texts += [re.sub(r"\d+", str(rng.integers(100)), t, count=1) for t in texts[:40]] + texts[:10]
+    i, j, value, crowded = near_texts(texts)
+    upper = np.triu_indices(len(texts), 1)
+    every = jaccard(set_matrix([shingles(t) for t in texts]), *upper)
+    truth = {(a, b) for a, b, v in zip(*upper, every) if v >= .8}
+    assert len(truth) > 40 and set(zip(i.tolist(), j.tolist())) == truth and not crowded
+    assert np.allclose(value, [every[(upper[0] == a) & (upper[1] == b)][0] for a, b in zip(i, j)])
+
+
+def test_a_crowd_of_equal_texts_stays_tied_in_bounded_work():
+    "1,000 copies of a template: not every pair is listed, but all are one group, and it is said."
+    texts = [f"There is no focal lesion in this examination of the abdomen and pelvis number {n}." for n in range(1000)]
+    i, j, _, crowded = near_texts(texts)
+    assert crowded and len(i) < 1000 * 64 * 21
+    census = take_census(Sample(str(n), str(n), f"{n}.npy", "train", "report", "Report", answer=t) for n, t in enumerate(texts))
+    assert len(set(groups_of(1000, list(find_ties(census, kinds=("near text",)).values())).tolist())) == 1
+
+
+def test_near_volumes_are_those_that_all_pairs_give():
+    originals = [smooth(n, (12, 40, 40)) for n in range(60)]
+    copies = [x * .5 + .002 * np.random.default_rng(n).standard_normal(x.shape) for n, x in enumerate(originals[:25])] + [np.repeat(x, 2, 0)[:, ::2] for x in originals[:10]]
+    hashes = np.stack([volume_hash(x.astype(np.float32)) for x in originals + copies]).astype(np.float16)
+    i, j, value, _ = near_volumes(hashes)
+    cosine = np.triu(z_scores(hashes) @ z_scores(hashes).T, 1)
+    assert set(zip(i.tolist(), j.tolist())) == set(zip(*np.nonzero(cosine >= .95)))
+    assert {(n, 60 + n) for n in range(25)} | {(n, 85 + n) for n in range(10)} <= set(zip(i.tolist(), j.tolist()))
+    assert all(b == a + 60 or b == a + 85 or b - 85 == a - 60 for a, b in zip(i, j))
+
+
+# --- leaks found, leaks cut -----------------------------------------------------------------------------------------
+
+def leak_case(a, b, root): return replace(b, case=a.case)
+def leak_patient(a, b, root): return replace(b, patient="p")
+def leak_text(a, b, root): return replace(b, answer=a.answer.upper() + " ")
+def leak_near_text(a, b, root): return replace(b, answer=a.answer.replace("Conclusion", "Impression"))
+def leak_bytes(a, b, root): return (root/b.image).write_bytes((root/a.image).read_bytes()) and replace(b, sha256="")
+def leak_near_image(a, b, root):
+    np.save(root/b.image, (255 * np.load(root/a.image)).round().astype(np.uint8))
+    return replace(b, sha256="")
+
+
+LEAKS = {"case": leak_case, "patient": leak_patient, "text": leak_text, "near text": leak_near_text, "bytes": leak_bytes, "near image": leak_near_image}
+
+
+@pytest.mark.parametrize("kind", LEAKS)
+def test_each_kind_of_leak_is_found_named_and_cut(tmp_path, kind):
+    samples, root = listing(tmp_path, 14)
+    train, test = samples[:-4], samples[-4:]
+    write_manifest(root/"clean.jsonl", samples)
+    assert audit(root/"clean.jsonl", **QUIET)["passed"]
+    first = replace(train[2], patient="p") if kind == "patient" else train[2]
+    write_manifest(root/"m.jsonl", [*train[:2], first, *train[3:], LEAKS[kind](first, test[1], root), *(t for t in test if t is not test[1])])
+    found = audit(root/"m.jsonl", **QUIET)
+    assert not found["passed"] and kind in found["leaks"] and found["tied to training"]["test"] == 1
+    finding = next(f for f in found["findings"] if f["kind"] == kind)
+    assert (finding["across"], finding["touched"]) == (1, {"test": 1, "validation": 0}) and finding["examples"][0]["places"] == ["m.jsonl:3", "m.jsonl:11"]
+    assert set(found["leaks"]) <= {kind, "patient", "near image"}
+    assert audit(root/"m.jsonl", allow=found["leaks"], **QUIET)["allowed"] == sorted(found["leaks"])
+    summary = split_corpus(root/"m.jsonl", by="patient", shares=(.6, .2, .2), **QUIET)
+    assert audit(root/"m-by-patient.jsonl", **QUIET)["passed"] and summary["largest group"] == 2
+    assert sum(summary["volumes"].values()) == 14 and all(summary["volumes"].values())
+    rows = [json.loads(line) for line in (root/"m-by-patient.ledger.jsonl").read_text().splitlines()]
+    assert any(kind in r["ties"] and r["from"] == {"train": 1, "test": 1} and r["places"] == ["m.jsonl:3", "m.jsonl:11"] for r in rows)
+
+
+def test_a_chain_of_ties_goes_to_one_side(tmp_path):
+    "A shares its report with B, B is a copy of C, C shares its patient with D: nothing ties A to D, and they stay together."
+    samples, root = listing(tmp_path, 14)
+    a, b, c, d = samples[0], samples[5], samples[-1], samples[-2]
+    (root/c.image).write_bytes((root/b.image).read_bytes())
+    chain = {a.id: a, b.id: replace(b, answer=a.answer), c.id: replace(c, sha256="", patient="p"), d.id: replace(d, patient="p")}
+    write_manifest(root/"m.jsonl", [chain.get(s.id, s) for s in samples])
+    split_corpus(root/"m.jsonl", by="patient", **QUIET)
+    side = {s.id: s.split for s in read_manifest(root/"m-by-patient.jsonl")}
+    assert len({side[k] for k in chain}) == 1
+    for seed in range(4): split_corpus(root/"m.jsonl", by="case", ties=(), out=root/f"loose{seed}.jsonl", seed=seed, images=False, **QUIET)
+    assert any(len({s.split for s in read_manifest(root/f"loose{seed}.jsonl") if s.id in chain}) > 1 for seed in range(4))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_split_tears_a_group_and_shares_are_met(seed):
+    rng = np.random.default_rng(seed)
+    case = np.sort(rng.integers(0, 150, 400))
+    census = take_census(Sample(str(v), f"c{c}", f"{v}.npy", "", "report", "Report", answer=f"text number {rng.integers(300)}", patient=f"p{c // 3}") for v, c in enumerate(case))
+    ties = find_ties(census, kinds=("case", "patient"))
+    group = groups_of(400, list(ties.values()))
+    side = assign(np.bincount(group), (.7, .1, .2), seed)[group]
+    for t in ties.values(): assert all(len(set(side[t.item == item])) == 1 for item in range(t.items) if (t.item == item).any())
+    assert np.abs(np.bincount(side, minlength=3) / 400 - (.7, .1, .2)).max() < .05
+
+
+def test_duplicates_between_the_sources_of_m3d(m3d):
+    one, two = (next(m3d.rglob(f"{source}/*/Axial_non_contrast.npy")) for source in ("ct_case", "ct_quizze"))
+    two.write_bytes(one.read_bytes())
+    two.with_name("text.txt").write_text(one.with_name("text.txt").read_text())
+    found = audit(m3d, **QUIET)
+    assert found["ct_case and ct_quizze"]["bytes"] == 1 and found["ct_case and ct_quizze"]["text"] == 1
+
+
+def test_parts_of_a_list_are_no_leak_and_do_not_survive_a_split(m3d):
+    assert audit(m3d, **QUIET)["leaks"] == []
+    summary = split_corpus(m3d, shares=(.5, .25, .25), **QUIET)
+    assert summary["left out"] == {"test1k": 2, "test500": 1, "test100": 1, "hard_test": 1, "test5k": 4}
+    assert {s.split for s in read_manifest(m3d/"manifest-by-case.jsonl")} == {"train", "validation", "test"}
+
+
+def test_a_volume_that_is_not_the_listed_one_or_cannot_be_read(tmp_path):
+    samples, root = listing(tmp_path, 8)
+    write_manifest(root/"m.jsonl", samples)
+    np.save(root/samples[1].image, smooth(999, (8, 24, 24))[None])
+    (root/samples[2].image).write_bytes(b"nothing")
+    found = audit(root/"m.jsonl", **QUIET)
+    assert not found["passed"] and found["first problems"] == ["m.jsonl:2: its volume is not the one that was listed (sha256). Restore the volume, or make the manifest again.",
+                                                              "m.jsonl:3: its volume cannot be read. Read it alone with medvlm3d.readers.read_volume: the error says why."]
+    refused(lambda: split_corpus(root/"m.jsonl", **QUIET), "m.jsonl:2: ", "m.jsonl:3: ", "Repair the places named above first.")
+
+
+def test_several_processes_see_what_one_sees(tmp_path):
+    samples, root = listing(tmp_path, 10)
+    write_manifest(root/"m.jsonl", [*samples, replace(samples[0], id="x", split="test")])
+    assert audit(root/"m.jsonl", workers=2, progress=False) == audit(root/"m.jsonl", **QUIET)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb):
+    status, shown = ask(verb, "--help")
+    assert status == 0 and "Usage" in shown
+
+
+def test_the_verbs_in_a_real_shell(tmp_path):
+    "A folder never seen before, from listing to a split that passes; a leak is exit status 1 and one page."
+    script = Path(sys.executable).parent/"medvlm3d"
+    def run(*args): return subprocess.run([script, "data", *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "120", "TERM": "dumb"})
+    root = tmp_path/"brats"
+    for n in range(6): write_brats(root, f"BraTS-GLI-0000{n // 2}-00{n % 2}", n)
+    assert run("brats", root, "--licence", "research only").returncode == 0
+    rows = [json.loads(line) for line in (root/"manifest.jsonl").read_text().splitlines()]
+    (root/"torn.jsonl").write_text("".join(json.dumps({**r, "split": "test" if r["case"].endswith("1") else "train"}) + "\n" for r in rows))
+    torn = run("verify", root/"torn.jsonl", "--workers", 2)
+    assert torn.returncode == 1 and "| patient | 3 |" in torn.stdout and "NOT passed: brats/audit" in torn.stderr and "Traceback" not in torn.stderr
+    done = run("split", root/"torn.jsonl", "--by", "patient", "--shares", "67,0,33", "--tie", "bytes")
+    assert done.returncode == 0, done.stderr
+    assert run("verify", root/"torn-by-patient.jsonl", "--json").returncode == 0
+    failed = run("m3d", root)
+    assert failed.returncode == 1 and "M3D_Cap.json: is missing" in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_the_benchmark_finds_what_it_planted(tmp_path):
+    record = benchmark(tmp_path, 600, 1200, workers=2, progress=False)
+    assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"] and record["manifest-by-case"]["passed"]
+    assert all(step["seconds"] > 0 and 10 < step["peak MB"] < 4000 for step in record["steps"].values())
+    assert json.loads((tmp_path/"scale.json").read_text()) == record
