@@ -141,7 +141,7 @@ def load_folder(root, source="", licence="", rejects=None):
         where, image, known = f"scan {n} (in order of path)", scan.relative_to(root).as_posix(), len(problems)
         case = text and text.relative_to(root).as_posix()
         bad = path_problem(root, image) or ("there is no report beside it" if not text else path_problem(root, case))
-        if bad: problems.append(Problem(where, bad, f"Give a text {'of the same name' if scan.is_file() else 'in its folder'}; `medvlm3d data folder --show {n}` names the scan."))
+        if bad: problems.append(Problem(where, bad, f"Give a text {'of the same name' if scan.is_file() else 'in its folder'}; `medvlm3d data folder ROOT --show {n}` names the scan."))
         words = report_text(read_text(text, where, problems)) if not bad else ""
         if len(problems) > known: continue
         patient = image.split("/")[0] if "/" in image else case

@@ -19,6 +19,7 @@ from medvlm3d.manifest import read_manifest
 from medvlm3d.metrics import offered, parse_choice
 from medvlm3d.raters import (SHEET, agreement, cohen_kappa, disagreement, error_rate, fleiss_kappa, pattern_counts, read_rows, read_sheet, set_verdict,
                              sheet_rows, simulated_names, simulated_votes, votes_from_sheets, write_rows)
+from medvlm3d.runners import run_notebook
 
 SHAPE, STUDIES = (20, 36, 36), 24
 
@@ -311,6 +312,14 @@ def test_run_leaves_tables_figures_and_records(whole, data):
     assert manifest["status"] == "done" and manifest["raters"] == "simulated"
     pairs = read_manifest(data/"crossmodal.jsonl")
     assert len(pairs) == 48 and {p.split for p in pairs} == {"train", "test"} and all(len(p.sha256) == 64 for p in pairs)
+
+
+def test_the_runner_runs_end_to_end_and_its_record_says_simulated(data, tmp_path):
+    record = run_notebook("95_crossmodal", {"out": str(tmp_path/"out"), "data": str(data), "studies": STUDIES, "shape": list(SHAPE), "volumes": 6, "resamples": 60, "seed": 5, "workers": 1}, tmp_path/"out", show=False)
+    text = record.read_text()
+    assert "simulated raters" in text and "generated, layout of BraTS 2023" in text and '"image/png"' in text
+    assert str(tmp_path) not in text and str(ROOT) not in text
+    assert (tmp_path/"out"/"figures"/"agreement.png").exists() and (tmp_path/"out"/"tables"/"agreement.md").exists()
 
 
 def test_simulated_and_generated_are_said_everywhere(whole):
