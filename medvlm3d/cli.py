@@ -149,10 +149,11 @@ def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, DICOM folder or zi
     "Answer questions about one scan, or write its report."
     from medvlm3d.tokenization import report_prompt
     network = load_model(model, device)
-    features, options = network.features_of(scan), [c.strip() for c in choices.split(",")] if choices else None
+    pixels = network.need_processor().pixels(scan)
+    (features, indices), options = network.encode(pixels[None]), [c.strip() for c in choices.split(",")] if choices else None
     answers = [{"question": q, **answer_dict(network.answer(features, q, options))} for q in question or []]
     found = {"answers": answers} if answers else {"report": network.say(features, report_prompt(0))}
-    if overlay: draw_overlay(network, scan, overlay, features, *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
+    if overlay: draw_overlay(overlay, network, pixels, features, indices[0], *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
     print(json.dumps({**found, "notice": NOTICE}, indent=1) if as_json else readable(found))
 
 def load_model(folder, device="auto"):
@@ -178,13 +179,11 @@ def readable(found):
     return "\n".join([*lines, "", NOTICE])
 
 # %% ../nbs/17_cli.ipynb #4d8f40eb
-def draw_overlay(network, scan, path, features, question, answer):
-    "Write a picture: the kept slices of `scan`, and over them where the words of `answer` looked; question None is the report."
+def draw_overlay(path, network, pixels, features, indices, question, answer):
+    "Write a picture: the kept slices of `pixels` (D, H, W), and over them where the words of `answer` looked; question None is the report."
     from medvlm3d.core import atomic_path
     from medvlm3d.looking import look_figure
     from medvlm3d.tokenization import open_prompt
-    pixels = network.need_processor().pixels(scan)
-    indices = network.encode(pixels[None])[1][0]
     figure = look_figure(network, pixels, features, indices, question and open_prompt(question), answer, f"where “{answer[:50]}” looked. {NOTICE}")
     with atomic_path(path) as part: figure.savefig(part, format=path.suffix[1:] or "png", dpi=150)
 

@@ -139,7 +139,7 @@ def agreement_figure(account):
     left.axvline(float(paper), color=".4", ls="--", lw=1, label=f"paper: {paper}")
     left.set(yticks=range(len(rows)), yticklabels=[n for n, _ in rows], xlim=(0, 1.02), xlabel="kappa, before replacement", title=f"{len(account['raters'])} {who(account)}, first round")
     left.invert_yaxis()
-    left.legend(frameon=False, fontsize=8, loc="upper left")
+    left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, .86))
     for i, r in enumerate(account["rounds"]):
         lost = r["judged"] - r["accepted by all"]
         right.bar(i + 1, r["accepted by all"], color="C0", label="accepted by all" if not i else None)

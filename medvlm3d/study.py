@@ -169,7 +169,8 @@ def render(out):
     run, results, name = RunFolder(folder), RunFolder(folder).results, Path(out).name
     if not results: raise MedVLM3DError(relative(folder/"results.json"), "is missing", "Run 92_evaluate first.")
     real = {p.stem: read_json(p) for p in sorted((folder/"real").glob("*.json"))}
-    tables = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open"), "reports": report_table({name: run}, tuple(s for s in results["systems"] if s != "chance")),
+    said = tuple(s for s in results["systems"] if s != "chance")    # there is no chance level for words
+    tables = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open", said), "reports": report_table({name: run}, said),
               "differences": comparison_table(run), "examples": examples_table(folder/"predictions"/"model.jsonl", 1), "real-scans": real_table(real)}
     for stem, table in tables.items(): write_table(table, folder/"tables", stem)
     save_figure(loss_figure(run), folder/"figures", "loss")
