@@ -58,6 +58,7 @@ def make_benchmark(root, modality="CT", train=840, validation=120, test=240, sha
     mode, sizes = mode_of(modality), {"train": train, "validation": validation, "test": test}
     kinds = tuple(kinds or mode.kinds)
     if unknown := sorted(set(kinds) - {*MORE_KINDS}): raise MedVLM3DError(", ".join(unknown), "is no kind of finding", f"Choose from {', '.join(MORE_KINDS)}.")
+    if len(kinds) < 2: raise MedVLM3DError(", ".join(kinds), "is the only kind of finding: to ask for it would be to answer", "Give two kinds or more.")
     config = dict(modality=modality, **sizes, shape=list(shape), radius=list(radius), contrast=contrast, kinds=list(kinds), seed=seed, version=1)
     items = [Item(case, split, draw_variant, tuple(shape), contrast, modality) for split, n, first in numbered(sizes)
              for case in sample_findings(n, seed, radius, first, mode.phases, kinds)]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOTICE', 'app', 'Out', 'To', 'Config', 'Changes', 'frame', 'main', 'is_user_error', 'say', 'info', 'describe',
-           'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'evaluate', 'report', 'predict',
-           'load_model', 'answer_dict', 'readable', 'draw_overlay', 'encode']
+           'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'evaluate', 'report', 'open_scan',
+           'predict', 'load_model', 'answer_dict', 'readable', 'draw_overlay', 'encode', 'crossmodal', 'data_report']
 
 # %% ../nbs/17_cli.ipynb #77c5fa94
 import json, os, sys
@@ -138,23 +138,37 @@ def report(config: Config = "demo", out: Out = None, p: Changes = None):
     run_step("99", config, out, p)
 
 # %% ../nbs/17_cli.ipynb #9c717d78
+def open_scan(scan, **how):
+    "The `Volume` of a scan; what was assumed, repaired or guessed is said."
+    from medvlm3d.readers import read_volume
+    volume = read_volume(scan, **how)
+    for warning in volume.warnings: say(f"note: {warning}")
+    return volume
+
 @app.command()
-def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, DICOM folder or zip, NRRD, NPY, or a folder of slices.")],
+def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, MHA, NRRD, DICOM file, folder or zip, NPY, or a folder of slices.")],
             question: Annotated[Optional[list[str]], typer.Option("-q", "--question", help="A question; may be repeated. None: a report.")] = None,
             choices: Annotated[Optional[str], typer.Option(help="Options of a closed question, separated by commas.")] = None,
             model: Annotated[Optional[Path], typer.Option(help="A model folder; the demo model when not given.")] = None,
             overlay: Annotated[Optional[Path], typer.Option(help="Write a picture of where the words of the (first) answer looked.")] = None,
             device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+            series: Annotated[Optional[int], typer.Option(help="Of several DICOM series: which, from 0.")] = None,
+            frame: Annotated[Optional[int], typer.Option(help="Of several volumes in one file: which, from 0.")] = None,
+            axis_order: Annotated[Optional[str], typer.Option(help="Axes of an array (DHW), or the orientation a header lacks (RAS).")] = None,
+            modality: Annotated[Optional[str], typer.Option(help="CT, MR or PT, where the file does not say.")] = None,
+            intensity: Annotated[Optional[str], typer.Option(help="HU, SUV, arbitrary, grey8 or unit, where the file does not say.")] = None,
+            suv: Annotated[bool, typer.Option(help="PET in SUV; --no-suv reads a series without the tags for it, as relative numbers.")] = True,
+            non_finite: Annotated[str, typer.Option(help="NaN and infinite voxels: error, or replace.")] = "error",
             as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "Answer questions about one scan, or write its report."
     from medvlm3d.tokenization import report_prompt
-    network = load_model(model, device)
-    pixels = network.need_processor().pixels(scan)
+    network, volume = load_model(model, device), open_scan(scan, series=series, frame=frame, axis_order=axis_order, modality=modality, intensity=intensity, suv=suv, non_finite=non_finite)
+    pixels = network.need_processor().pixels(volume)
     (features, indices), options = network.encode(pixels[None]), [c.strip() for c in choices.split(",")] if choices else None
     answers = [{"question": q, **answer_dict(network.answer(features, q, options))} for q in question or []]
     found = {"answers": answers} if answers else {"report": network.say(features, report_prompt(0))}
     if overlay: draw_overlay(overlay, network, pixels, features, indices[0], *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
-    print(json.dumps({**found, "notice": NOTICE}, indent=1) if as_json else readable(found))
+    print(json.dumps({**found, "scan": network.processor.preprocess.describe(volume), "notice": NOTICE}, indent=1) if as_json else readable(found))
 
 def load_model(folder, device="auto"):
     "The model in `folder` (the demo model when None) on `device`; MedVLM3DError if there is none."
@@ -199,13 +213,22 @@ def encode(scans: Annotated[list[Path], typer.Argument(help="Scans, in any forma
     from medvlm3d.core import atomic_path, pick_device, relative
     from medvlm3d.encoder import load_encoder
     from medvlm3d.features import encode_volume
-    from medvlm3d.readers import read_volume
     from medvlm3d.volume import Preprocess
     network, prepare = load_encoder(encoder, size=size, device=pick_device(device)), Preprocess(depth, size, size)
     for scan in tqdm(scans, desc="encode", unit="scan"):
-        volume = read_volume(scan)
+        volume = open_scan(scan)
         features, indices = encode_volume(volume, network, prepare, rho, strategy)
         facts = {"encoder": network.name, "weights": network.weights_hash, "preprocess": json.dumps(prepare.to_dict()), "rho": str(rho), "strategy": strategy}
         with atomic_path(out/f"{volume.source_hash[:16]}.safetensors") as part:
             save_file({"features": features.cpu().contiguous(), "indices": indices.cpu()}, part, facts)
     say(f"done: {len(scans)} in {relative(out)}")
+
+@data_app.command()
+def crossmodal(config: Config = "crossmodal", out: Out = None, p: Changes = None):
+    "The cross-modal benchmark: pairs drafted from masks, judged by raters, split by patient, answered by a model."
+    run_step("95", config, out, p)
+
+@data_app.command("report")
+def data_report(config: Config = "data", out: Out = None, p: Changes = None):
+    "Contact sheets of the phantom, chance without looking, an audit, and the cost of auditing."
+    run_step("96", config, out, p)

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from .core import MedVLM3DError, relative
-from .datasets import PLANE_NAMES, Problem, Sample, is_series, path_problem, read_text, report_text, settle, text_problem
+from .checks import PLANE_NAMES, Problem, Sample, path_problem, read_text, settle, text_problem
+from .datasets import is_series, report_text
 
 # %% ../nbs/09b_corpora.ipynb #beb9c0fa
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def is_dicom(path):
 
 def find_scans(root):
     "The scans below `root`, in order of path: files, and folders of pictures or DICOM."
+    if not Path(root).is_dir(): raise MedVLM3DError(relative(root), "is no folder", "Give the folder that holds the scans.")
     scans, folders = [], [Path(root)]
     while folders:
         entries = sorted((folder := folders.pop()).iterdir())

@@ -17,7 +17,7 @@ import numpy as np
 
 from .core import MedVLM3DError, relative
 from .corpora import AUTOPET, Study
-from .datasets import Sample
+from .datasets import Sample, read_image
 from .raters import simulated_votes
 from .readers import read_volume
 from .resample import foreground_box
@@ -76,7 +76,7 @@ def study_facts(study, kind):
     "The `Facts` of one volume of a `Study`; MedVLM3DError says why none can be drawn from it."
     if study.mask is None: raise MedVLM3DError("the study", "has no mask", "Only studies with masks can be asked about.")
     modality = modality_of(kind)
-    volume = reorient(replace(read_volume(study.images[kind]), modality=modality), "axial")
+    volume = reorient(read_image(study.images[kind], modality), "axial")
     mask = reorient(read_volume(study.mask), "axial")
     if mask.shape != volume.shape: raise MedVLM3DError("the mask", "lies on another grid than the volume", "Restore the files.")
     side, level, shares = place_of(volume, mask.array > 0)
@@ -170,7 +170,7 @@ def three_planes(volume, mask=None, at=None):
 
 def show_pair(axes, pair, facts, outline=True):
     "Draw the volume of a pair on three axes, with its question and the answer to be judged as title."
-    volume = reorient(read_volume(facts.image), "axial")
+    volume = reorient(read_image(facts.image, facts.modality), "axial")
     mask = reorient(read_volume(facts.mask), "axial").array > 0
     at = largest_lesion(mask).round().astype(int) if outline else None
     top = 10. if facts.modality == "PT" else float(np.percentile(volume.array, 99.5))

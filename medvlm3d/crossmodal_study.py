@@ -14,6 +14,7 @@ from pathlib import Path
 from .core import MedVLM3DError, open_run, project_root, sha256_json, write_json
 from .corpora import load_autopet, load_brats
 from .crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies, review, show_pair, simulated_raters, split_by_patient
+from .datasets import read_image
 from .evaluation import chance_scores, constant_predictions, evaluate_systems, lookup, score_predictions
 from .features import StoreSpec, encode_images
 from .layouts import is_generated, write_layout
@@ -58,11 +59,11 @@ def build(out, data, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0,
 
 # %% ../nbs/16c_crossmodal_study.ipynb #76d72cfe
 def see(model, data, samples, progress=True):
-    "Feature store of the samples' volumes as the model's own processor and encoder see them."
+    "Feature store of the samples' volumes, read as the modality they are listed under, as the model's own processor and encoder see them."
     config = model.config
-    how = (model.encoder, Preprocess.from_dict(config.preprocess), config.rho, config.selection)
-    path = Path(data)/f"features-{sha256_json(StoreSpec.of(*how).to_dict())[:8]}"
-    return encode_images(path, data, [s.image for s in samples], *how, progress=progress)
+    how, more = (model.encoder, Preprocess.from_dict(config.preprocess), config.rho, config.selection), dict(seed=config.seed, grid=tuple(config.grid), read=read_image)
+    path = Path(data)/f"features-{sha256_json(StoreSpec.of(*how, **more).to_dict())[:8]}"
+    return encode_images(path, data, [s.image for s in samples], *how, **more, modalities={s.image: s.modality for s in samples}, progress=progress)
 
 def score(out, data, pairs, model=None, seed=0, resamples=2000, progress=True):
     "Scores on the test pairs, of all and by modality, with a model or without; written to `results.json`."

@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from .core import MedVLM3DError, relative, write_json, write_text
-from .datasets import SIDES, Problem, is_m3d, read_image, scan_m3d
-from .manifest import scan_manifest, sha256_image
+from .checks import SIDES, Problem
+from .datasets import read_image, scan_m3d
+from .manifest import listing_of, scan_manifest, sha256_image
 from .similarity import KEPT, near_texts, near_volumes, volume_hash
 
 # %% ../nbs/09d_leakage.ipynb #7642dd54
@@ -166,7 +167,7 @@ def open_corpus(path, root=None):
     "(read, root): `read(problems)` gives the samples of a manifest (.jsonl) or a folder in M3D's layout; images lie below `root`."
     path = Path(path)
     if not path.exists(): raise MedVLM3DError(relative(path), "does not exist", "Give a manifest (.jsonl) or a folder in M3D's layout.")
-    if path.is_dir() and not is_m3d(path) and (path/"manifest.jsonl").exists(): path = path/"manifest.jsonl"
+    path = listing_of(path)
     if path.is_dir(): return partial(scan_m3d, path), path
     return (lambda problems: scan_manifest(path, problems, root)), Path(root or path.parent)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIELDS', 'NEEDED', 'KINDS', 'to_record', 'write_manifest', 'sha256_image', 'with_hashes', 'no_constant', 'parse_line',
-           'is_text', 'form_problems', 'to_sample', 'scan_manifest', 'read_manifest', 'load_samples', 'check_lengths',
-           'words_hash', 'image_state', 'pin_data']
+           'is_text', 'form_problems', 'to_sample', 'scan_manifest', 'read_manifest', 'listing_of', 'samples_root',
+           'sharing', 'load_samples', 'check_lengths', 'words_hash', 'image_state', 'pin_data']
 
 # %% ../nbs/09a_manifest.ipynb #90e51c2c
 import hashlib, json, re
@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from .core import MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, write_json
-from .datasets import PLANE_NAMES, SIDES, Problem, Sample, by_image, load_m3d, path_problem, settle, side_problem, text_lines, text_problem
+from .datasets import is_m3d, load_m3d
+from .checks import PLANE_NAMES, SIDES, Problem, Sample, by_image, path_problem, settle, shared_cases, side_problem, text_lines, text_problem
 from .tokenization import target_ids
 
 # %% ../nbs/09a_manifest.ipynb #57c8db40
@@ -111,10 +112,29 @@ def read_manifest(path, root=None, allow_shared=False, rejects=None):
     settle(relative(path), problems + leaks, None if leaks else rejects)
     return samples
 
-def load_samples(path, allow_shared=False, rejects=None):
-    "The samples of a manifest (a .jsonl file) or of a folder in M3D's layout."
-    read = load_m3d if Path(path).is_dir() else read_manifest
-    return read(path, allow_shared=allow_shared, rejects=rejects)
+def listing_of(path):
+    "`path`, or the `manifest.jsonl` in it where it is a folder that is not laid out as M3D."
+    path = Path(path)
+    return path/"manifest.jsonl" if path.is_dir() and not is_m3d(path) and (path/"manifest.jsonl").exists() else path
+
+def samples_root(path):
+    "The folder below which the images of a corpus lie: the folder itself, or that of its manifest."
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+def sharing(samples):
+    "How many cases and reports stand on more than one side: what is written into a run that was allowed to use them."
+    sides = {}
+    for s in samples: sides.setdefault(" ".join(s.answer.lower().split()) if s.task == "report" else "", set()).add(SIDES.get(s.split, s.split))
+    return {"allowed": True, "cases": len(shared_cases(samples)), "reports": sum(len(found - {""}) > 1 for text, found in sides.items() if text)}
+
+def load_samples(path, allow_shared=False, rejects=None, run=None):
+    """The samples of a manifest (.jsonl) or of a folder in M3D's layout, validated in full; what trains or tests begins here.
+
+    With a `run` (a `RunFolder`), an allowance is written into its manifest, with what it let pass."""
+    path = listing_of(path)
+    samples = (load_m3d if path.is_dir() else read_manifest)(path, allow_shared=allow_shared, rejects=rejects)
+    if run and allow_shared: run.note(shared=sharing(samples))
+    return samples
 
 # %% ../nbs/09a_manifest.ipynb #24ebb36c
 def check_lengths(samples, tokenizer, room, policy="error"):

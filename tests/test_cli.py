@@ -10,9 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
+from scan_files import PET, patient, save_dicom
+from typer.testing import CliRunner
+
+from medvlm3d.cli import app
+from medvlm3d.core import MedVLM3DError
 
 SCRIPT = Path(sys.executable).parent/"medvlm3d"
-VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "predict", "encode", "data", "data phantom"]
+VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "predict", "encode", "data", "data phantom", "data crossmodal"]
 NOTICE = "Research use only, not a medical device"
 DEMO = ROOT/"reports"/"demo"/"model"
 
@@ -75,6 +80,62 @@ def test_predict_report_and_overlay(model, scan, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert NOTICE in shown.stdout and "DOE" not in shown.stdout + shown.stderr
     assert (tmp_path/"seen.png").read_bytes()[:4] == b"\x89PNG"
+
+
+VOXELS = np.random.default_rng(1).integers(0, 900, (9, 8, 7)).astype(np.int16)
+
+
+def two_series(folder):
+    array, affine = patient(VOXELS, "SPL")
+    save_dicom(save_dicom(folder/"two", array, affine), array[:4], affine, series=2, Modality="MR")
+    return folder/"two"
+
+
+def nifti(name, array, **header):
+    def make(folder):
+        image = nib.Nifti1Image(array, np.diag([2., 2., 5., 1.]))
+        if header: image.set_sform(None, 0), image.set_qform(None, 0)
+        nib.save(image, folder/name)
+        return folder/name
+    return make
+
+
+def array_file(folder):
+    np.save(folder/"x.npy", VOXELS)
+    return folder/"x.npy"
+
+
+def pet(folder): return save_dicom(folder/"pet", *patient(VOXELS, "SPL"), **{**PET, "PatientWeight": ""})
+
+
+HOLES = VOXELS.astype(np.float32)
+HOLES[0, 0, :3] = np.nan
+CHOICES = {  # what is asked for: (scan, what it says without the option, the options, what the record then holds)
+    "series": (two_series, "Choose one with series=0 to 1", ["--series", 1], {"modality": "MR"}),
+    "frame": (nifti("four.nii.gz", np.stack([VOXELS, VOXELS], -1)), "Choose one with frame=0 to 1", ["--frame", 1], {"voxels": [7, 8, 9]}),
+    "axis order": (array_file, "Pass axis_order", ["--axis-order", "HWD"], {"voxels": [7, 9, 8], "assumed": True}),
+    "an orientation": (nifti("none.nii", VOXELS, codes=0), "pass axis_order", ["--axis-order", "LAS"], {"voxels": [7, 8, 9]}),
+    "non-finite": (nifti("holes.nii", HOLES), "3 of 504 voxels are NaN", ["--non-finite", "replace"], {"voxels": [7, 8, 9]}),
+    "no SUV": (pet, "read it with suv=False", ["--no-suv"], {"modality": "PT", "intensity": "arbitrary"}),
+    "unit": (nifti("uptake.nii", VOXELS), None, ["--intensity", "SUV"], {"modality": "PT", "intensity": "SUV", "window": None}),
+    "modality": (nifti("head.nii", VOXELS), None, ["--modality", "MR"], {"modality": "MR", "intensity": "arbitrary"}),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_what_a_file_leaves_open_is_told_to_predict(choice, model, tmp_path):
+    "Without the option the error names it; with it the answer comes, the record says what was read, and notes are shown."
+    make, missing, options, expected = CHOICES[choice]
+    def ask(*more): return CliRunner().invoke(app, ["predict", str(make(tmp_path)), "--model", str(model), "-q", "Which plane?", "--choices", "axial,coronal", "--json", *map(str, more)])
+    if missing:
+        refused = ask()
+        assert refused.exit_code == 1 and isinstance(refused.exception, MedVLM3DError) and missing in str(refused.exception)
+    told = ask(*options)
+    assert told.exit_code == 0, told.exception
+    record = json.loads(told.stdout)["scan"]
+    assert {k: record[k] for k in expected} == expected
+    assert [f"note: {w}" for w in record["warnings"]] == [line for line in told.stderr.splitlines() if line.startswith("note: ")]
+    assert "Zaphod" not in told.stdout + told.stderr
 
 
 def test_demo_model_answers(scan):

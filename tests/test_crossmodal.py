@@ -9,17 +9,19 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
+from typer.testing import CliRunner
 
 from medvlm3d.core import MedVLM3DError
+from medvlm3d.cli import app
 from medvlm3d.corpora import load_autopet, load_brats
 from medvlm3d.crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, Facts, collect_facts, load_phantom_studies, review, simulated_raters, split_by_patient, study_facts, true_answer
 from medvlm3d.crossmodal_study import accuracy_table, agreement_figure, agreement_table, open_corpora, run, source_table
+from medvlm3d.datasets import read_image
 from medvlm3d.layouts import sample_brains, write_layout
 from medvlm3d.manifest import read_manifest
 from medvlm3d.metrics import offered, parse_choice
 from medvlm3d.raters import (SHEET, agreement, cohen_kappa, disagreement, error_rate, fleiss_kappa, pattern_counts, read_rows, read_sheet, set_verdict,
                              sheet_rows, simulated_names, simulated_votes, votes_from_sheets, write_rows)
-from medvlm3d.runners import run_notebook
 
 SHAPE, STUDIES = (20, 36, 36), 24
 
@@ -57,6 +59,17 @@ def test_sides_are_those_of_the_drawing(data, facts):
     brains = [f for f in facts[0] if f.source.startswith("BraTS")]
     assert len(brains) > STUDIES // 2
     for f in brains: assert (f.side, f.level) == truth[f.case]
+
+
+def test_volumes_are_read_in_the_unit_of_their_modality(studies):
+    expected = {"MR": ("MR", "arbitrary"), "CT": ("CT", "HU"), "PT": ("PT", "SUV"), **dict.fromkeys(("t1n", "t1c", "t2w", "t2f"), ("MR", "arbitrary"))}
+    seen = set()
+    for study in (studies[0], studies[STUDIES], studies[-1]):
+        for kind, path in study.images.items():
+            volume = read_image(path)
+            assert (volume.modality, volume.intensity) == expected[kind], kind
+            seen.add(kind)
+    assert seen == set(expected)
 
 
 def test_left_stays_left_however_the_file_is_stored(studies, tmp_path):
@@ -314,9 +327,12 @@ def test_run_leaves_tables_figures_and_records(whole, data):
     assert len(pairs) == 48 and {p.split for p in pairs} == {"train", "test"} and all(len(p.sha256) == 64 for p in pairs)
 
 
-def test_the_runner_runs_end_to_end_and_its_record_says_simulated(data, tmp_path):
-    record = run_notebook("95_crossmodal", {"out": str(tmp_path/"out"), "data": str(data), "studies": STUDIES, "shape": list(SHAPE), "volumes": 6, "resamples": 60, "seed": 5, "workers": 1}, tmp_path/"out", show=False)
-    text = record.read_text()
+def test_the_verb_runs_end_to_end_and_its_record_says_simulated(data, tmp_path):
+    "`medvlm3d data crossmodal`, which is runner 95."
+    given = {"data": data, "studies": STUDIES, "shape": list(SHAPE), "volumes": 6, "model": "''", "resamples": 60, "seed": 5, "workers": 1}
+    done = CliRunner().invoke(app, ["data", "crossmodal", "--out", str(tmp_path/"out"), *(x for k, v in given.items() for x in ("-p", f"{k}={v}"))])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    text = (tmp_path/"out"/"notebooks"/"95_crossmodal.ipynb").read_text()
     assert "simulated raters" in text and "generated, layout of BraTS 2023" in text and '"image/png"' in text
     assert str(tmp_path) not in text and str(ROOT) not in text
     assert (tmp_path/"out"/"figures"/"agreement.png").exists() and (tmp_path/"out"/"tables"/"agreement.md").exists()

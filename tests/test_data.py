@@ -16,20 +16,22 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from medvlm3d.core import MedVLM3DError
+from medvlm3d.benchmark import make_benchmark
+from medvlm3d.cli import app
+from medvlm3d.core import MedVLM3DError, RunFolder
 from medvlm3d.corpora import BRATS, load_autopet, load_brats, load_folder, study_samples
 from medvlm3d.data_cli import data_app
-from medvlm3d.datasets import COLUMNS, Sample, load_m3d, read_image, read_m3d
+from medvlm3d.datasets import COLUMNS, Sample, image_reader, load_m3d, read_image, read_m3d
 from medvlm3d.leakage import audit, find_ties, take_census
-from medvlm3d.manifest import check_lengths, pin_data, read_manifest, scan_manifest, with_hashes, write_manifest
+from medvlm3d.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root, scan_manifest, with_hashes, write_manifest
 from medvlm3d.phantom import make_phantom
-from medvlm3d.scale import benchmark, varied_report
+from medvlm3d.scale import varied_report
 from medvlm3d.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
 from medvlm3d.split import assign, groups_of, split_corpus
 
 NAME = "Beeblebrox_Zaphod_1952-03-11"
 QUIET = dict(workers=1, progress=False)
-VERBS = ("phantom", "m3d", "brats", "autopet", "folder", "verify", "split", "benchmark")
+VERBS = ("phantom", "probe", "layout", "m3d", "brats", "autopet", "folder", "verify", "split", "benchmark", "crossmodal", "report")
 LISTS = ("train", "validation", "test", "test1k", "test500", "test100", "hard_test")
 
 
@@ -172,6 +174,23 @@ def test_raw_folders_that_are_none(tmp_path):
     assert NAME not in refused(lambda: load_m3d(tmp_path), "is not named with six digits", "medvlm3d data folder")
 
 
+def test_a_phantom_is_listed_and_read_as_the_modality_it_was_drawn_in(tmp_path):
+    for modality in ("CT", "MR", "PT"):
+        make_benchmark(tmp_path/modality, modality, train=2, validation=0, test=1, shape=(8, 32, 32), **QUIET)
+        samples = load_m3d(tmp_path/modality)
+        assert {s.modality for s in samples} == {read_image(tmp_path/modality/s.image).modality for s in samples[:3]} == {modality}
+
+
+def test_numbers_are_read_as_what_the_corpus_says_they_are(tmp_path):
+    "Values that would pass for Hounsfield units, under the names of BraTS and AutoPET, and under a manifest's word."
+    for name in ("BraTS-GLI-00002-000-t2f.nii.gz", "SUV.nii.gz", "CTres.nii.gz", "scan.nii.gz"): write_nifti(tmp_path/name, 1000 * smooth(0, (8, 8, 6)) - 700)
+    found = {name: read_image(tmp_path/name) for name in ("BraTS-GLI-00002-000-t2f.nii.gz", "SUV.nii.gz", "CTres.nii.gz", "scan.nii.gz")}
+    assert [(v.modality, v.intensity) for v in found.values()] == [("MR", "arbitrary"), ("PT", "SUV"), ("CT", "HU"), ("CT", "HU")]
+    assert "taken for CT in HU because of its values" in found["scan.nii.gz"].warnings and "PT, SUV: as told" in found["SUV.nii.gz"].warnings
+    read = image_reader(tmp_path, [Sample("1", "c", "scan.nii.gz", "", "image", "Image", modality="MR")])
+    assert (read("scan.nii.gz").modality, read(tmp_path/"scan.nii.gz").intensity) == ("MR", "arbitrary")
+
+
 # --- faults of lists and tables -------------------------------------------------------------------------------------
 
 def test_all_faults_of_m3d_are_named_at_once(m3d, tmp_path):
@@ -288,6 +307,19 @@ def test_a_case_or_report_on_two_sides_of_a_manifest(tmp_path):
     assert len(read_manifest(root/"m.jsonl", allow_shared=True)) == 7
     write_manifest(root/"m.jsonl", [*samples[:-1], replace(samples[-1], answer=f"  {samples[0].answer.upper()}")])
     refused(lambda: read_manifest(root/"m.jsonl"), "m.jsonl:6: its report stands in train (m.jsonl:1) and in test", "Split again")
+
+
+def test_one_door_for_a_manifest_and_an_m3d_folder(tmp_path, m3d):
+    "What trains begins with `load_samples`: whole before the first step, and an allowance is written into the run."
+    samples, root = listing(tmp_path, 6)
+    write_manifest(root/"manifest.jsonl", samples)
+    assert load_samples(root) == load_samples(root/"manifest.jsonl") == samples and samples_root(root) == samples_root(root/"manifest.jsonl") == root
+    assert load_samples(m3d) == load_m3d(m3d)
+    refused(lambda: load_samples(tmp_path/"nowhere"), "nowhere: is no file", "Make a manifest")
+    write_manifest(root/"manifest.jsonl", [*samples, replace(samples[0], id="x", split="test")])
+    refused(lambda: load_samples(root), "manifest.jsonl:7: its case stands in train (manifest.jsonl:1) and in test")
+    run = RunFolder(tmp_path/"run")
+    assert len(load_samples(root, allow_shared=True, run=run)) == 7 and run.manifest == {"shared": {"allowed": True, "cases": 1, "reports": 1}}
 
 
 def test_reading_remembers_no_words(tmp_path):
@@ -565,6 +597,55 @@ def test_every_verb_has_help(verb):
     assert status == 0 and "Usage" in shown
 
 
+def test_no_verb_is_forgotten():
+    assert {command.name or command.callback.__name__ for command in data_app.registered_commands} == {*VERBS}
+
+
+SMALL = ("--depth", 8, "--size", 32, "--workers", 1)
+DRAWN = {"phantom": (("phantom", "--train", 8, "--validation", 4, "--test", 4), "m3d", {"modality": "CT", "source": "M3D"}),
+         "pet": (("phantom", "--train", 8, "--validation", 4, "--test", 4, "--modality", "PT", "--contrast", .7, "--radius", "20,30", "--kind", "mass", "--kind", "nodule"), "m3d", {"modality": "PT"}),
+         "probe": (("probe", "mirror", "--test", 4, "--scale", 1.2, "--contrast", .9), "m3d", {"modality": "CT", "type": "Report"}),
+         "brats": (("layout", "brats", "--studies", 4), "brats", {"modality": "MR", "source": "BraTS 2023"}), "autopet": (("layout", "autopet", "--studies", 4), "autopet", {"modality": "CT", "source": "AutoPET"})}
+
+
+@pytest.mark.parametrize("made", DRAWN)
+def test_what_is_drawn_can_be_listed_verified_and_split(made, tmp_path):
+    "From an empty folder by four verbs; the same drawing again changes nothing, another one is refused."
+    (verb, *args), listing_verb, expected = DRAWN[made]
+    root = tmp_path/made
+    assert ask(verb, *args, "--out", root, *SMALL)[0] == 0
+    assert ask(listing_verb, root)[0] == 0 and ask(verb, *args, "--out", root, *SMALL)[0] == 0
+    status, shown = ask(verb, *args, "--out", root, *SMALL, "--seed", 1)
+    assert status == 1 and "with other parameters" in shown
+    rows = [json.loads(line) for line in (root/"manifest.jsonl").read_text().splitlines()]
+    assert {k: rows[0][k] for k in expected} == expected
+    assert ask("verify", root/"manifest.jsonl", "--workers", 1, "--no-images", "--allow", "text", "--allow", "near text")[0] == 0
+    assert ask("split", root/"manifest.jsonl", "--by", "patient", "--tie", "bytes", "--shares", "50,0,50", "--workers", 1)[0] == 0
+    assert {s.split for s in read_manifest(root/"manifest-by-patient.jsonl", allow_shared=True)} == {"train", "test"}
+
+
+@pytest.mark.parametrize("args", [("phantom", "--contrast", 5), ("phantom", "--train", -1), ("phantom", "--out", __file__), ("layout", "brats"), ("benchmark", "--out", "x", "--volumes", 0)])
+def test_what_cannot_be_drawn_is_a_matter_of_usage(args): assert ask(*args)[0] == 2
+
+
+NOWHERE = {"m3d": "Give the folder that holds it", "brats": "holds no study", "autopet": "holds no study", "folder": "is no folder", "verify": "does not exist", "split": "does not exist"}
+
+
+@pytest.mark.parametrize("verb", NOWHERE)
+def test_a_folder_that_is_not_there(verb, tmp_path):
+    status, shown = ask(verb, tmp_path/"nowhere")
+    assert status == 1 and NOWHERE[verb] in shown
+
+
+def test_what_is_set_aside_is_counted_and_leaves_with_one(m3d, tmp_path):
+    (m3d/m3d_image(4)).with_name("text.txt").write_text("")
+    status, shown = ask("m3d", m3d)
+    assert status == 1 and "the report is empty" in shown and not (m3d/"manifest.jsonl").exists()
+    status, shown = ask("m3d", m3d, "--rejects", tmp_path/"rejects.jsonl")
+    assert status == 1 and "1 problems set aside: rejects.jsonl" in shown and len((tmp_path/"rejects.jsonl").read_text().splitlines()) == 1
+    assert len(read_manifest(m3d/"manifest.jsonl")) == len(load_m3d(m3d, rejects=tmp_path/"rejects.jsonl"))
+
+
 def test_the_verbs_in_a_real_shell(tmp_path):
     "A folder never seen before, from listing to a split that passes; a leak is exit status 1 and one page."
     script = Path(sys.executable).parent/"medvlm3d"
@@ -583,8 +664,16 @@ def test_the_verbs_in_a_real_shell(tmp_path):
     assert failed.returncode == 1 and "M3D_Cap.json: is missing" in failed.stderr and "Traceback" not in failed.stderr
 
 
-def test_the_benchmark_finds_what_it_planted(tmp_path):
-    record = benchmark(tmp_path, 600, 1200, workers=2, progress=False)
+def test_the_data_report_finds_what_it_planted(tmp_path):
+    "Runner 96 by its verb: sheets, balance, an audit, and verify and split timed on a corpus with known leaks."
+    given = {"data": tmp_path/"data", "corpus": "''", "shape": "[8,32,32]", "sizes": "[[8,32,32]]", "drawn": 8, "asked": 240, "volumes": 600, "questions": 1200}
+    done = CliRunner().invoke(app, ["data", "report", "--out", str(tmp_path/"out"), *(x for k, v in given.items() for x in ("-p", f"{k}={v}"))])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    run = RunFolder(tmp_path/"out")
+    record = run.results["scale"]
+    assert run.status == "done" and run.results["audit"]["allowed"] == ["near text", "text"] and run.results["audit"]["passed"] and (run/"audit"/"audit.md").exists()
+    assert {p.stem for p in (run/"tables").glob("*.md")} == {"balance", "speed", "audit", "scale"} and {p.stem for p in (run/"figures").glob("*.png")} == {"phantom-CT", "phantom-MRI", "phantom-PET", "probes"}
+    assert str(tmp_path) not in (run/"notebooks"/"96_data.ipynb").read_text() and all(0 < v["a second"] < 1e4 for sizes in run.results["speed"].values() for v in sizes.values())
     assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"] and record["manifest-by-case"]["passed"]
     assert all(step["seconds"] > 0 and 10 < step["peak MB"] < 4000 for step in record["steps"].values())
-    assert json.loads((tmp_path/"scale.json").read_text()) == record
+    assert json.loads((tmp_path/"data"/"scale"/"scale.json").read_text()) == record

@@ -137,6 +137,7 @@ def test_unknown_modality_phase_and_kind_are_refused(tmp_path):
     with pytest.raises(MedVLM3DError, match="US: is no modality.*CT, MR, PT"): draw_mode(case, "US")
     with pytest.raises(MedVLM3DError, match="has the phase.*which MRI has not.*T1-weighted"): draw_mode(case, "MR")
     with pytest.raises(MedVLM3DError, match="wart: is no kind of finding.*nodule"): make_benchmark(tmp_path/"x", kinds=("wart",))
+    with pytest.raises(MedVLM3DError, match="cyst: is the only kind of finding.*Give two kinds"): make_benchmark(tmp_path/"x", kinds=("cyst",))
 
 
 def test_an_effusion_is_behind_a_lung_and_organs_stay_balanced():

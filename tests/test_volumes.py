@@ -208,10 +208,24 @@ def test_what_is_told_is_noted_and_never_contradicts_a_header(tmp_path, voxels):
     assert (pet.modality, pet.intensity) == ("PT", "SUV") and "SUV: as told" in pet.warnings
     assert (read_volume(path, modality="MR").modality, read_volume(path, modality="MR", intensity="unit").intensity) == ("MR", "unit")
     with pytest.raises(MedVLM3DError, match="pet.nii.gz.*'SUVs'.*Use one of HU, SUV, arbitrary, grey8, unit"): read_volume(path, intensity="SUVs")
+    with pytest.raises(MedVLM3DError, match="pet.nii.gz.*'MRI'.*Use one of CT, MR, PT, unknown"): read_volume(path, modality="MRI")
     series = save_dicom(tmp_path/"ct", array, affine)
     assert read_volume(series, modality="CT", intensity="HU").intensity == "HU"
     with pytest.raises(MedVLM3DError, match="states its intensity in HU, not SUV"): read_volume(series, intensity="SUV")
     with pytest.raises(MedVLM3DError, match="states the modality CT, not MR"): read_volume(series, modality="MR")
+
+
+@pytest.mark.parametrize("option, value", [("series", 1), ("frame", 0), ("axis_order", "RAS"), ("suv", False)])
+def test_an_option_without_effect_is_refused(tmp_path, voxels, option, value):
+    "Of every kind of file the options that it takes, and no others."
+    takes = {"a.nii": {"frame", "axis_order"}, "a.nrrd": {"frame", "axis_order"}, "a.mha": {"frame", "axis_order"}, "a.npy": {"axis_order"}, "series": {"series", "suv"}, "axial": set()}
+    files(tmp_path, voxels)
+    np.save(tmp_path/"a.npy", voxels)
+    (tmp_path/"axial").mkdir()
+    for i in range(3): Image.fromarray(np.full((8, 9), i, np.uint8)).save(tmp_path/"axial"/f"{i}.png")
+    for name, taken in takes.items():
+        if option in taken: continue
+        with pytest.raises(MedVLM3DError, match=f"{name}: has nothing to choose by {option}. Leave it out"): read_volume(tmp_path/name, **{option: value})
 
 
 def test_a_window_is_for_hu_alone(voxels):
