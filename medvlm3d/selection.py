@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'pool_slices', 'adjacent_similarity', 'slice_scores', 'kept_count', 'lowest_scores', 'evenly_spaced',
            'random_slices', 'farthest_points', 'indices_ahead', 'check_finite', 'select_indices', 'select_slices',
-           'encode_selected']
+           'as_kept', 'encode_selected']
 
 # %% ../nbs/03_selection.ipynb #f8e35584
 from fractions import Fraction
@@ -106,9 +106,13 @@ def select_slices(features, rho=28, strategy="cosine", seed=0):
     return features[indices], indices
 
 # %% ../nbs/03_selection.ipynb #4dee4122
+def as_kept(features):
+    "Features rounded to bf16, the precision in which they are kept, in the float type they came in."
+    return features.to(torch.bfloat16).to(features.dtype)
+
 def encode_selected(encode, volume, rho=28, strategy="cosine", seed=0):
-    "Features (D̂, N, C) of the kept slices of a volume (D, H, W), and their indices; `encode` maps (D, H, W) to (D, N, C)."
+    "Features (D̂, N, C) of the kept slices of a volume (D, H, W), rounded as they are kept, and their indices; `encode` maps (D, H, W) to (D, N, C)."
     indices = indices_ahead(len(volume), rho, strategy, seed)
-    if indices is None: return select_slices(encode(volume), rho, strategy, seed)
-    check_finite(features := encode(volume[indices.to(volume.device)]))
-    return features, indices.to(features.device)
+    if indices is None: features, indices = select_slices(encode(volume), rho, strategy, seed)
+    else: check_finite(features := encode(volume[indices.to(volume.device)]))
+    return as_kept(features), indices.to(features.device)

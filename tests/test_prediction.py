@@ -1,0 +1,76 @@
+"""One file of answers from two ranks of which one was killed: the same as from one, though every decision is a near-tie."""
+import random
+import signal
+
+import pytest
+import torch
+from processes import torchrun, two_ranks
+
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.datasets import load_m3d
+from medvlm3d.features import FeatureStore, encode_images
+from medvlm3d.model import MedVLM3D, tiny
+from medvlm3d.phantom import make_phantom
+from medvlm3d.prediction import main, parts_of, predict_items, read_predictions
+
+KILLED = """
+import os, signal, sys
+import medvlm3d.prediction as prediction
+from medvlm3d.ranks import or_one_line
+count, answer_batch = 0, prediction.answer_batch
+def dies(*args, **how):
+    global count
+    count += 1
+    if count > 2 and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+    return answer_batch(*args, **how)
+prediction.answer_batch = dies
+or_one_line(lambda: prediction.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    "A phantom with its features, and a model whose output rows differ in their last bits only: every word is a near-tie."
+    root, model = tmp_path_factory.mktemp("asked"), tiny()
+    make_phantom(root/"data", train=1, validation=1, test=6, shape=(8, 64, 64), workers=1, progress=False)
+    samples = [s for s in load_m3d(root/"data") if s.split == "test"]
+    encode_images(root/"store", root/"data", [s.image for s in samples], model.encoder, model.processor.preprocess, model.config.rho, progress=False)
+    weight = model.get_output_embeddings().weight
+    with torch.no_grad(): weight.copy_(weight[0] + 1e-7 * weight)
+    model.save_pretrained(root/"model")
+    return root, samples
+
+
+def said(lines): return {line["id"]: (line["prediction"], line["tokens"], line["error"]) for line in lines}
+
+
+def test_neither_ranks_nor_batches_nor_order_change_an_answer(corpus, tmp_path):
+    root, samples = corpus
+    typed = [root/"model", root/"data", root/"store", tmp_path/"two.jsonl", "--max-new-tokens", "4", "--quiet"]
+    codes, told, _ = two_ranks(KILLED, *typed, "--batch-size", "3")
+    assert codes == [1, -signal.SIGKILL] and "lost another rank" in told[0]
+    left = [line for part in parts_of(tmp_path/"two.jsonl").glob("*-of-2.jsonl") for line in read_predictions(part)]
+    assert 0 < len(left) < len(samples) and not (tmp_path/"two.jsonl").exists()
+    done = torchrun("medvlm3d.prediction", *typed, "--batch-size", "7")
+    assert done.returncode == 0, done.stderr
+    lines = read_predictions(tmp_path/"two.jsonl")
+    assert [line["id"] for line in lines] == [s.id for s in samples] and not parts_of(tmp_path/"two.jsonl").exists()
+    assert {line["id"]: line["ms"] for line in left}.items() <= {line["id"]: line["ms"] for line in lines}.items()   # taken over, not answered again
+    model, store = MedVLM3D.from_pretrained(root/"model"), FeatureStore(root/"store")
+    for batch_size in (1, 32):
+        shuffled = random.Random(batch_size).sample(samples, len(samples))
+        alone = predict_items(model, model.processor, shuffled, store, batch_size, tmp_path/f"{batch_size}.jsonl", max_new_tokens=4, progress=False)
+        assert said(alone) == said(lines)
+        scores = {line["id"]: line["option_logprobs"] or [] for line in alone}
+        assert all(abs(a - b) < 1e-4 for line in lines for a, b in zip(line["option_logprobs"] or [], scores[line["id"]], strict=True))
+
+
+def test_answers_of_another_model_or_split_are_refused(corpus, tmp_path):
+    root, samples = corpus
+    typed = [str(root/"model"), str(root/"data"), str(root/"store"), str(tmp_path/"a.jsonl"), "--quiet", "--max-new-tokens", "2", "--by"]
+    first = main([*typed, "options"])
+    assert len(first) == len(samples) and all(line["option_logprobs"] for line in first if line["task"] == "closed")
+    with pytest.raises(MedVLM3DError, match=r"a.jsonl: was answered by another model or with other settings \(\w{16} → \w{16}\). Delete"): main([*typed, "words"])
+    with pytest.raises(MedVLM3DError, match="a.jsonl: holds an answer to another question"): main([*typed, "options", "--split", "train"])
+    with pytest.raises(MedVLM3DError, match="nowhere: has no samples. Choose a split"): main([*typed, "options", "--split", "nowhere"])
+    assert not parts_of(tmp_path/"a.jsonl").exists()
