@@ -6,8 +6,8 @@
 __all__ = ['TYPE_ORDER', 'M3D_TEXT', 'SCHEMA', 'COMPARED', 'ratio', 'ordered', 'cell', 'with_groups', 'grouped_cells',
            'likeliest', 'accuracy_values', 'closed_scores', 'free_text_scores', 'fact_report', 'probabilities',
            'calibration', 'score_predictions', 'chance_scores', 'central', 'constant_predictions', 'item_values',
-           'paired', 'compare', 'evaluate_systems', 'lookup', 'other_images', 'predict_items', 'prediction_line',
-           'read_predictions', 'cluster_bootstrap']
+           'paired', 'compare', 'holm_table', 'evaluate_systems', 'lookup', 'other_images', 'predict_items',
+           'prediction_line', 'read_predictions', 'cluster_bootstrap']
 
 # %% ../nbs/13_evaluation.ipynb #95342594
 import numpy as np
@@ -219,6 +219,15 @@ def compare(a, b, task="closed", protocol="standard", metric="accuracy", seed=0,
 SCHEMA = "medvlm3d.results/1"
 COMPARED = {"closed": "accuracy", "open": "ROUGE-1", "report": "ROUGE-1"}
 
+def holm_table(versus):
+    "Adjust, in place, the p-values of a table for the number of its rows: all systems, all types and `macro`; `p_holm` and `mcnemar_holm`."
+    for task, metric in COMPARED.items():
+        rows = [c for tasks in versus.values() for g, c in tasks.get(task, {}).get(metric, {}).items() if g != "micro"]
+        for kind in ("p", "mcnemar"):
+            tested = [c for c in rows if kind in c]
+            for c, p in zip(tested, holm([c[kind] for c in tested])): c[f"{kind}_holm"] = p
+    return versus
+
 def evaluate_systems(systems, training=(), truth=None, lexicon=None, meteor=None, bertscore=None, seed=0, n=2000, **facts):
     "`results.json` of {name: lines}: scores of each system, of the best constant (given `training`) and of chance; each compared with `model`."
     if "model" not in systems: raise MedVLM3DError(", ".join(systems) or "no systems", "holds no system named 'model'", "Name the system to be judged 'model'.")
@@ -228,7 +237,7 @@ def evaluate_systems(systems, training=(), truth=None, lexicon=None, meteor=None
     def has(ls, task): return any(l["task"] == task for l in ls)
     versus = {name: {t: {m: compare(lines, ls, t, metric=m, seed=seed, n=n)} for t, m in COMPARED.items() if has(lines, t) and has(ls, t)}
               for name, ls in systems.items() if name != "model"}
-    return {"schema": SCHEMA, **facts, "systems": {**scores, "chance": chance_scores(lines)}, "comparisons": versus}
+    return {"schema": SCHEMA, **facts, "systems": {**scores, "chance": chance_scores(lines)}, "comparisons": holm_table(versus)}
 
 def lookup(results, system, protocol, task, metric, group):
     "The cell at one place of `results`, or None where nothing was run."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LATEX', 'PUBLISHED', 'RESEARCH', 'SYSTEM_ORDER', 'one_line', 'escape_html', 'escape_latex', 'escape_markdown',
-           'escape_csv', 'Table', 'write_table', 'published', 'published_value', 'results_of', 'here', 'metric_names',
-           'groups_of', 'system_columns', 'report_table', 'vqa_table', 'p_text', 'comparison_table', 'pick', 'shorten',
-           'examples_table', 'Picture', 'new_figure', 'save_figure', 'accuracy_figure', 'smooth', 'loss_figure',
-           'montage', 'slice_strip', 'overlay']
+           'escape_csv', 'Table', 'write_table', 'published', 'published_value', 'results_of', 'here', 'cell_text',
+           'metric_names', 'groups_of', 'system_columns', 'report_table', 'vqa_table', 'p_text', 'comparison_table',
+           'signed', 'calibration_table', 'strata_table', 'pick', 'shorten', 'examples_table', 'accuracy_figure',
+           'smooth', 'loss_figure', 'Picture', 'montage', 'new_figure', 'overlay', 'save_figure', 'slice_strip']
 
 # %% ../nbs/16_report.ipynb #fc028b1b
 import csv, io, re
@@ -17,12 +17,12 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
-from .core import MedVLM3DError, RunFolder, atomic_path, project_root, write_text
+from .core import MedVLM3DError, RunFolder, project_root, write_text
 from .evaluation import accuracy_values, lookup
+from .figures import Picture, montage, new_figure, overlay, save_figure, slice_strip
 from .prediction import read_predictions
+
+_all_ = ["Picture", "montage", "new_figure", "overlay", "save_figure", "slice_strip"]
 
 # %% ../nbs/16_report.ipynb #43bb0d47
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -98,9 +98,12 @@ def results_of(run):
 
 def here(results, system, protocol, task, metric, group):
     "A cell as text: `82.9 [80.1, 85.3]`, or `not run`."
-    found = lookup(results, system, protocol, task, metric, group)
-    if not found or found["value"] is None: return "not run"
-    return f"{found['value']:.1f}" + (f" [{found['low']:.1f}, {found['high']:.1f}]" if found["low"] is not None else "")
+    return cell_text(lookup(results, system, protocol, task, metric, group), "not run")
+
+def cell_text(c, absent="–"):
+    "A cell as text; `absent` where there is none."
+    if not c or c["value"] is None: return absent
+    return f"{c['value']:.1f}" + (f" [{c['low']:.1f}, {c['high']:.1f}]" if c["low"] is not None else "")
 
 def metric_names(results, protocol, task):
     "Metrics found for a task in any system of any of the results, in the order in which they occur."
@@ -150,12 +153,33 @@ def comparison_table(run, task="closed", metric="accuracy"):
     versus, rows = results_of(run).get("comparisons", {}), []
     for name, tasks in versus.items():
         for g, c in tasks.get(task, {}).get(metric, {}).items():
-            p = p_text(c.get("p_holm", c["p"])) + (" (Holm)" if "p_holm" in c else "")
-            span = "" if c["low"] is None else f" [{c['low']:.1f}, {c['high']:.1f}]"
-            rows.append((f"model − {name}", g, f"{c['difference']:+.1f}{span}", p, p_text(c["mcnemar"]) if "mcnemar" in c else "–"))
-    return Table(f"Differences in {task} {metric}", ("systems", "type", "difference", "p (permutation of cases)", "p (McNemar)"), tuple(rows), "Points; 95 % intervals from resampling cases; strict protocol.")
+            tests = [p_text(c.get(f"{k}_holm", c[k])) + (" (Holm)" if f"{k}_holm" in c else "") if k in c else "–" for k in ("p", "mcnemar")]
+            rows.append((f"model − {name}", g, signed(c), *tests))
+    return Table(f"Differences in {task} {metric}", ("systems", "type", "difference", "p (permutation of cases)", "p (McNemar)"), tuple(rows),
+                 "Points; 95 % intervals from resampling cases; strict protocol. Holm: adjusted for all rows of this table but those of micro, which repeat them.")
+
+def signed(c):
+    return f"{c['difference']:+.1f}" + ("" if c["low"] is None else f" [{c['low']:.1f}, {c['high']:.1f}]")
 
 # %% ../nbs/16_report.ipynb #c0bffb2e
+def calibration_table(runs):
+    "Brier score, calibration error, and accuracy among the surest questions, of each system that has option probabilities."
+    rows = []
+    for name, run in runs.items():
+        for system, scores in results_of(run).get("systems", {}).items():
+            if c := scores.get("calibration"):
+                right = [f"{100 * (1 - r['risk']):.1f}" for r in c["risk_coverage"]]
+                rows.append((name if system == "model" else f"{name}: {system}", c["n"], f"{c['brier']:.3f}", f"{c['calibration_error']:.3f}", *right))
+    surest = [f"accuracy, surest {c} %" for c in (10, 25, 50, 75, 100)]
+    return Table("Calibration of closed answers", ("system", "questions", "Brier", "calibration error", *surest), tuple(rows), "Brier score from 0 (certain and right) to 2 (certain and wrong); calibration error: mean gap between confidence and accuracy.")
+
+def strata_table(run, groups=("Plane", "Phase", "Organ", "Abnormality", "Location", "macro")):
+    "The model's closed accuracy by what is in the volume, and by question type."
+    found = results_of(run).get("strata", {})
+    rows = [(fact, value, cells["micro"]["n"], *(cell_text(cells.get(g)) for g in groups)) for fact, values in found.items() for value, cells in values.items()]
+    return Table("Closed accuracy by what is in the volume", ("fact", "value", "questions", *groups), tuple(rows), RESEARCH.split(" Published")[0] + " Strict protocol.")
+
+# %% ../nbs/16_report.ipynb #02e62ad6
 def pick(lines, n, seed=0):
     "Of each task and type the `n` lines with the smallest hash of seed and id."
     chosen = {}
@@ -172,30 +196,8 @@ def examples_table(predictions, n=2, seed=0, length=160):
         rows.append((l["case"], f"{l['task']}: {l['type']}", l["question"], *(shorten(l[k], length) for k in ("answer", "prediction")), verdict))
     return Table("Examples, picked by the hash of their id", ("case", "task", "question", "truth", "answer", "verdict"), tuple(rows), "Research use only.")
 
-# %% ../nbs/16_report.ipynb #02e62ad6
-class Picture(Figure):
-    "A figure that needs no pyplot to be shown in a notebook."
-    def _repr_png_(self):
-        out = io.BytesIO()
-        self.savefig(out, format="png", dpi=90, metadata={"Software": None})
-        return out.getvalue()
-
-def new_figure(width, height, rows=1, columns=1, **more):
-    "A `Picture` and its axes, in seaborn's ticks style."
-    import seaborn as sns
-    with sns.axes_style("ticks"):
-        figure = Picture(figsize=(width, height), dpi=100, layout="constrained")
-        return figure, figure.subplots(rows, columns, **more)
-
-def save_figure(figure, folder, name):
-    "Write name.png and name.pdf below `folder`, free of dates and versions."
-    import matplotlib
-    for suffix, metadata in {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}.items():
-        with atomic_path(Path(folder)/f"{name}.{suffix}") as part, matplotlib.rc_context({"pdf.fonttype": 42}):
-            figure.savefig(part, format=suffix, dpi=150, metadata=metadata)
-
-# %% ../nbs/16_report.ipynb #283e2e2d
-SYSTEM_ORDER = ("model", "blind", "other image", "constant")
+# %% ../nbs/16_report.ipynb #591bec18
+SYSTEM_ORDER = ("model", "slices reversed", "nearest caption", "other image", "blank image", "no image", "blind", "constant")
 
 def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", title=None):
     "Accuracy by type and system with 95 % intervals; chance as dashed lines."
@@ -204,14 +206,14 @@ def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", 
     groups, systems = [*groups_of([results], task), "macro"], results.get("systems", {})
     names = sorted((s for s in systems if s != "chance" and metric in systems[s].get(protocol, {}).get(task, {})), key=lambda s: (SYSTEM_ORDER.index(s) if s in SYSTEM_ORDER else 9, s))
     if not names: raise MedVLM3DError(str(getattr(run, "name", "results")), f"holds no {task} {metric}", "Evaluate the run first.")
-    figure, ax = new_figure(7.2, 2.9)
+    figure, ax = new_figure(6 + .3 * len(names), 2.9)
     width = .8 / len(names)
     for i, (name, colour) in enumerate(zip(names, sns.color_palette("colorblind", len(names)))):
         cells = [lookup(results, name, protocol, task, metric, g) for g in groups]
         x, y = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, np.array([c["value"] for c in cells])
         ax.bar(x, y, width * .92, color=colour, label=name)
         if all(c["low"] is not None for c in cells):
-            ax.errorbar(x, y, [y - [c["low"] for c in cells], [c["high"] for c in cells] - y], fmt="none", ecolor=".2", elinewidth=1, capsize=2)
+            ax.errorbar(x, y, [y - [c["low"] for c in cells], [c["high"] for c in cells] - y], fmt="none", ecolor=".2", elinewidth=.8, capsize=0 if len(names) > 4 else 2)
     for k, g in enumerate(groups):
         if chance := lookup(results, "chance", protocol, task, metric, g): ax.plot([k - .45, k + .45], [chance["value"]] * 2, "k--", lw=1, label="chance" if k == 0 else None)
     ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "mean"], ylabel=f"{metric} (%)", ylim=(0, 100), title=title or "")
@@ -219,11 +221,10 @@ def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", 
     sns.despine(ax=ax)
     return figure
 
-# %% ../nbs/16_report.ipynb #bc06b168
+# %% ../nbs/16_report.ipynb #76f0c370
 def smooth(values, share=.05):
     "Running mean over the preceding `share` of all values (at least 1)."
-    window = max(1, int(len(values) * share))
-    sums = np.concatenate([[0], np.cumsum(values)])
+    window, sums = max(1, int(len(values) * share)), np.concatenate([[0], np.cumsum(values)])
     start = np.maximum(np.arange(len(values)) - window + 1, 0)
     return (sums[1:] - sums[start]) / (np.arange(len(values)) + 1 - start)
 
@@ -246,53 +247,4 @@ def loss_figure(run):
         top.set(title=f"stage {stage}", ylabel="loss"); low.set(xlabel="step", ylabel="learning rate"); top.legend(frameon=False, fontsize=8)
         low.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     sns.despine(figure)
-    return figure
-
-# %% ../nbs/16_report.ipynb #77482aaf
-def montage(slices, columns):
-    "(n, H, W) slices as one picture (rows·H, columns·W), filled up with NaN."
-    n, h, w = slices.shape
-    rows = -(-n // columns)
-    filled = np.concatenate([slices, np.full((rows * columns - n, h, w), np.nan, slices.dtype)])
-    return filled.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
-
-def slice_strip(volume, kept, lesion=(), columns=None, title=""):
-    "All slices of `volume` (D, H, W) in reading order; `kept` framed in blue, `lesion` underlined in red."
-    x = np.asarray(getattr(volume, "array", volume), np.float32)
-    step = max(1, max(x.shape[1:]) // 128)
-    x = x[:, ::step, ::step]
-    depth, h, w = x.shape
-    columns = columns or min(depth, 8)
-    rows = -(-depth // columns)
-    figure, ax = new_figure(8, max(1., 8 * rows * h / (columns * w)) + .5)
-    ax.imshow(montage(x, columns), cmap="gray", interpolation="nearest")
-    for i in range(depth):
-        left, top = i % columns * w - .5, i // columns * h - .5
-        if i in {*map(int, kept)}: ax.add_patch(Rectangle((left + 1, top + 1), w - 2, h - 2, fill=False, ec="#56B4E9", lw=2))
-        if i in {*map(int, lesion)}: ax.add_patch(Rectangle((left + .06 * w, top + .92 * h), .88 * w, .05 * h, color="#D55E00", lw=0))
-        ax.text(left + .04 * w, top + .04 * h, str(i), color="w", fontsize=6, va="top")
-    ax.set_axis_off()
-    both = len({*map(int, kept)} & {*map(int, lesion)})
-    ax.set_title((title + ": " if title else "") + f"{len(kept)} of {depth} slices kept (blue)" + (f", {both} of them among the {len(lesion)} of the lesion (red)" if len(lesion) else ""), fontsize=9)
-    return figure
-
-# %% ../nbs/16_report.ipynb #80740e7a
-def overlay(volume, attention, kept, query=None, most=8, title=""):
-    "`attention` (D̂, H′, W′) over the `kept` slices of `volume` (D, H, W); at most `most` slices, those with most attention. `query` marks (d, h, w)."
-    x, a = (np.asarray(getattr(v, "array", v), np.float32) for v in (volume, attention))
-    if a.ndim != 3 or len(a) != len(kept):
-        raise MedVLM3DError("attention", f"has shape {a.shape} for {len(kept)} kept slices", "Give (D̂, H′, W′) with one map per kept slice.")
-    shown = sorted(np.argsort(-a.sum((1, 2)), kind="stable")[:most].tolist())
-    figure, axes = new_figure(1.25 * len(shown) + .8, 1.9, 1, len(shown), squeeze=False)
-    (h, w), top = x.shape[1:], float(a.max())
-    for ax, i in zip(axes[0], shown):
-        ax.imshow(x[int(kept[i])], cmap="gray", extent=(0, w, h, 0))
-        heat = ax.imshow(a[i], cmap="inferno", alpha=.1 + .6 * a[i] / top, extent=(0, w, h, 0), vmin=0, vmax=top, interpolation="bilinear")
-        ax.set_title(f"slice {int(kept[i])}", fontsize=7); ax.set_axis_off()
-        if query is not None and i // max(1, len(a) // query[1][0]) == query[0][0]:
-            (_, qh, qw), (_, gh, gw) = query
-            ax.add_patch(Rectangle((qw * w / gw, qh * h / gh), w / gw, h / gh, fill=False, ec="#56B4E9", lw=1.5))
-    bar = figure.colorbar(heat, ax=axes[0].tolist(), shrink=.8, ticks=[0, top])
-    bar.ax.set_yticklabels(["0", f"{top * a.size / a.sum():.1f}×"], fontsize=7)
-    figure.suptitle(title or "attention of one visual token", fontsize=9)
     return figure

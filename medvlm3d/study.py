@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATEMENT', 'QUESTIONS', 'coverage', 'prepare', 'training_plan', 'blind_plan', 'train_twins', 'predictions_of',
-           'file_stem', 'load', 'evaluate', 'row_case', 'Constant', 'read_scan', 'read_real_scans', 'real_table',
-           'render', 'model_card']
+           'file_stem', 'load', 'answer_all', 'evaluate', 'row_case', 'cost_of', 'Constant', 'read_scan',
+           'read_real_scans', 'real_table', 'render', 'model_card']
 
 # %% ../nbs/16b_study.ipynb #c226159c
 import shutil
@@ -14,21 +14,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .baselines import Blank, Reversed, case_facts, nearest_lines, neighbours, strata
+from .charts import reliability_figure
 from .core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root, read_json, relative, sha256_file, versions,
                            write_json, write_text)
-from .datasets import by_image, load_m3d
+from .datasets import by_image
 from .encoder import load_encoder, quick_dtype, quietly
 from .evaluation import evaluate_systems
 from .features import FeatureStore, encode_images
 from .fetch import fetch
 from .looking import look
+from .manifest import load_samples
 from .metrics import LEXICON, METEOR, BERTScore
 from .model import MedVLM3D, demo_config
 from .phantom import make_phantom, read_truth
 from .prediction import other_images, predict_items
 from .readers import real_scans
-from .report import (Table, accuracy_figure, comparison_table, examples_table, loss_figure, overlay, report_table, save_figure,
-                             slice_strip, vqa_table, write_table)
+from .report import (Table, accuracy_figure, calibration_table, comparison_table, examples_table, loss_figure, overlay, report_table, save_figure,
+                             slice_strip, strata_table, vqa_table, write_table)
 from .tokenization import open_prompt, report_prompt
 from .training import Plan, launch
 from .volume import Preprocess, lesion_slices, resample_mask
@@ -54,13 +57,13 @@ def prepare(out, data, store, train, validation, test, depth, size, encoder, rho
 
 # %% ../nbs/16b_study.ipynb #68dee739
 def training_plan(data, store, llm="reader", reader="reports/reader/model", channels=96, attention="global", residual=False, stage1_epochs=5., stage1_lr=3e-3,
-                  stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both", lora_targets=("q_proj", "v_proj"), seed=0, precision="auto", save_every=100):
+                  stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both", lora_targets=("q_proj", "v_proj"), lora_dropout=.1, seed=0, precision="auto", save_every=100):
     "The two-stage `Plan` of a study on an existing feature store."
     spec = FeatureStore(project_root()/store).spec
     network = load_encoder(spec["encoder"], size=spec["preprocess"]["height"])
     fields = demo_config(llm, channels, encoder=spec["encoder"], encoder_channels=network.channels, grid=list(network.grid), preprocess=spec["preprocess"],
                          rho=spec["rho"], selection=spec["strategy"], attention=attention, residual=residual).to_dict()
-    lora = {"r": 16, "alpha": 32, "dropout": .1, "targets": list(lora_targets)}
+    lora = {"r": 16, "alpha": 32, "dropout": lora_dropout, "targets": list(lora_targets)}
     common = dict(batch=batch, accumulation=1, weight_decay=weight_decay, beta2=beta2)
     stages = [dict(stage=1, tasks=["report"], epochs=stage1_epochs, lr=stage1_lr, **common),
               dict(stage=2, tasks=["report", "closed", "open"], epochs=stage2_epochs, lr=stage2_lr, lora=lora, **common)]
@@ -99,26 +102,38 @@ def load(folder):
     "A saved model in float32 on the best device, with the path of its weights."
     return {"model": MedVLM3D.from_pretrained(folder, dtype=torch.float32).to(pick_device()), "weights": Path(folder)/"model.safetensors"}
 
-def evaluate(out, data, store, split="test", seed=0, resamples=2000, batch_size=96, progress=True):
-    "Predict `split` with the model, with other images and with the blind twin; write and return `results.json`."
-    folder, samples = project_root()/out, load_m3d(project_root()/data)
-    asked, features = [s for s in samples if s.split == split], FeatureStore(project_root()/store)
-    model, how = load(folder/"model"), dict(batch_size=batch_size, progress=progress)
-    systems = {"model": predictions_of(folder, "model", model, asked, features, **how),
-               "other image": predictions_of(folder, "other image", model, asked, features, images=other_images(asked, seed), **how)}
+def answer_all(folder, asked, training, store, seed=0, **how):
+    "System → lines: the model, the model with something taken away, its blind twin, and the nearest training case."
+    model, closed, images = load(folder/"model"), [s for s in asked if s.task == "closed"], list(by_image(training))
+    said = lambda name, samples, features, who=model, **more: predictions_of(folder, name, who, samples, features, **how, **more)
+    systems = {"model": said("model", asked, store), "other image": said("other image", asked, store, images=other_images(asked, seed)), "no image": said("no image", closed, None),
+               "blank image": said("blank image", closed, Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"]))), "slices reversed": said("slices reversed", closed, Reversed(store))}
     if (folder/"training"/"blind"/"model").exists():
-        twin = load(folder/"training"/"blind"/"model")
-        systems["blind"] = predictions_of(folder, "blind", twin, asked, Constant(features, list(by_image([s for s in samples if s.split == "train"]))), **how)
+        systems["blind"] = said("blind", asked, Constant(store, images), load(folder/"training"/"blind"/"model"))
+    return systems | {"nearest caption": nearest_lines(asked, training, neighbours(store, list(by_image(asked)), images))}
+
+def evaluate(out, data, store, split="test", seed=0, resamples=2000, batch_size=96, progress=True):
+    "Let the model and all it must beat answer `split`; write and return `results.json`."
+    folder, samples, features = project_root()/out, load_samples(project_root()/data), FeatureStore(project_root()/store)
+    asked, training = ([s for s in samples if s.split == side] for side in (split, "train"))
+    systems, truth = answer_all(folder, asked, training, features, seed, batch_size=batch_size, progress=progress), read_truth(project_root()/data)
     with quietly(): bertscore = BERTScore(fetch("minilm"))
-    facts = {row_case(row): {k: row[k] for k in LEXICON} for row in read_truth(project_root()/data).values()}
-    results = evaluate_systems(systems, [s for s in samples if s.split == "train"], facts, LEXICON, METEOR(fetch("wordnet")), bertscore,
-                               seed, resamples, split=split, data=relative(project_root()/data))
+    facts = {row_case(row): {k: row[k] for k in LEXICON} for row in truth.values()}
+    results = evaluate_systems(systems, training, facts, LEXICON, METEOR(fetch("wordnet")), bertscore, seed, resamples, split=split, data=relative(project_root()/data),
+                               strata=strata(systems["model"], case_facts(truth, row_case), seed=seed, n=resamples))
     write_json(folder/"results.json", results)
+    write_json(folder/"cost.json", cost_of(folder, systems["model"]))
     RunFolder(folder).note(commit=git_commit(), versions=versions(), hardware=hardware(), store=features.spec, seed=seed, split=split,
-                           weights={name: read_json(folder/"predictions"/f"{file_stem(name)}.json")["weights"] for name in systems})
+                           weights={p.stem: read_json(p)["weights"] for p in sorted((folder/"predictions").glob("*.json"))})
     return results
 
 def row_case(row): return "/".join(Path(row["image"]).parts[-3:-1])
+
+def cost_of(folder, lines):
+    "Minutes of training, mean milliseconds an item took, and on what."
+    made, machine = read_json(folder/"training.json"), hardware()
+    return {"training minutes": round((made["ended"] - made["started"]) / 60, 2), "ms an item": round(float(np.mean([l["ms"] for l in lines])), 2),
+            "hardware": ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores"}
 
 class Constant:
     "A store that gives every image the mean training features: what the blind twin was trained on."
@@ -169,12 +184,14 @@ def render(out):
     run, results, name = RunFolder(folder), RunFolder(folder).results, Path(out).name
     if not results: raise MedVLM3DError(relative(folder/"results.json"), "is missing", "Run 92_evaluate first.")
     real = {p.stem: read_json(p) for p in sorted((folder/"real").glob("*.json"))}
-    said = tuple(s for s in results["systems"] if s != "chance")    # there is no chance level for words
+    said = tuple(s for s, scores in results["systems"].items() if "open" in scores["m3d"])    # some systems answer closed questions only
     tables = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open", said), "reports": report_table({name: run}, said),
-              "differences": comparison_table(run), "examples": examples_table(folder/"predictions"/"model.jsonl", 1), "real-scans": real_table(real)}
+              "differences": comparison_table(run), "calibration": calibration_table({name: run}), "strata": strata_table(run), "examples": examples_table(folder/"predictions"/"model.jsonl", 1), "real-scans": real_table(real)}
     for stem, table in tables.items(): write_table(table, folder/"tables", stem)
     save_figure(loss_figure(run), folder/"figures", "loss")
     save_figure(accuracy_figure(run, title="closed questions"), folder/"figures", "accuracy")
+    sure = {s: results["systems"][s]["calibration"] for s in ("model", "other image", "blind") if "calibration" in results["systems"].get(s, {})}
+    save_figure(reliability_figure(sure, "closed questions"), folder/"figures", "reliability")
     write_text(folder/"model"/"README.md", model_card(out, results))
     return tables
 

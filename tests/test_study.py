@@ -26,8 +26,8 @@ def study(tmp_path_factory):
 
 def test_it_ends_with_tables_figures_and_a_model(study):
     out = study[0]
-    assert {p.stem for p in (out/"tables").glob("*.md")} >= {"closed", "open", "reports", "examples", "real-scans"}
-    assert {p.stem for p in (out/"figures").glob("*.png")} >= {"loss", "accuracy", "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
+    assert {p.stem for p in (out/"tables").glob("*.md")} >= {"closed", "open", "reports", "differences", "calibration", "strata", "examples", "real-scans", *(f"paper-table-{n}" for n in range(1, 9))}
+    assert {p.stem for p in (out/"figures").glob("*.png")} >= {"loss", "accuracy", "reliability", "paper-figure-1", "paper-figure-2", "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
     assert (out/"model"/"model.safetensors").exists() and "Research use only" in (out/"model"/"README.md").read_text()
 
 
@@ -39,10 +39,25 @@ def test_parameters_arrived(study):
     assert f"60 resamples of cases, seed {SEED}" in json.loads((out/"results.json").read_text())["systems"]["model"]["signatures"]["bootstrap"]
 
 
-def test_four_systems_and_chance_stand_side_by_side(study):
+def test_all_that_the_model_must_beat_stands_beside_it(study):
     systems = json.loads((study[0]/"results.json").read_text())["systems"]
-    assert set(systems) == {"model", "other image", "blind", "constant", "chance"}
+    assert set(systems) == {"model", "other image", "no image", "blank image", "slices reversed", "blind", "nearest caption", "constant", "chance"}
+    assert {s: systems[s]["items"]["closed"] for s in systems} == dict.fromkeys(systems, 20)
     assert systems["model"]["items"] == {"closed": 20, "open": 20, "report": 4, "failed": 0, "cases": 4}
+
+
+def test_strata_are_of_the_models_answers(study):
+    results = json.loads((study[0]/"results.json").read_text())
+    micro = results["systems"]["model"]["standard"]["closed"]["accuracy"]["micro"]
+    for values in results["strata"].values():
+        n = sum(cells["micro"]["n"] for cells in values.values())
+        assert n == micro["n"] and sum(cells["micro"]["value"] * cells["micro"]["n"] for cells in values.values()) / n == pytest.approx(micro["value"], abs=1e-3)
+    assert {*results["strata"]} >= {"plane", "phase", "modality", "organ", "size", "lesion volume"}
+
+
+def test_cost_is_kept_apart_from_results(study):
+    cost = json.loads((study[0]/"cost.json").read_text())
+    assert cost["ms an item"] > 0 and "cost" not in json.loads((study[0]/"results.json").read_text())
 
 
 def test_records_hold_no_path_of_this_machine(study):

@@ -1,0 +1,132 @@
+"""The ablation through papermill, from nothing to its tables; the rows that are run, and the ones that are not."""
+import csv
+import json
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from medvlm3d.ablation import read_rows
+from medvlm3d.connector import MedVLM3DConfig
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.fusion import OPTIONS as FUSION
+from medvlm3d.injection import OPTIONS as INJECTION
+from medvlm3d.probes import PROBES
+from medvlm3d.runners import read_plan, run_plan
+from medvlm3d.selection import STRATEGIES
+from medvlm3d.sweep import ablate
+from medvlm3d.tables import findings, paper_tables
+
+ROWS = read_rows(ROOT/"runs"/"ablate")
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "A finished small ablation, its folder and its parameters; one row asks for an encoder that is not there."
+    base = tmp_path_factory.mktemp("ablation")
+    (base/"rows").mkdir()
+    for path in (ROOT/"runs"/"ablate"/"tiny").glob("*.yaml"): (base/"rows"/path.name).write_text(path.read_text())
+    (base/"rows"/"absent.yaml").write_text("group: encoder\nlabel: absent\nencoder: nobody/nothing\n")
+    where = {"out": str(base/"out"), "data": str(base/"data"), "store": str(base/"store"), "rows": str(base/"rows"), "drawn": 4}
+    plan = {"93_ablate": {**where, "seeds": [0, 1], "resamples": 50, "workers": 1}}
+    run_plan(plan, base/"out", show=False, tell=lambda _: None)
+    return base, plan
+
+
+def test_it_ends_with_tables_figures_and_a_manifest(ran):
+    out = ran[0]/"out"
+    assert {p.stem for p in (out/"tables").glob("*.csv")} == {"ablation", "probes", "curve"}
+    assert {p.stem for p in (out/"figures").glob("*.pdf")} == {"curve", *(f"differences-{c}" for c in ("phantom", *PROBES))}
+    manifest = json.loads((out/"manifest.json").read_text())
+    assert manifest["status"] == "done" and manifest["stores"]["tiny"]["rho"] == 100
+
+
+def test_an_absent_encoder_is_not_run_and_says_why(ran):
+    rows = json.loads((ran[0]/"out"/"results.json").read_text())["rows"]
+    assert "cells" not in rows["absent"] and "nobody/nothing: is not on this machine" in rows["absent"]["why"]
+    assert "absent,–,–,not run" in (ran[0]/"out"/"tables"/"ablation.csv").read_text()
+
+
+def test_differences_are_paired_by_case_and_adjusted(ran):
+    rows = json.loads((ran[0]/"out"/"results.json").read_text())["rows"]
+    versus = rows["injection-none"]["versus"]
+    full, none = (rows[name]["cells"]["phantom"]["mean"]["mean"] for name in ("full", "injection-none"))
+    assert versus["phantom"]["mean"]["difference"] == pytest.approx(none - full, abs=1e-3)
+    assert all(versus[c]["mean"]["p_holm"] >= versus[c]["mean"]["p"] for c in ("phantom", *PROBES)) and "versus" not in rows["full"]
+
+
+def test_mirror_images_are_one_cluster(ran):
+    items = json.loads((ran[0]/"out"/"items.json").read_text())
+    pairs = [cluster for _, cluster, corpus, *_ in items if corpus == "mirror"]
+    assert len(pairs) == 2 and len(set(pairs)) == 1
+
+
+def test_a_second_run_does_nothing(ran):
+    base, plan = ran
+    files = lambda: {p: p.stat().st_mtime_ns for p in (base/"out").rglob("*.json") if p.parent.name in ("rows", "curve")}
+    before, said = files(), []
+    run_plan(plan, base/"out", show=False, tell=said.append)
+    assert files() == before and len(before) == 2 * 2 + 2 * 2 * 2 and all("already done" in line for line in said)
+
+
+def test_a_cut_run_continues(ran):
+    "A row that is lost is trained again, and alone; its numbers are the same."
+    base, plan = ran
+    lost = base/"out"/"rows"/"full-seed-1.json"
+    before, others = lost.read_text(), {p: p.stat().st_mtime_ns for p in lost.parent.iterdir() if p != lost}
+    lost.unlink()
+    ablate(**plan["93_ablate"], train=8, test=4, probe_train=2, probe_test=2, depth=8, size=32, channels=8, grid=[2, 2], steps=3, batch=4, shares=[50, 100], progress=False)
+    assert lost.read_text() == before and {p: p.stat().st_mtime_ns for p in lost.parent.iterdir() if p != lost} == others
+
+
+def test_other_parameters_are_refused(ran):
+    base, plan = ran
+    with pytest.raises(MedVLM3DError, match=r"another config \(differs in lesson\).*Choose a new folder"):
+        ablate(**plan["93_ablate"], train=8, test=4, probe_train=2, probe_test=2, depth=8, size=32, channels=8, grid=[2, 2], steps=99, batch=4, shares=[50, 100], progress=False)
+
+
+# --- the rows of the study ------------------------------------------------------------------------------------------
+
+def test_the_rows_cover_the_papers_table_and_the_issues_list():
+    with open(ROOT/"data"/"published.csv", newline="") as f: known = {r["metric"] for r in csv.DictReader(f) if r["table"] == "8"}
+    assert {r.published for r in ROWS.values()} - {""} == known
+    assert {r.selection for r in ROWS.values()} == {*STRATEGIES} and {r.fusion for r in ROWS.values()} == {*FUSION["path"]}
+    assert {r.attention for r in ROWS.values()} == {*INJECTION["attention"], "mean-pool"} and {r.scale for r in ROWS.values()} == {1, 2, 4}
+    assert {"biomedclip", "pubmedclip", "clip-vit-l-14", "dinov2-s", "dinov2-s-random"} == {r.encoder for r in ROWS.values()}
+    assert len({r.rho for r in ROWS.values()}) == 4 and any(r.frequency == "global" for r in ROWS.values())
+
+
+def test_the_full_row_is_the_papers_method():
+    full, paper = ROWS["full"], MedVLM3DConfig()
+    assert (full.selection, full.rho, full.fusion, full.frequency, full.attention, full.residual, full.scale) == (
+        paper.selection, paper.rho, paper.fusion, paper.frequency, paper.attention, paper.residual, paper.scale)
+
+
+@pytest.mark.parametrize("name", [n for n in ROWS if n != "full"])
+def test_a_row_changes_one_thing(name):
+    "Against the row it is compared with."
+    mine, other = ROWS[name].changes, ROWS[ROWS[name].versus].changes
+    assert len({k for k in mine if mine[k] != other[k]} - {"pixels"}) == 1
+
+
+def test_the_plan_has_three_seeds_and_known_parameters():
+    plan = read_plan("ablate")["93_ablate"]
+    assert len(plan["seeds"]) >= 3 and plan["rows"] == "runs/ablate" and plan["shares"] == [5, 10, 25, 50, 100]
+    assert yaml.safe_load((ROOT/"runs"/"ablate.yaml").read_text())["93_ablate"] == plan
+
+
+# --- tables and sentences -------------------------------------------------------------------------------------------
+
+def test_paper_tables_and_findings_come_from_the_run(ran):
+    out = ran[0]/"out"
+    table = {r[1]: r for r in paper_tables(ablation=out)["table-8"].rows}
+    mean = json.loads((out/"results.json").read_text())["rows"]["full"]["cells"]["phantom"]["mean"]["mean"]
+    assert table["full method"][2] == "82.90" and table["full method"][4].startswith(f"{mean:.1f} [")
+    lines = findings(ablation=out)
+    assert len(lines) == 5 and lines[0].endswith("Not run.") and "2 seeds" in lines[2] and "at 100 %" in lines[4]
+
+
+def test_without_a_run_nothing_is_claimed():
+    table = paper_tables()["table-8"]
+    assert {r[4] for r in table.rows} == {"not run"} and len(table.rows) == len(ROWS)
+    assert all(line.endswith("Not run.") for line in findings())

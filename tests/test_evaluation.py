@@ -1,0 +1,126 @@
+"""What stands in a table was computed: every decimal in the reports and on the front page is a number of a run folder or of the literature."""
+import csv
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+from medvlm3d.baselines import Blank, Reversed, lend, nearest_lines, neighbours
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.datasets import Sample
+from medvlm3d.evaluation import compare, evaluate_systems
+from medvlm3d.prediction import prediction_line
+from medvlm3d.uncertainty import compare_seeds, holm
+
+DECIMAL = r"(?<![\w.])\d+\.\d+(?![\w/])(?!\.\d)"   # no part of a DOI or a version
+STUDIES = sorted(p.parent for p in (ROOT/"reports").glob("*/results.json"))
+
+
+def numbers(value):
+    "All numbers in a JSON value."
+    if isinstance(value, dict): value = list(value.values())
+    if isinstance(value, list): return [n for v in value for n in numbers(v)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def written(values, decimals):
+    "How numbers may be printed: as they are, or times 100, rounded; signs are printed apart."
+    return {f"{abs(scale * v):.{decimals}f}" for v in values for scale in (1, 100)}
+
+
+def facts(folder):
+    return [n for p in sorted(folder.rglob("*.json")) if "model" not in p.parts and "training" not in p.parts and p.name != "items.json" for n in numbers(json.loads(p.read_text()))]
+
+
+def literature():
+    "Published values, and the distance of each ablation row to the paper's full method."
+    with open(ROOT/"data"/"published.csv", newline="") as f: rows = list(csv.DictReader(f))
+    texts = {r["value"] for r in rows}
+    full = next(float(r["value"]) for r in rows if r["metric"] == "accuracy: full")
+    return texts | {f"{abs(float(r['value']) - full):.2f}" for r in rows if r["table"] == "8"}
+
+
+def unexplained(text, values):
+    known = literature() | {"0.05", "0.0001"}    # the level of a test, and the least p-value that is printed
+    ways = {d: written(values, d) for d in range(1, 7)}
+    return [t for t in re.findall(DECIMAL, text) if t not in known and t not in ways.get(len(t.split(".")[1]), ())]
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda p: p.name)
+def test_every_number_of_a_report_is_in_its_results(folder):
+    values = facts(folder) + [n for other in STUDIES if other != folder for n in numbers(json.loads((other/"results.json").read_text()))]
+    for table in sorted((folder/"tables").glob("*.csv")):
+        assert not unexplained(table.read_text(encoding="utf-8"), values if table.stem.startswith("paper-") else facts(folder)), table.name
+
+
+def test_every_number_of_the_front_page_is_in_a_results_file():
+    text = "\n".join(line for line in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if not line.startswith("Python "))
+    assert not unexplained(text, [n for folder in STUDIES for n in facts(folder)])
+
+
+def test_an_invented_number_is_noticed():
+    assert unexplained("accuracy 87.3 [81.0, 90.2]", [.871, 81.02, 90.24]) == ["87.3"]
+
+
+# --- tests over a table ---------------------------------------------------------------------------------------------
+
+def answers(skill, n=40):
+    lines = []
+    for i in range(n):
+        right = i % 10 < 10 * skill
+        sample = Sample(f"{i:03d}", f"c{i // 2}", f"i{i}", "test", "closed", "Organ" if i % 2 else "Plane", "?", ("a", "b", "NA", "NA"), "a", "A")
+        lines.append(prediction_line(sample, "A. a" if right else "B. b"))
+    return lines
+
+
+def test_holm_covers_the_whole_table():
+    systems = {"model": answers(.9), "blind": answers(.5), "other image": answers(.6), "no image": answers(.3)}
+    versus = evaluate_systems(systems, n=50)["comparisons"]
+    rows = [c for system in versus.values() for g, c in system["closed"]["accuracy"].items() if g != "micro"]
+    assert len(rows) == 3 * 3
+    assert [c["p_holm"] for c in rows] == holm([c["p"] for c in rows]) and [c["mcnemar_holm"] for c in rows] == holm([c["mcnemar"] for c in rows])
+    alone = compare(systems["model"], systems["blind"], n=50)
+    assert versus["blind"]["closed"]["accuracy"]["Organ"]["p_holm"] > alone["Organ"]["p_holm"], "three systems cost more than one"
+
+
+def test_seeds_must_be_paired():
+    with pytest.raises(MedVLM3DError, match=r"compare_seeds: has \(2, 4\) against \(3, 4\).*Run both with the same seeds"):
+        compare_seeds(torch.zeros(2, 4).numpy(), torch.zeros(3, 4).numpy(), list("abcd"))
+
+
+# --- baselines ------------------------------------------------------------------------------------------------------
+
+class Kept:
+    "A store in memory."
+    spec = {"weights": "w", "encoder": "e", "rho": 50, "preprocess": {"depth": 4, "height": 8, "width": 8}}
+    def __init__(self, n=6): self.all = {f"i{i}": (torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 3])) for i in range(n)}
+    def __getitem__(self, image): return self.all[image]
+
+
+def test_reversal_changes_the_order_and_nothing_else():
+    store = Kept()
+    features, indices = Reversed(store)["i1"]
+    assert torch.equal(features.flip(0), store["i1"][0]) and indices.tolist() == [3, 0]
+    assert torch.equal(Reversed(Reversed(store))["i1"][0], store["i1"][0])
+
+
+def test_a_blank_image_needs_the_stores_encoder():
+    class Other: name, weights_hash = "another", "x"
+    with pytest.raises(MedVLM3DError, match="another: is not the encoder of this store. Load e."): Blank(Kept(), Other())
+
+
+def test_the_nearest_case_is_found_whatever_its_scale():
+    store = Kept()
+    store.all["copy"] = (store["i2"][0] + .01, store["i2"][1])
+    assert neighbours(store, ["copy"], [f"i{i}" for i in range(6)])["copy"][0] == "i2"
+
+
+def test_the_nearest_offered_answer_is_lent():
+    def sample(i, answer, split="train", choices=("liver", "spleen", "NA", "NA"), letter="A"):
+        return Sample(f"{i}/1", str(i), f"i{i}", split, "closed", "Organ", "?", choices, answer, letter)
+    training = [sample(0, "lung", choices=("lung", "spleen", "NA", "NA")), sample(1, "spleen", letter="B")]
+    asked = [sample(2, "liver", "test")]
+    assert nearest_lines(asked, training, {"i2": ["i0", "i1"]})[0]["prediction"] == "B. spleen"    # a lung is not offered
+    assert lend(asked[0], ["lung"]) == "" and lend(asked[0], []) == ""
