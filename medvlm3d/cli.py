@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTICE', 'app', 'Out', 'To', 'Config', 'Changes', 'frame', 'main', 'is_user_error', 'say', 'info', 'describe',
-           'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'evaluate', 'report', 'open_scan',
-           'predict', 'load_model', 'answer_dict', 'readable', 'draw_overlay', 'encode', 'crossmodal', 'data_report']
+           'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'evaluate', 'report', 'ablate',
+           'efficiency', 'open_scan', 'predict', 'load_model', 'answer_dict', 'readable', 'draw_overlay', 'encode',
+           'crossmodal', 'data_report']
 
 # %% ../nbs/17_cli.ipynb #77c5fa94
 import json, os, sys
@@ -136,6 +137,16 @@ def evaluate(config: Config = "demo", out: Out = None, p: Changes = None):
 def report(config: Config = "demo", out: Out = None, p: Changes = None):
     "Tables and figures from a run folder."
     run_step("99", config, out, p)
+
+@app.command()
+def ablate(config: Config = "ablate", out: Out = None, p: Changes = None):
+    "The paper's ablations and the curve of data, several seeds; continues where it stopped."
+    run_step("93", config, out, p)
+
+@app.command()
+def efficiency(config: Config = "efficiency", out: Out = None, p: Changes = None):
+    "Parameters, operations, time and memory against yardsticks, as ratios."
+    run_step("94", config, out, p)
 
 # %% ../nbs/17_cli.ipynb #9c717d78
 def open_scan(scan, **how):
