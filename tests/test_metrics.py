@@ -1,0 +1,332 @@
+"""Scores against their formulae and golden values, hostile texts, prose as radiologists write it, and files that others wrote."""
+import json
+import math
+import sys
+import types
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from medvlm3d.benchmark import make_benchmark
+from medvlm3d.core import MedVLM3DError
+from medvlm3d.fetch import fetch
+from medvlm3d.findings import (FINDINGS, LEXICON, Finding, extract_facts, finding_counts, finding_rows, load_ratescore, mentions, read_findings,
+                               true_finding)
+from medvlm3d.metrics import (METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, parse_choice, rouge1, rouge_l,
+                              text_scores, tokens_13a, words)
+from medvlm3d.outputs import evaluate_file, read_outputs
+from medvlm3d.phantom import make_phantom, read_truth
+
+REFERENCE = "There is a small renal cyst on the left side."
+HOSTILE = {"empty": "", "blank": " \n\t ", "identical": REFERENCE, "one word": "cyst", "punctuation": "...!?", "unicode": "Zyste in der Leber, 3 cm – ﬂüssig 囊肿",
+           "very long": "cyst " * 5000, "repeated": "the the the the", "numbers": "3.5 cm, 2-3 mm; T2-weighted 1,000.", "entities": "&lt;cyst&gt; &amp; mass", "lines": "a cyst-\nlike\nlesion"}
+
+
+# --- the formulae of the literature's scripts ------------------------------------------------------------------------
+
+def published_bleu(prediction, reference, order=1):
+    "BLEU as in the script behind `evaluate`'s: geometric mean of precisions, penalty from the ratio of lengths; 0 where one text is empty."
+    hyp, ref, precisions = tokens_13a(prediction), tokens_13a(reference), []
+    for n in range(1, order + 1):
+        grams = [Counter(tuple(t[i:i+n]) for i in range(len(t) - n + 1)) for t in (hyp, ref)]
+        total = max(0, len(hyp) - n + 1)
+        precisions.append(sum((grams[0] & grams[1]).values()) / total if total else 0.)
+    mean = math.exp(sum(math.log(p) for p in precisions) / order) if min(precisions) > 0 else 0.
+    if not hyp or not ref: return 0.
+    ratio = len(hyp) / len(ref)
+    return mean * (1. if ratio > 1 else math.exp(1 - 1 / ratio))
+
+
+def published_rouge1(prediction, reference):
+    hyp, ref = words(prediction), words(reference)
+    same = sum(min(hyp.count(w), ref.count(w)) for w in set(hyp))
+    precision, recall = same / max(1, len(hyp)), same / max(1, len(ref))
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+def test_bleu_and_rouge_are_the_published_formulae(text):
+    assert bleu1(text, REFERENCE) == pytest.approx(published_bleu(text, REFERENCE), abs=1e-12)
+    assert rouge1(text[:500], REFERENCE) == pytest.approx(published_rouge1(text[:500], REFERENCE), abs=1e-12)
+
+
+def test_empty_scores_zero():
+    for score in (bleu1, rouge1, rouge_l, METEOR()): assert score("", REFERENCE) == score("", "") == 0
+
+
+def test_golden_values():
+    "By hand, and with the package rouge-score 0.1.2."
+    assert bleu1("A cyst in the left kidney.", REFERENCE) == pytest.approx(.322697, abs=1e-6)
+    assert rouge1("A cyst in the left kidney.", REFERENCE) == pytest.approx(.5)
+    assert rouge1("T2-weighted Zyste 3.5cm", "t2 weighted cyst 3.5 cm") == pytest.approx(6 / 11)
+    assert rouge_l("the cat the mat", "the mat on the cat") == pytest.approx(4 / 9)
+    assert METEOR()("the cat sat", "the cat sat down") == pytest.approx(.75 / .975 * (1 - .5 / 27))
+    assert METEOR()("cyst", "cyst") == .5
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_every_score_stays_between_0_and_1(name):
+    bert = BERTScore(fetch("minilm"), batch_size=2)
+    for pair in ((HOSTILE[name], REFERENCE), (REFERENCE, HOSTILE[name]), (HOSTILE[name], HOSTILE[name])):
+        scores = {k: float(v[0]) for k, v in text_scores([pair[0]], [pair[1]], METEOR(), bert).items()}
+        assert all(0 <= v <= 1 + 1e-6 for v in scores.values()), scores
+        if not pair[0].strip() or not pair[1].strip(): assert not any(scores.values())
+        elif pair[0] == pair[1] and words(pair[0]): assert {k: v for k, v in scores.items() if not k.startswith("METEOR")} == pytest.approx(dict.fromkeys(("BLEU-1", "ROUGE-1", "ROUGE-L", bert.name), 1.), abs=1e-5)
+
+
+def test_bertscore_of_texts_of_different_lengths_in_one_batch():
+    texts = [t for t in HOSTILE.values()]
+    whole, alone = BERTScore(fetch("minilm"), batch_size=len(texts) + 1), BERTScore(fetch("minilm"), batch_size=1)
+    assert whole(texts, [REFERENCE] * len(texts)) == pytest.approx(alone(texts, [REFERENCE] * len(texts)), abs=1e-5)
+    assert whole.name == "BERTScore(MiniLM-L6)"
+
+
+def test_meteor_says_what_it_lacks():
+    assert METEOR().name == "METEOR (exact+stem)" and "no WordNet" in METEOR().signature
+    with pytest.raises(MedVLM3DError, match="no WordNet that NLTK can read"): METEOR("no-such-folder")
+
+
+def test_corpus_bleu4_is_sacrebleus_on_hostile_texts():
+    texts = list(HOSTILE.values())
+    score, signature = corpus_bleu4(texts, [REFERENCE] * len(texts))
+    assert bleu4_from_sums(bleu4_statistics(texts, [REFERENCE] * len(texts)).sum(0)) == pytest.approx(score, abs=1e-9)
+    assert "tok:13a" in signature and "smooth:exp" in signature
+
+
+@pytest.mark.parametrize("answer, strict, loose", [
+    ("A. axial", "A", True), ("a. axial", "A", False), ("axial", "A", False), ("(B) coronal", "B", False), ("B", "B", False), ("The answer is A.", None, True), ("It is axial.", "A", False),
+    ("coronal or axial", None, False), ("A. axial B. coronal", "A", True), ("D. NA", None, False), ("", None, False), ("A plane", None, False), ("ＡＸＩＡＬ", None, False), ("B, left coronal", "B", False)])
+def test_closed_answers(answer, strict, loose):
+    assert parse_choice(answer, ["axial", "coronal", "sagittal", "NA"]) == strict
+    assert closed_m3d(answer, "A") == loose
+
+
+def test_a_missing_key_is_never_right(): assert not closed_m3d("Anything. At all.", "")
+
+
+# --- findings --------------------------------------------------------------------------------------------------------
+
+# sentence → findings: sign (+ present, ? uncertain, - denied or past), kind, side, organ, level, grade, size in mm
+PROSE = {
+    # plain statements
+    "There is a 3.2 cm simple cyst in the upper pole of the left kidney.": "+cyst left kidney upper 32",
+    "Nonobstructing 4-mm calculus in the right renal pelvis.": "+stone right kidney 4",
+    "The liver contains a hypervascular mass measuring 5.1 x 4.3 x 4 cm.": "+mass liver 51",
+    "Moderate right pleural effusion.": "+effusion right pleura moderate",
+    "Bilateral pleural effusions, with basal atelectasis.": "+effusion both pleura; +atelectasis lower",
+    "Large left-sided pneumothorax.": "+pneumothorax left large",
+    "Ground-glass opacities in the right lower lobe.": "+ground glass right lung lower",
+    "Diffuse fatty infiltration of the liver.": "+steatosis liver",
+    "Several enlarged lymph nodes are seen in the mediastinum.": "+lymphadenopathy mediastinum",
+    "Filling defect in the left lower lobe pulmonary artery.": "+embolism left lung lower",
+    "Acute haemorrhage in the right frontal lobe.": "+haemorrhage right brain",
+    "Mild splenomegaly.": "+splenomegaly small",
+    "Cholelithiasis; the gallbladder wall is thin.": "+stone",
+    "Massive ascites.": "+ascites large",
+    "Marked cardiomegaly with pulmonary edema.": "+cardiomegaly large; +oedema lung",
+    "A tiny nodule, 3 mm, in the left apex.": "+nodule left upper small 3",
+    "Hepatic metastases, the largest 2,5 cm.": "+metastasis liver 25",
+    "Infrarenal aortic aneurysm, 5.6 cm in diameter.": "+aneurysm aorta 56",
+    "Compression fracture of a lumbar vertebra.": "+fracture spine",
+    "Small-bowel obstruction.": "+obstruction bowel",
+    "Calcifications of the aorta.": "+calcification aorta",
+    "Extensive emphysematous changes in the upper lobes.": "+emphysema lung upper large",
+    # denials that reach forward
+    "No pleural effusion.": "-effusion",
+    "There is no evidence of pulmonary embolism.": "-embolism",
+    "No pneumothorax, consolidation or effusion.": "-pneumothorax; -consolidation; -effusion",
+    "Lungs are clear, without nodule or mass.": "-nodule; -mass",
+    "Both kidneys are free of stones.": "-stone",
+    "Negative for acute intracranial hemorrhage.": "-haemorrhage",
+    "Neither hydronephrosis nor calculi are seen.": "-hydronephrosis; -stone",
+    "The study fails to show an abscess.": "-abscess",
+    "Absence of lymphadenopathy.": "-lymphadenopathy",
+    "The patient denies hernia.": "-hernia",
+    "CT rules out appendicitis.": "-appendicitis",
+    "No new metastases.": "-metastasis",
+    "Liver without focal mass; spleen unremarkable.": "-mass",
+    "Interval resolution of the right pneumothorax.": "-pneumothorax",
+    "Resolved consolidation.": "-consolidation",
+    # denials that reach back
+    "Hydronephrosis is absent.": "-hydronephrosis",
+    "Pulmonary embolism has been excluded.": "-embolism",
+    "Aortic dissection was ruled out.": "-dissection",
+    "An abscess is not identified.": "-abscess",
+    "The previously described effusion is no longer present.": "-effusion",
+    "The pneumonia has resolved.": "-pneumonia",
+    "Acute cholecystitis is unlikely.": "-cholecystitis",
+    "A discrete mass is not seen in the pancreas.": "-mass",
+    # past
+    "History of pancreatitis.": "-pancreatitis",
+    "Status post removal of a renal stone.": "-stone",
+    # only look like denials
+    "No change in the 8 mm nodule of the right lung.": "+nodule right lung 8",
+    "No significant interval change in the left pleural effusion.": "+effusion left pleura",
+    "Without significant change in size, the hepatic cyst measures 2 cm.": "+cyst liver 20",
+    "The aneurysm has not significantly increased.": "+aneurysm",
+    "The mass is not enlarged.": "+mass",
+    "Not only diverticulosis but diverticulitis of the sigmoid.": "+diverticulosis; +diverticulitis bowel",
+    "No mass effect.": "-mass effect",
+    "The cyst is unchanged.": "+cyst",
+    "No further increase in ascites.": "+ascites",
+    # the end of a clause
+    "No effusion, but a consolidation in the left lower lobe.": "-effusion; +consolidation left lung lower",
+    "No mass; a cyst in the spleen.": "-mass; +cyst spleen",
+    "There is no hydronephrosis, however a 6 mm stone is seen in the left kidney.": "-hydronephrosis; +stone left kidney 6",
+    "No focal lesion except a cyst of 1 cm in the liver.": "+cyst liver 10",
+    "The liver is normal, although the spleen shows a small infarct.": "+infarct spleen small",
+    "No fracture. Degenerative stenosis of the lumbar spine.": "-fracture; +stenosis spine",
+    "Cyst in the right kidney without calcification.": "+cyst right kidney; -calcification",
+    "Pneumothorax has resolved; a small effusion persists.": "-pneumothorax; +effusion small",
+    "No pericardial effusion and there is a moderate hernia.": "-effusion; +hernia moderate",
+    # doubt
+    "Possible nodule in the right upper lobe.": "?nodule right lung upper",
+    "A small abscess cannot be excluded.": "?abscess small",
+    "Pulmonary embolism is not definitely excluded.": "?embolism lung",
+    "Findings suspicious for metastasis in the liver.": "?metastasis liver",
+    "Consolidation may represent pneumonia.": "?consolidation; ?pneumonia",
+    "Probable haemangioma, 14 mm, liver.": "?haemangioma liver 14",
+    "Infarct versus mass in the left kidney.": "?infarct; ?mass left kidney",
+    "Appearances suggest early appendicitis.": "?appendicitis",
+    "Likely atelectasis at the left base.": "?atelectasis left lower",
+    # two sides, two sizes
+    "A 12 mm nodule in the left upper lobe and a 5 mm nodule in the right lower lobe.": "+nodule left lung upper 12; +nodule right lung lower 5",
+    "Left kidney: 2.4 cm cyst. Right kidney: 7 mm stone.": "+cyst left kidney 24; +stone right kidney 7",
+    "Right renal cyst (11 mm), left adrenal nodule (2 by 1.5 cm).": "+cyst right kidney 11; +nodule left adrenal 20",
+    "Nodule in the right lung, 1 cm. Impression: right pulmonary nodule.": "+nodule right lung 10",
+    "Unremarkable study.": "",
+    "The heart is of normal size; the mediastinum is not widened.": "",
+}
+
+SIGN = {"present": "+", "uncertain": "?", "absent": "-"}
+
+
+def short(f):
+    return SIGN[f.status] + " ".join([f.kind, *([x for x in (f.side, f.organ, f.level, f.grade) if x] + ([f"{f.size:g}"] if f.size else []) if f.status != "absent" else [])])
+
+
+@pytest.mark.parametrize("sentence", PROSE)
+def test_prose(sentence):
+    assert "; ".join(short(f) for f in read_findings(sentence)) == PROSE[sentence]
+
+
+def test_prose_is_wide(): assert len(PROSE) >= 60 and len({part.lstrip("+?-").split()[0] for e in PROSE.values() for part in e.split("; ") if part}) >= 25
+
+
+def test_synonyms_name_one_finding():
+    names = [s for kind, synonyms in FINDINGS.items() for s in (kind, *synonyms)]
+    assert len(names) == len({*names})
+    for kind, synonyms in FINDINGS.items():
+        for s in (kind, *synonyms): assert [m[2] for m in mentions(f"there are {s.upper()}.".lower(), FINDINGS)] == [kind]
+
+
+@pytest.mark.parametrize("draw", [make_phantom, make_benchmark], ids=["phantom", "benchmark with more kinds"])
+def test_the_oracle_is_read_without_an_error(draw, tmp_path):
+    "The reports that a drawn corpus holds, against its file of truth: 100 % of findings, with side, organ, level and grade."
+    draw(tmp_path, train=1, validation=1, test=22, shape=(4, 12, 12), workers=1, progress=False)
+    rows = list(read_truth(tmp_path).values())
+    reports = [(tmp_path/r["text"]).read_text().split("study_findings: ")[1] for r in rows]
+    found = finding_rows(reports, [(true_finding(r),) for r in rows])
+    for name in ("F1", "precision", "recall", "laterality", "location", "severity"): assert (found[name][:, 0] == found[name][:, 1]).all() and found[name].sum() > 0, name
+    assert found["omission"][:, 0].sum() == found["hallucination"][:, 0].sum() == 0
+    for r, text in zip(rows, reports): assert read_findings(text) == (true_finding(r),)
+
+
+def test_a_wrong_report_is_not_read_as_right():
+    true = (Finding("cyst", organ="kidney", side="left", size=30.),)
+    for said, expected in {"Cyst, 3 cm, left kidney.": (1, 0, 0), "No cyst in the left kidney.": (0, 0, 1), "Mass in the left kidney.": (0, 1, 1), "": (0, 0, 1), "Two masses and a cyst.": (1, 1, 0)}.items():
+        assert tuple(np.sum([*finding_counts(said, true)[0].values(), [0, 0, 0]], 0)) == expected
+    for said, size in {"Cyst, 3.5 cm.": 1, "Cyst, 3.7 cm.": 0, "Cyst, 28 mm.": 1, "Cyst.": 0}.items(): assert finding_counts(said, true)[1]["size"] == [size, 1]
+    assert finding_counts("Right renal cyst.", true)[1] == {"laterality": [0, 1], "location": [1, 1], "severity": [0, 0], "size": [0, 1]}
+
+
+def test_facts_of_unicode_and_nothing():
+    assert extract_facts("", LEXICON) == {} and extract_facts("nó cyst – Größe 3 cm", LEXICON) == {"kind": ["cyst"]}
+    assert extract_facts("NON CONTRAST ct; no\tcyst", LEXICON) == {"phase": ["non-contrast"]}
+    assert read_findings("no " * 2000 + "cyst")[0].status == "absent"
+
+
+def test_ratescore_is_used_where_it_is_and_asked_for_where_not(tmp_path, monkeypatch):
+    with pytest.raises(MedVLM3DError, match=r"ner: holds no weights.*BioLORD"): load_ratescore(tmp_path)
+    for part in ("ner", "encoder"):
+        (tmp_path/part).mkdir()
+        for name in ("config.json", "model.safetensors"): (tmp_path/part/name).touch()
+    monkeypatch.setitem(sys.modules, "RaTEScore", None)
+    with pytest.raises(MedVLM3DError, match="pip install ratescore"): load_ratescore(tmp_path)
+
+    class Stand:
+        def __init__(self, bert_model, eval_model, use_gpu): self.folders = bert_model, eval_model, use_gpu
+        def compute_score(self, candidate_list, reference_list): return [.5 if c != r else 1. for c, r in zip(candidate_list, reference_list)]
+    monkeypatch.setitem(sys.modules, "RaTEScore", types.SimpleNamespace(RaTEScore=Stand))
+    assert load_ratescore(tmp_path)(["a", "b", " "], ["a", "c", "d"]).tolist() == [1, .5, 0]
+
+
+# --- anybody's files -------------------------------------------------------------------------------------------------
+
+CLOSED = ("Question Type,Question,Answer,Answer Choice,Pred,Correct\r\n"
+          '1,"<im_patch><im_patch> Which plane? Choices: A. axial B. coronal C. sagittal D. nan",A. axial,A,"A. axial\nindeed",1\r\n'
+          '3,<im_patch> Which organ? Choices: A. liver B. spleen C. lung D. left kidney,D. left kidney,D,kidney,0\r\n')
+OPEN = "Question Type,Question,Answer,Pred,bleu,rouge1,meteor,bert_f1\n4,<im_patch> What?,a cyst,a cyst,1,1.0,0.9375,1\n"
+REPORT = 'Question,Ground Truth,pred,bleu,rouge1,meteor,bert_f1\n<im_patch>Describe.,"A cyst, left kidney.","No cyst, left kidney.",0.8333,0.857,0.8,0.9\n'
+LINE = {"id": "1", "case": "a", "task": "closed", "type": "Plane", "question": "?", "answer": "axial", "letter": "A", "choices": ["axial", "coronal"], "prediction": "A."}
+BAD = {
+    "unknown type": (CLOSED.replace("\r\n3,", "\r\n6,"), r":4: has the question type '6'"),
+    "key not offered": (CLOSED.replace(",D,kidney", ",E,kidney"), r":4: has the key 'E'"),
+    "key of a missing option": (CLOSED.replace("A. axial,A", "D. nan,D"), r":2: has the key 'D'"),
+    "answer is another option": (CLOSED.replace("D. left kidney,D,", "D. spleen,D,"), r":4: has the answer 'spleen'"),
+    "no options": (CLOSED.replace("Choices: A. liver", "A. liver"), r":4: holds no options"),
+    "cut in a row": (CLOSED.rstrip()[:-8], r":4: has 5 cells under 6 columns"),
+    "cut in a quotation": (CLOSED[:CLOSED.index("indeed")], r":2: begins a row that is not CSV"),
+    "one cell too many": (OPEN.replace("a cyst,a cyst", "a cyst,a,cyst"), r":2: has 9 cells under 8 columns"),
+    "score is no number": (OPEN.replace("0.9375", "n/a"), r":2: has 'n/a' where the score meteor should be"),
+    "columns of something else": ("case_id,prediction\n1,a\n", r":1: has the columns case_id, prediction"),
+    "two files in one": (OPEN + OPEN, r":3: has the question type 'Question Type'|:3: has 'bleu'"),
+    "nothing": ("\n", "holds no answers"),
+    "only a header": (OPEN.split("\n")[0], "holds no answers"),
+    "cut JSON": (json.dumps(LINE) + "\n" + json.dumps({**LINE, "id": "2"})[:-5], r":2: is not JSON"),
+    "the same id twice": ((json.dumps(LINE) + "\n") * 2, r":2: repeats the id of line 1"),
+    "a number as prediction": (json.dumps({**LINE, "prediction": 3}), r":1: has no prediction of the right kind"),
+    "no choices": (json.dumps({k: v for k, v in LINE.items() if k != "choices"}), r":1: has no choices of the right kind"),
+    "unknown task": (json.dumps({**LINE, "task": "oral"}), r":1: has the task 'oral'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows_name_file_and_line(name, tmp_path):
+    text, message = BAD[name]
+    path = tmp_path/"theirs.csv"
+    path.write_bytes(text.encode())
+    with pytest.raises(MedVLM3DError, match=message) as error: read_outputs(path)
+    assert "theirs.csv" in str(error.value) and error.value.remedy
+
+
+def test_files_in_other_codes_and_places(tmp_path):
+    (tmp_path/"latin.csv").write_bytes(OPEN.replace("cyst", "Zyste ü").encode("latin-1"))
+    with pytest.raises(MedVLM3DError, match="latin.csv: is not UTF-8"): read_outputs(tmp_path/"latin.csv")
+    with pytest.raises(MedVLM3DError, match="is not a file"): read_outputs(tmp_path)
+    (tmp_path/"bom.csv").write_bytes(b"\xef\xbb\xbf" + OPEN.encode())
+    assert read_outputs(tmp_path/"bom.csv")[0]["prediction"] == "a cyst"
+
+
+def test_rows_are_read_as_their_scripts_wrote_them(tmp_path):
+    (tmp_path/"closed.csv").write_bytes(CLOSED.encode())
+    first, second = read_outputs(tmp_path/"closed.csv")
+    assert (first["question"], first["choices"], first["letter"], first["answer"], first["prediction"], first["type"]) == ("Which plane?", ["axial", "coronal", "sagittal", "nan"], "A", "axial", "A. axial\nindeed", "Plane")
+    assert (second["case"], second["written"]) == ("closed.csv:4", {"Correct": 0.})
+    (tmp_path/"ours.jsonl").write_text(json.dumps(LINE))
+    assert read_outputs(tmp_path/"ours.jsonl")[0]["letter"] == "A"
+
+
+def test_evaluate_file_writes_what_it_tells(tmp_path):
+    told = []
+    for name, text in {"closed": CLOSED, "open": OPEN, "report": REPORT}.items():
+        (tmp_path/f"{name}.csv").write_bytes(text.encode())
+        results = evaluate_file(tmp_path/f"{name}.csv", tmp_path/name, n=50, tell=told.append)
+        assert json.loads((tmp_path/name/"results.json").read_text()) == results
+        assert (tmp_path/name/"table.txt").read_text() == told[-1] + "\n" and "no case" in told[-1]
+        assert str(tmp_path) not in (tmp_path/name/"results.json").read_text()
+    assert results["clinical"]["recall"]["value"] == 0 and results["clinical"]["omission"]["value"] == 100      # "No cyst": every word but one is right
+    assert results["systems"]["model"]["m3d"]["report"]["BLEU-1"]["all"]["value"] > 75
+    assert "accuracy (m3d)" in told[0] and "unparsed (standard)" in told[0] and "rouge1" in told[1] and "omission" in told[2]
+    assert results["agreement"]["bleu"]["written"] == pytest.approx(83.33)
