@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOTICE', 'app', 'Out', 'To', 'Config', 'Changes', 'frame', 'main', 'is_user_error', 'say', 'info', 'describe',
-           'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'evaluate', 'report', 'ablate',
-           'efficiency', 'open_scan', 'predict', 'load_model', 'answer_dict', 'readable', 'draw_overlay', 'encode',
-           'crossmodal', 'data_report']
+           'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'planned', 'evaluate', 'report',
+           'ablate', 'efficiency', 'open_scan', 'predict', 'load_model', 'answer_dict', 'readable', 'draw_overlay',
+           'encode', 'crossmodal', 'data_report']
 
 # %% ../nbs/17_cli.ipynb #77c5fa94
 import json, os, sys
@@ -124,14 +124,29 @@ def demo(llm: Annotated[str, typer.Option(help="reader: the small language model
     say(f"done: {relative(records[-1])}. {NOTICE}")
 
 @app.command()
-def train(config: Config = "demo", out: Out = None, p: Changes = None):
+def train(config: Config = "demo", out: Out = None, p: Changes = None,
+          preset: Annotated[Optional[str], typer.Option(help="Plan a preset (paper) instead: its size, time, memory, and what is missing. Needs --dry-run.")] = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the preset would take; nothing is loaded.")] = False,
+          gpus: int = 4, rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250., data: Optional[Path] = None, llm: Optional[Path] = None):
     "Train: both stages, in a launched process; continues where it stopped."
+    if preset or dry_run: return print(planned(preset or "paper", dry_run, gpus=gpus, rate=rate, data=data, llm=llm))
     run_step("91", config, out, p)
 
+def planned(preset, dry_run, **how):
+    "The `DryRun` of a preset; MedVLM3DError where more was asked for."
+    from medvlm3d.core import MedVLM3DError
+    from medvlm3d.planning import dry_run as plan
+    if not dry_run: raise MedVLM3DError(f"--preset {preset}", "is only planned from here", "Add --dry-run: it says what to place where. Ranks are started with torchrun (11_training).")
+    return plan(preset, **how)
+
 @app.command()
-def evaluate(config: Config = "demo", out: Out = None, p: Changes = None):
-    "Predict the test set and score it."
-    run_step("92", config, out, p)
+def evaluate(config: Config = "demo", out: Out = None, p: Changes = None,
+             predictions: Annotated[Optional[Path], typer.Option(help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts.")] = None,
+             questions: Annotated[Optional[Path], typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None):
+    "Predict the test set and score it; or score anybody's answers."
+    if predictions is None: return run_step("92", config, out, p)
+    from medvlm3d.outputs import evaluate_file
+    evaluate_file(predictions, out, questions, tell=typer.echo)
 
 @app.command()
 def report(config: Config = "demo", out: Out = None, p: Changes = None):
