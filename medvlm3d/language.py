@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['locate', 'load_llm', 'load_tokenizer', 'base_state', 'base_hash', 'reference_llm', 'saved_folder', 'add_lora',
-           'has_lora', 'word_tokenizer', 'Answer', 'MedVLM3DProcessor', 'ask_prompt']
+           'has_lora', 'merged_state', 'word_tokenizer', 'Answer', 'MedVLM3DProcessor', 'ask_prompt']
 
 # %% ../nbs/06b_language.ipynb #9235f883
 from dataclasses import dataclass
@@ -38,11 +38,12 @@ def load_tokenizer(name):
 
 # %% ../nbs/06b_language.ipynb #ae9b8fe8
 def base_state(llm):
-    "The state of a language model without its adapters, under the names it has without them."
-    return {name.replace(".base_layer.", "."): t for name, t in llm.state_dict().items() if "lora_" not in name}
+    "The state of a language model (or its state dict) without its adapters, under the names it has without them."
+    state = llm if isinstance(llm, dict) else llm.state_dict()
+    return {name.replace(".base_layer.", "."): t for name, t in state.items() if "lora_" not in name}
 
 def base_hash(llm):
-    "Fingerprint of a language model's own weights: independent of adapters, device and float type."
+    "Fingerprint of a language model's (or its state dict's) own weights: independent of adapters, device and float type."
     return sha256_json({name: sha256_tensors({name: t.bfloat16()}) for name, t in base_state(llm).items()})
 
 # %% ../nbs/06b_language.ipynb #57bb0f12
@@ -76,6 +77,11 @@ def add_lora(llm, r=16, alpha=32, dropout=.1, targets="all-linear", seed=0):
 def has_lora(llm):
     "Whether a language model carries adapters."
     return any("lora_" in name for name, _ in llm.named_parameters())
+
+def merged_state(llm):
+    "The state of a language model with its adapters added into its weights, under the names it has without them."
+    adapted = {name: layer for name, layer in llm.named_modules() if hasattr(layer, "get_delta_weight")}
+    return base_state(llm) | {f"{name}.weight": layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach() for name, layer in adapted.items()}
 
 # %% ../nbs/06b_language.ipynb #8eb6e272
 def word_tokenizer(texts):
