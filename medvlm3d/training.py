@@ -133,7 +133,6 @@ def forget_after(run, stage, step):
 
 def take_steps(run, plan, stage, model, data, progress, heard):
     "Step through a stage, and check at its end that what was frozen has not moved."
-    from transformers import PrinterCallback
     from medvlm3d.trainer import Interrupted, SafeTrainer
     ranks, before, folder = Ranks.here(), base_hash(model.llm), run/"checkpoints"/f"stage-{stage.stage}"
     per_epoch = max(1, -(-len(data) // (stage.batch * stage.accumulation * ranks.world)))
@@ -143,7 +142,6 @@ def take_steps(run, plan, stage, model, data, progress, heard):
     if begun and step_of(begun) >= arguments.max_steps: return
     if pick_device().type == "cpu": model.llm.set_attn_implementation("eager")  # torch's fused kernel for CPUs takes twice as long on short rows with a mask
     trainer = SafeTrainer(model, arguments, data_collator=data.batch, train_dataset=data, heard=heard, run=run, stage=stage.stage, nonfinite=plan.nonfinite)
-    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=begun and str(begun))
     state = trainer.whole_state()
     if ranks.rank == 0 and frozen_hash(state) != before: raise MedVLM3DError(f"stage {stage.stage}", "changed weights that are frozen", "This is a fault of the software: please report it.")
