@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WATCHED', 'steps_figure', 'follow', 'on_ranks', 'on_hosts', 'first_cause', 'launch']
 
-# %% ../nbs/11_processes.ipynb #8653a174
+# %% ../nbs/11_processes.ipynb #7e3d483f
 import re, subprocess, sys, time
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import yaml
 from .core import MedVLM3DError, RunFolder, project_root, relative, write_text
 from .plan import Plan
 
-# %% ../nbs/11_processes.ipynb #6aeef3c1
+# %% ../nbs/11_processes.ipynb #a59783b7
 WATCHED = {"loss": "loss", "lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens / s"}
 
 def steps_figure(run):
@@ -39,16 +39,17 @@ def steps_figure(run):
 def follow(process, folder, every=2.):
     "While `process` runs, draw in the notebook what the run in `folder` has logged; returns its exit status."
     from IPython.display import display
-    handle, seen = None, 0
-    while process.poll() is None:
+    handle, seen, status = None, 0, None
+    while status is None:
         time.sleep(every)
+        status = process.poll()   # before the log is read, so that its end is drawn too
         if (n := len(RunFolder(folder).read_log())) == seen: continue
         figure, seen = steps_figure(folder), n
         if handle is None: handle = display(figure, display_id=True)
         else: handle.update(figure)
-    return process.returncode
+    return status
 
-# %% ../nbs/11_processes.ipynb #937fbd15
+# %% ../nbs/11_processes.ipynb #47d91823
 def on_ranks(n):
     "The command that starts `n` ranks on this machine."
     return (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m")
