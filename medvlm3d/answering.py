@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from .metrics import offered
+from .model import CACHE
 from .tokenization import closed_prompt, image_prefix, open_prompt, prompt_ids, report_prompt
 
 # %% ../nbs/12b_answering.ipynb #3213601d
@@ -24,7 +25,7 @@ class Prefix:
         places, batch = (0, None) if features[0] is None else (model.config.visual_tokens, torch.stack(features))
         self.ids = image_prefix(self.tokenizer, places)
         ids = torch.tensor([self.ids] * len(features), device=model.device)
-        self.cache, self.length = model(input_ids=ids, features=batch, use_cache=True, logits_to_keep=1).past_key_values, ids.shape[1]
+        self.cache, self.length = model(input_ids=ids, features=batch, use_cache=True, logits_to_keep=1)[CACHE], ids.shape[1]
 
     def start(self, rows, volumes, left=True):
         "Ids, mask (B, prefix + T), positions (B, T) of `rows` of ids padded at one side, and a copy of the cache for them; `volumes` names each row's volume."
@@ -67,7 +68,7 @@ def generate_rows(prefix, rows, volumes, max_new_tokens=256, near=None):
     room = [min(max_new_tokens, prefix.model.llm.config.max_position_embeddings - prefix.length - len(row)) for row in rows]
     said, going = [[] for _ in rows], {i for i, n in enumerate(room) if n > 0}
     while going:
-        logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         best, close = logits.argmax(-1).tolist(), (logits.topk(2).values.diff(dim=-1)[:, 0] > -near).tolist()
         for i in sorted(going):
             token = read_alone(prefix, volumes[i], [*rows[i], *said[i]])[-1].argmax().item() if close[i] else best[i]
@@ -82,7 +83,7 @@ def generate_rows(prefix, rows, volumes, max_new_tokens=256, near=None):
 def score_rows(prefix, rows, volumes):
     "Log-likelihood of the target in each (prompt ids, target ids) about its volume."
     ids, mask, position, cache = prefix.start([[*p, *t] for p, t in rows], volumes, left=False)
-    logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits
+    logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True).logits
     logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     return [logp[i, len(p) - 1:len(p) + len(t) - 1].sum().item() for i, (p, t) in enumerate(rows)]
 

@@ -74,3 +74,11 @@ def test_answers_of_another_model_or_split_are_refused(corpus, tmp_path):
     with pytest.raises(MedVLM3DError, match="a.jsonl: holds an answer to another question"): main([*typed, "options", "--split", "train"])
     with pytest.raises(MedVLM3DError, match="nowhere: has no samples. Choose a split"): main([*typed, "options", "--split", "nowhere"])
     assert not parts_of(tmp_path/"a.jsonl").exists()
+
+
+def test_the_cache_goes_by_the_name_that_the_installed_transformers_knows(corpus, tmp_path, recwarn):
+    root, samples = corpus
+    model = MedVLM3D.from_pretrained(root/"model")
+    predict_items(model, model.processor, samples[:2], FeatureStore(root/"store"), 2, tmp_path/"few.jsonl", max_new_tokens=2, progress=False)
+    model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=2)
+    assert not [str(w.message) for w in recwarn if "past_key_values" in str(w.message)]
