@@ -68,7 +68,7 @@ PICTURES = (".png", ".jpg", ".jpeg")
 def numbered(path):
     "(files, notes): the pictures of a folder in order of the last number in their names."
     files = [(re.findall(r"\d+", p.stem), p) for p in path.iterdir() if p.suffix.lower() in PICTURES]
-    if unnamed := [p.name for n, p in files if not n]: raise MedVLM3DError(path, f"{unnamed[0]} has no number in its name", "Name the slices 1.png, 2.png and so on.")
+    if unnamed := [p for n, p in files if not n]: raise MedVLM3DError(unnamed[0], "has no number in its name", "Name the slices 1.png, 2.png and so on.")
     numbers = sorted((int(n[-1]), p) for n, p in files)
     order = [n for n, _ in numbers]
     if len(set(order)) < len(order): raise MedVLM3DError(path, "holds two slices with the same number", "Keep one file per slice.")

@@ -193,7 +193,7 @@ GREY = np.random.default_rng(1).integers(0, 255, (8, 9))
 PICTURES = {
     "colour": (dict(pixels=[GREY, np.stack([GREY, GREY, 255 - GREY], -1)]), "1.png", "in colour", "Give grey slices"),
     "two sizes": (dict(pixels=[GREY, GREY[1:]]), "1.png", "7×9, the first slice 8×9", "slices of one size"),
-    "no number": (dict(pixels=[GREY, GREY], names=["1.png", "last.png"]), "", "last.png has no number", "Name the slices 1.png, 2.png"),
+    "no number": (dict(pixels=[GREY, GREY], names=["1.png", "last.png"]), "last.png", "has no number in its name", "Name the slices 1.png, 2.png"),
     "a number twice": (dict(pixels=[GREY, GREY], names=["1.png", "01.png"]), "", "same number", "one file per slice"),
     "an empty folder": (dict(pixels=[]), "", "no DICOM images", "Give the folder or zip of an image series"),
 }
@@ -443,6 +443,19 @@ def test_encrypted_and_damaged_zips(tmp_path):
     with pytest.raises(MedVLM3DError, match="s.zip: is encrypted. Zip the series without a password"): read_volume(tmp_path/"s.zip")
     (tmp_path/"s.zip").write_bytes(flipped(good, 400))
     with pytest.raises(MedVLM3DError, match="s.zip/.*dcm: is damaged, or cannot be read.*zip the series again"): read_volume(tmp_path/"s.zip")
+
+
+def test_more_files_than_the_limit(tmp_path, monkeypatch):
+    "A folder and a zip with one file more than is allowed; at the limit both are read."
+    series = save_dicom(tmp_path/"s", STACK, AFFINE)
+    with zipfile.ZipFile(tmp_path/"s.zip", "w") as z:
+        for p in series.iterdir(): z.write(p, p.name)
+    for path in (series, tmp_path/"s.zip"):
+        monkeypatch.setattr("medvlm3d.bounded.MAX_FILES", len(STACK) - 1)
+        with pytest.raises(MedVLM3DError, match="holds 7 files, above the limit of 6. Give the one series") as e: read_volume(path)
+        assert str(path) in e.value.what
+        monkeypatch.setattr("medvlm3d.bounded.MAX_FILES", len(STACK))
+        assert read_volume(path).shape == STACK.shape
 
 
 # --- bounded memory ---------------------------------------------------------------------------------------------------
