@@ -63,7 +63,7 @@ def see(model, data, samples, progress=True):
     config = model.config
     how, more = (model.encoder, Preprocess.from_dict(config.preprocess), config.rho, config.selection), dict(seed=config.seed, grid=tuple(config.grid), read=read_image)
     path = Path(data)/f"features-{sha256_json(StoreSpec.of(*how, **more).to_dict())[:8]}"
-    return encode_images(path, data, [s.image for s in samples], *how, **more, modalities={s.image: s.modality for s in samples}, progress=progress)
+    return encode_images(path, data, [s.image for s in samples], *how, **more, samples=samples, progress=progress)
 
 def score(out, data, pairs, model=None, seed=0, resamples=2000, progress=True):
     "Scores on the test pairs, of all and by modality, with a model or without; written to `results.json`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETACHED', 'encode_volume', 'StoreSpec', 'plain', 'differences', 'shortened', 'volume_files', 'stamp',
-           'volume_digest', 'told', 'volume_key', 'map_ahead', 'or_problem', 'encode_many']
+           'volume_hashes', 'volume_digest', 'told', 'volume_key', 'map_ahead', 'or_problem', 'encode_many']
 
 # %% ../nbs/10_encoding.ipynb #5b39338c
 import re
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .checks import alias
 from .core import MedVLM3DError, sha256_file, sha256_json
 from .datasets import NAMED, Problem, corpus_modality, series_facts
 from .encoder import interpolate_grid
@@ -84,23 +85,26 @@ def stamp(path):
     "A fingerprint of names, sizes and times: while it stays, the bytes are taken to be the same."
     return sha256_json([(name, f.stat().st_size, f.stat().st_mtime_ns) for name, f in volume_files(path).items()])[:16]
 
-def volume_digest(path):
-    "SHA-256 of a volume's bytes: of its file, or of the names and hashes of its files."
+def volume_hashes(path):
+    "(SHA-256 of a volume's file, or of the names and hashes of its files; the hash that a manifest lists for it, 09a_manifest)."
     hashes = {name: sha256_file(f) for name, f in volume_files(path).items()}
     if not hashes: raise MedVLM3DError(path, "is an empty folder", "Restore its files.")
-    return hashes[""] if [*hashes] == [""] else sha256_json(hashes)
+    return hashes[""] if [*hashes] == [""] else sha256_json(hashes), hashes.get("") or sha256_json(sorted(hashes.values()))
 
-def told(path, modality=""):
-    "What a reader is told besides the bytes, as text: a listed modality, and what `read_image` takes from names and places."
+def volume_digest(path): return volume_hashes(path)[0]
+
+def told(path, modality="", **choices):
+    "What a reader is told besides the bytes, as text: a listed modality, what `read_image` takes from names and places, and listed `choices`."
     path, facts = Path(path), [modality] if modality else []
     root = next((p.parent for p in path.parents if p.name.startswith("M3D_Cap")), None)
     if root: facts = ["m3d", series_facts(path.name)[0] or "axial", modality or corpus_modality(root)]
     elif ".nii" in path.name and (named := path.name.split(".nii")[0].split("-")[-1]) in NAMED: facts.append(named)
+    facts += [f"{name}={choices[name]}" for name in sorted(choices)]
     return "".join(":" + fact for fact in facts)
 
-def volume_key(path, modality=""):
+def volume_key(path, modality="", **choices):
     "The name of a volume in a store: the hash of its bytes, and what its reader is told."
-    return volume_digest(path) + told(path, modality)
+    return volume_digest(path) + told(path, modality, **choices)
 
 # %% ../nbs/10_encoding.ipynb #92e1b21d
 def map_ahead(pool, function, items, ahead=3):
@@ -111,15 +115,16 @@ def map_ahead(pool, function, items, ahead=3):
         if len(waiting) > ahead: yield waiting.pop(0).result()
     for future in waiting: yield future.result()
 
-def or_problem(image, act, mine=Exception):
-    "What `act()` gives, or the `Problem` that it could not be done for `image`; only errors of the kind `mine` are caught."
+def or_problem(where, act, mine=Exception):
+    "What `act()` gives, or the `Problem` that it could not be done for the volume listed at `where`; only errors of the kind `mine` are caught."
     try: return act()
-    except MedVLM3DError as e: return Problem(image, e.why, e.remedy)
-    except mine as e: return Problem(image, f"cannot be read ({type(e).__name__})", "Restore or remove the file.")
+    except MedVLM3DError as e: return Problem(where, e.why, e.remedy)
+    except mine as e: return Problem(where, f"cannot be read ({type(e).__name__})", "Restore or remove the file.")
 
-def encode_many(images, load, encode, workers=1, ahead=3):
-    "Yield (image, features and indices, or a `Problem`) for each image: `load(image)` in threads, `encode(pixels)` here."
-    def loaded(image): return or_problem(image, lambda: load(image))
+def encode_many(images, load, encode, workers=1, ahead=3, places=None):
+    "Yield (image, what `encode` gives, or a `Problem` at its place in `places`) for each image: `load(image)` in threads, `encode` of that here."
+    def where(image): return (places or {}).get(image) or f"volume {alias(image)}"
+    def loaded(image): return or_problem(where(image), lambda: load(image))
     with ThreadPoolExecutor(workers) as pool:
         for image, pixels in zip(images, map_ahead(pool, loaded, images, ahead)):
-            yield image, pixels if isinstance(pixels, Problem) else or_problem(image, lambda: encode(pixels), MedVLM3DError)
+            yield image, pixels if isinstance(pixels, Problem) else or_problem(where(image), lambda: encode(pixels), MedVLM3DError)

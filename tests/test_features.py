@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import torchrun, two_ranks
 
+from medvlm3d.checks import alias
 from medvlm3d.core import MedVLM3DError, write_json
 from medvlm3d.datasets import load_m3d, read_image, series_facts
 from medvlm3d.encoder import load_encoder
@@ -102,7 +103,7 @@ def test_a_second_writer_and_other_settings_are_refused(corpus, tmp_path):
         with pytest.raises(MedVLM3DError) as error: main([str(root/"data"), str(root/"alone"), *TYPED, option, value])
         assert error.value.what.endswith("alone") and told in error.value.why and "new folder" in error.value.remedy
     write_json(tmp_path/"old"/"store.json", {"encoder": "tiny"})
-    with pytest.raises(MedVLM3DError, match=r"old: has another form \(medvlm3d.features/1 → medvlm3d.features/2\). Encode into a new folder"): FeatureStore(tmp_path/"old")
+    with pytest.raises(MedVLM3DError, match=r"old: has another form \(medvlm3d.features/1 → medvlm3d.features/3\). Encode into a new folder"): FeatureStore(tmp_path/"old")
 
 
 def test_every_form_of_m3d_is_read(tmp_path):
@@ -123,12 +124,32 @@ def test_every_form_of_m3d_is_read(tmp_path):
     assert [store.key(image)[64:] for image in images] == [":m3d:axial:CT", ":m3d:sagittal:CT", ":m3d:coronal:CT"] and store.spec["reader"] == "read_image"
 
 
+def test_what_the_reader_remarked_stays_with_the_features_and_is_counted(tmp_path, capfd):
+    "Interleaved slices and a header that contradicts itself: kept with the volume through shards and restarts, said at the end, and never a reason to fail."
+    import nibabel
+    import numpy as np
+    grid = np.linspace(0, 1, 16, dtype=np.float32)
+    array = np.cos(np.add.outer(np.add.outer(3 * grid, grid), 2 * grid))
+    for n in range(3): np.save(tmp_path/f"mixed{n}.npy", (array + n)[None][:, np.r_[0:16:2, 1:16:2]])
+    np.save(tmp_path/"plain.npy", array[None])
+    odd = nibabel.Nifti1Image(array, np.diag([2., 2, 2, 1]))
+    odd.set_qform(np.diag([3., 3, 3, 1]), 1)
+    nibabel.save(odd, tmp_path/"odd.nii.gz")
+    images = ["mixed0.npy", "mixed1.npy", "mixed2.npy", "plain.npy", "odd.nii.gz"]
+    made = encode_images(tmp_path/"store", tmp_path, images, load_encoder("tiny", size=32), Preprocess(8, 32, 32), 50, shard_size=2)
+    said = capfd.readouterr().err
+    assert "3 volumes: the slices look interleaved: check their order\n" in said and "1 volume: qform and sform differ: the sform is used\n" in said and "mixed" not in said
+    for store in (made, FeatureStore(tmp_path/"store", verify=True)):
+        assert all("interleaved" in " ".join(store.notes(image)) for image in images[:3]) and not any("interleaved" in note for note in store.notes("plain.npy"))
+        assert "qform and sform differ: the sform is used" in store.notes("odd.nii.gz") and store.notes("nowhere.npy") == ()
+
+
 READ_ALL = """
 import sys
 from medvlm3d.features import FeatureStore
 def resident(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1e3
 store = FeatureStore(sys.argv[1], most_open=int(sys.argv[2]))
-images = list(store.known)
+images = [f"{key}.npy" for key in store.rows]
 store[images[0]]
 before = resident()
 for image in images: store[image]
@@ -142,6 +163,6 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     write_json(tmp_path/"store.json", {"format": FORMAT, **spec})
     keys = [f"{i:064x}" for i in range(48)]
     for n in range(0, 48, 4): write_shard(tmp_path, {key: (torch.randn(16, 64, 1024).bfloat16(), torch.arange(16)) for key in keys[n:n+4]})
-    write_json(tmp_path/"images.json", {f"{key}.npy": {"key": key, "stamp": ""} for key in keys})
+    write_json(tmp_path/"images.json", {alias(f"{key}.npy"): {"key": key, "stamp": "", "sha256": key} for key in keys})
     grown = [float(subprocess.run([sys.executable, "-c", READ_ALL, tmp_path, str(n)], capture_output=True, text=True, check=True).stdout) for n in (2, 12)]
     assert grown[0] < 50 and grown[1] > 80, grown
