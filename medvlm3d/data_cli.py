@@ -126,9 +126,12 @@ def folder(root: Root, out: Listing = None, rejects: Rejects = None, source: Sou
            show: Annotated[Optional[int], typer.Option(help="Only print the path of the scan with this number.")] = None):
     "List a plain folder of scans, each with a report in a text file."
     from medvlm3d.core import MedVLM3DError
-    from medvlm3d.corpora import find_scans, load_folder
-    if show is None: return write_listing(root, load_folder(root, source, licence, rejects), out, rejects=rejects)
+    from medvlm3d.corpora import find_scans, left_over, load_folder
     scans = find_scans(root)
+    if show is None:
+        samples = load_folder(root, source, licence, rejects)
+        if others := left_over(root, scans): say(f"{len(others)} files are left out: in no format that is read, or links to folders")
+        return write_listing(root, samples, out, rejects=rejects)
     if not 0 < show <= len(scans): raise MedVLM3DError(f"scan {show}", f"is not one of {len(scans)}", "Numbers count from 1, in order of path.")
     print(scans[show - 1].relative_to(root))
 

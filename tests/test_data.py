@@ -1,5 +1,6 @@
 """What a reader need not see of data sets: every layout as it lies on disk, every fault of a list, leaks found and cut, no name in anything written."""
 import csv
+import gzip
 import json
 import os
 import re
@@ -13,26 +14,36 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT
+from corpora import make_plan
 from PIL import Image
+from scan_files import nrrd_bytes, patient, save_dicom, save_enhanced
 from typer.testing import CliRunner
 
 from medvlm3d.benchmark import make_benchmark
 from medvlm3d.cli import app
 from medvlm3d.core import MedVLM3DError, RunFolder
-from medvlm3d.corpora import BRATS, load_autopet, load_brats, load_folder, study_samples
+from medvlm3d.corpora import BRATS, find_scans, left_over, load_autopet, load_brats, load_folder, study_samples
 from medvlm3d.data_cli import data_app
 from medvlm3d.datasets import COLUMNS, Sample, image_reader, load_m3d, read_image, read_m3d
+from medvlm3d.encoder import load_encoder
+from medvlm3d.features import main as encode
 from medvlm3d.leakage import audit, find_ties, take_census
 from medvlm3d.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root, scan_manifest, with_hashes, write_manifest
 from medvlm3d.phantom import make_phantom
+from medvlm3d.reader import make_reader, reader_tokenizer
 from medvlm3d.scale import varied_report
 from medvlm3d.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
 from medvlm3d.split import assign, groups_of, split_corpus
+from medvlm3d.training import train
+from medvlm3d.volume import Preprocess
 
 NAME = "Beeblebrox_Zaphod_1952-03-11"
 QUIET = dict(workers=1, progress=False)
 VERBS = ("phantom", "probe", "layout", "m3d", "brats", "autopet", "folder", "verify", "split", "benchmark", "crossmodal", "report")
 LISTS = ("train", "validation", "test", "test1k", "test500", "test100", "hard_test")
+TYPED = ("--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--float32", "--quiet")
+STACK, AFFINE = patient(np.random.default_rng(0).integers(0, 900, (9, 8, 7)).astype(np.int16), "SPL")
 
 
 def smooth(seed, shape):
@@ -108,7 +119,7 @@ def test_every_list_and_table_of_m3d_is_read(m3d):
     assert all(s.choices == ("liver", "NA", "spleen", "NA") and s.letter == "C" for s in closed)
     yes, no = [s for s in samples if s.split == "yn_train" and s.task == "closed"]
     assert (yes.choices, yes.answer, yes.letter, no.answer, no.letter) == (("Yes", "No"), "Yes", "A", "No", "B")
-    assert {s.plane for s in samples} == {"axial"} and {s.case.split("/")[0] for s in samples} == {"ct_case", "ct_quizze"}
+    assert {(s.plane, s.phase) for s in samples} == {("axial", "non-contrast")} and {s.case.split("/")[0] for s in samples} == {"ct_case", "ct_quizze"}
 
 
 def test_the_phantom_loads_as_before(tmp_path):
@@ -142,7 +153,7 @@ def test_prepared_volumes_in_every_form_give_the_same_voxels(tmp_path):
     entries = [{"image": f"M3D_Cap_npy/ct_quizze/005461/{name}.npy", "text": "M3D_Cap_npy/ct_quizze/005461/text.txt"} for name in ("Axial_non_contrast", "Coronal_bone_window", "Sagittal_C__portal_venous_phase")]
     (tmp_path/"M3D_Cap.json").write_text(json.dumps({"train": entries}))
     npy, last, first = load_m3d(tmp_path)
-    assert (npy.plane, last.plane, first.plane) == ("axial", "coronal", "sagittal") and last.image.endswith(".nii.gz")
+    assert (npy.plane, last.plane, first.plane) == ("axial", "coronal", "sagittal") and (npy.phase, last.phase, first.phase) == ("non-contrast", "", "portal venous") and last.image.endswith(".nii.gz")
     assert np.array_equal(read_image(tmp_path/npy.image).array, array)
     for s in (last, first): assert np.array_equal(read_image(tmp_path/s.image).array, fine) and read_image(tmp_path/s.image).plane == s.plane
 
@@ -157,6 +168,7 @@ def test_raw_folders_of_slices(tmp_path, kind):
         for d, x in enumerate(slices): Image.fromarray(x).save(case/series/f"{d}.{kind}", **({"quality": 95} if kind == "jpeg" else {}))
     (case/"text.txt").write_text("\ufeffstudy_findings: Normal.\r\n", encoding="utf-8")
     coronal, mixed = load_m3d(tmp_path)
+    assert (coronal.phase, mixed.phase) == ("portal venous", "non-contrast")
     assert (coronal.plane, mixed.plane, coronal.split, coronal.answer, coronal.case) == ("coronal", "", "", "Normal.", "ct_quizze/005461")
     volume = read_m3d(tmp_path/coronal.image)
     assert volume.plane == "coronal" and np.abs(volume.array - array).max() <= (0 if kind == "png" else 12)
@@ -172,6 +184,19 @@ def test_raw_folders_that_are_none(tmp_path):
     (tmp_path/NAME).mkdir()
     (tmp_path/NAME/"text.txt").write_text("study_findings: Normal.")
     assert NAME not in refused(lambda: load_m3d(tmp_path), "is not named with six digits", "medvlm3d data folder")
+
+
+def test_the_folder_above_a_raw_case_is_not_repeated(tmp_path):
+    "Two cases of the same number in the folders of two people are two cases; neither the audit nor an error says whose."
+    for name in (NAME, "Trillian"):
+        (tmp_path/name/"000001"/"Axial_non_contrast").mkdir(parents=True)
+        (tmp_path/name/"000001"/"text.txt").write_text(f"study_findings: Normal, as dictated by {len(name)}.")
+        for d in range(3): Image.fromarray((smooth(len(name), (8, 8, 8)) * 255).astype(np.uint8)[d]).save(tmp_path/name/"000001"/"Axial_non_contrast"/f"{d}.png")
+    assert len({s.case for s in load_m3d(tmp_path)}) == 2
+    (tmp_path/NAME/"000001"/"text.txt").write_text(" ")
+    (tmp_path/"Trillian"/"000001"/"Axial_non_contrast"/"1.png").write_bytes(b"torn")
+    said = refused(lambda: load_m3d(tmp_path), "/000001/text.txt: the report is empty") + json.dumps(audit(tmp_path, **QUIET))
+    assert "is no readable picture" in said and NAME not in said and "Trillian" not in said
 
 
 def test_a_phantom_is_listed_and_read_as_the_modality_it_was_drawn_in(tmp_path):
@@ -251,7 +276,7 @@ def test_a_case_on_two_sides_cannot_be_rejected_away(m3d, tmp_path):
 # --- manifests ------------------------------------------------------------------------------------------------------
 
 def test_a_manifest_keeps_every_field(tmp_path):
-    samples, root = listing(tmp_path, source="S", licence="CC0", patient="p", modality="MR", plane="sagittal")
+    samples, root = listing(tmp_path, source="S", licence="CC0", patient="p", modality="MR", plane="sagittal", phase="arterial", series=0, frame=2, axis_order="DHW")
     closed = replace(samples[0], id="q", task="closed", type="Organ", question="Größe? “x”", choices=("a", "NA", "b"), answer="b", letter="C")
     write_manifest(root/"m.jsonl", [*samples, closed])
     assert read_manifest(root/"m.jsonl") == [*samples, closed]
@@ -261,12 +286,14 @@ def test_a_manifest_keeps_every_field(tmp_path):
 FAULTS = {"not JSON": (lambda r: b'{"id": "x"', "is not JSON"), "NaN": (lambda r: json.dumps({**r, "case": float("nan")}).encode(), "NaN"), "a list": (lambda r: b"[1, 2]", "is no JSON object"),
           "latin-1": (lambda r: json.dumps({**r, "report": "Lésion"}, ensure_ascii=False).encode("latin-1"), "is not UTF-8 (byte 0xe9)"), "no case": (lambda r: {k: v for k, v in r.items() if k != "case"}, "lacks case"),
           "unknown field": (lambda r: {**r, "Zaphod": 1}, "has 1 unknown field"), "number": (lambda r: {**r, "id": 5}, "id is no text"), "task": (lambda r: {**r, "task": "Zaphod"}, "task is not known"),
-          "split": (lambda r: {**r, "split": "Zaphod"}, "split is not known"), "hash": (lambda r: {**r, "sha256": "Zaphod"}, "sha256 is no hash"), "above": (lambda r: {**r, "image": "v/../../Zaphod.npy"}, "leaves the data root"),
+          "split": (lambda r: {**r, "split": "Zaphod"}, "split is not known"), "hash": (lambda r: {**r, "sha256": "Zaphod"}, "sha256 is no hash"),
+          "series": (lambda r: {**r, "series": "Zaphod"}, "series is no number"), "frame": (lambda r: {**r, "frame": True, "series": -1}, "series, frame is no number"), "axes": (lambda r: {**r, "axis_order": "Zaphod"}, "axis_order is not known"),
+          "other frame": (lambda r: {**r, "frame": 1}, "another case, patient, hash or way to read it than line 6"), "above": (lambda r: {**r, "image": "v/../../Zaphod.npy"}, "leaves the data root"),
           "absolute": (lambda r: {**r, "image": "/Zaphod.npy"}, "leaves the data root"), "link": (lambda r: {**r, "image": "v/link.npy"}, "link out of the data root"), "missing": (lambda r: {**r, "image": "v/Zaphod.npy"}, "does not exist"),
           "same id": (lambda r: {**r, "id": "s1"}, "repeats the id of line 2"), "empty report": (lambda r: {**r, "report": " \n"}, "the report is empty"), "marker": (lambda r: {**r, "report": "Zaphod <image>."}, "contains <image>"),
           "no choices": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod"}, "fewer than two choices"),
           "answer": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod", "choices": ["a", "b"]}, "not among the choices"), "no answer": (lambda r: {**r, "task": "open", "question": "?"}, "the answer is empty"),
-          "other hash": (lambda r: {**r, "sha256": "0" * 64}, "another case, patient or hash than line 6"), "deep": (lambda r: b'{"id": ' + b"[" * 100_000, "is not JSON")}
+          "other hash": (lambda r: {**r, "sha256": "0" * 64}, "another case, patient, hash or way to read it than line 6"), "deep": (lambda r: b'{"id": ' + b"[" * 100_000, "is not JSON")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -322,6 +349,40 @@ def test_one_door_for_a_manifest_and_an_m3d_folder(tmp_path, m3d):
     assert len(load_samples(root, allow_shared=True, run=run)) == 7 and run.manifest == {"shared": {"allowed": True, "cases": 1, "reports": 1}}
 
 
+def test_a_folder_that_nobody_listed(tmp_path):
+    "A folder of BraTS or of a clinic, or an empty one: verify, split and load say how to list it, and write nothing into it."
+    write_brats(tmp_path/"brats", "BraTS-GLI-00000-000")
+    write_nifti(tmp_path/"clinic"/"a.nii.gz", smooth(0, (8, 8, 6)))
+    (tmp_path/"empty").mkdir()
+    for root in (tmp_path/"brats", tmp_path/"clinic", tmp_path/"empty"):
+        before = sorted(root.rglob("*"))
+        for verb in ("verify", "split"):
+            status, shown = ask(verb, root)
+            assert status == 1 and "is not listed. Run `medvlm3d data folder`, `brats` or `autopet` on it first" in shown
+        refused(lambda: load_samples(root), f"{root.name}: is not listed")
+        assert sorted(root.rglob("*")) == before
+
+
+def test_what_a_path_does_not_determine_is_listed(tmp_path):
+    "One of two series, one of two frames, an array without axes: refused as they are, read, audited and encoded as a line says; another choice is another volume."
+    root = tmp_path/"in"
+    save_dicom(save_dicom(root/"two", STACK, AFFINE), STACK[:4] + 1, AFFINE, series=2)
+    write_nifti(root/"times.nii.gz", np.stack([smooth(5, (9, 8, 7)), smooth(6, (9, 8, 7))], -1))
+    np.save(root/"bare.npy", smooth(7, (8, 9, 7)))
+    plain = [Sample(str(n), str(n), image, "train", "report", "Report", answer=varied_report(np.random.default_rng(n))) for n, image in enumerate(("two", "times.nii.gz", "bare.npy"))]
+    told = [replace(s, **choice) for s, choice in zip(plain, ({"series": 1}, {"frame": 1}, {"axis_order": "HWD"}))]
+    write_manifest(root/"plain.jsonl", with_hashes(root, plain))
+    assert len(audit(root/"plain.jsonl", **QUIET)["problems by reason"]) == 3
+    rows = write_manifest(root/"told.jsonl", with_hashes(root, told)) and read_manifest(root/"told.jsonl")
+    read = image_reader(root, rows)
+    assert [s.series for s in rows] == [1, None, None] and [read(s.image).shape for s in rows] == [(4, 8, 9), (7, 8, 9), (7, 8, 9)]
+    assert audit(root/"told.jsonl", **QUIET)["problems"] == 0 and np.allclose(np.sort(read("times.nii.gz").array, None), np.sort(smooth(6, (9, 8, 7)), None))
+    store = encode([str(root/"told.jsonl"), str(tmp_path/"store"), *TYPED])
+    assert [store.key(s.image)[64:] for s in rows] == [":series=1", ":frame=1", ":axis_order=HWD"]
+    write_manifest(root/"other.jsonl", [replace(s, frame=0) if s.frame else s for s in rows])
+    assert (encode([str(root/"other.jsonl"), str(tmp_path/"store"), *TYPED])["times.nii.gz"][0] != store["times.nii.gz"][0]).any()
+
+
 def test_reading_remembers_no_words(tmp_path):
     "Ten megabytes of reports pass through two."
     samples, root = listing(tmp_path, 6)
@@ -368,6 +429,24 @@ def test_data_that_changed_between_save_and_resume(tmp_path):
     refused(lambda: pin_data(pinned, root, samples[1:]), "1 volumes: are no longer asked about")
     path.unlink()
     refused(lambda: pin_data(pinned, root, samples), "m.jsonl:3: its volume is gone")
+
+
+def test_a_volume_replaced_between_listing_and_training(tmp_path):
+    "A file of the same size and a slice of a folder: neither a run nor a store takes it for what was listed, and the others are encoded."
+    samples, root = listing(tmp_path, 6)
+    for d in range(8): (root/"series").mkdir(exist_ok=True) or Image.fromarray((smooth(9, (8, 16, 16)) * 255).astype(np.uint8)[d]).save(root/"series"/f"{d}.png")
+    samples = with_hashes(root, [*samples, replace(samples[0], id="p", case="p", image="series", answer="A series of pictures.")])
+    write_manifest(root/"m.jsonl", samples)
+    args = [str(root/"m.jsonl"), str(tmp_path/"store"), *TYPED]
+    assert len(encode(args)) == 7
+    np.save(root/samples[1].image, smooth(999, (8, 24, 24))[None])
+    Image.fromarray(np.zeros((16, 16), np.uint8)).save(root/"series"/"3.png")
+    samples, other = read_manifest(root/"m.jsonl"), "its volume is not the one that was listed (sha256). Restore the volume, or make the manifest again."
+    for act in (lambda: pin_data(tmp_path/"run"/"data.json", root, samples), lambda: encode(args), lambda: encode([args[0], str(tmp_path/"fresh"), *TYPED])):
+        assert "m.jsonl:1: " not in refused(act, "has 2 problems", f"m.jsonl:2: {other}", f"m.jsonl:7: {other}")
+    assert not (tmp_path/"run").exists()
+    encode([args[0], str(tmp_path/"fresh"), *TYPED, "--rejects", str(tmp_path/"rejects.jsonl")])
+    assert [json.loads(line)["where"] for line in (tmp_path/"rejects.jsonl").read_text().splitlines()] == ["m.jsonl:2", "m.jsonl:7"]
 
 
 # --- other corpora --------------------------------------------------------------------------------------------------
@@ -423,7 +502,6 @@ def test_autopet(tmp_path):
 
 
 def test_a_plain_folder_in_its_three_arrangements(tmp_path):
-    from scan_files import save_dicom
     write_nifti(tmp_path/"a.nii.gz", smooth(0, (8, 8, 6)))
     (tmp_path/"a.txt").write_text("A beside.")
     for series in ("axial_1", "axial_1_seg", "coronal_2"): write_nifti(tmp_path/"case_b"/f"{series}.nii.gz", smooth(1, (8, 8, 6)))
@@ -433,6 +511,55 @@ def test_a_plain_folder_in_its_three_arrangements(tmp_path):
     samples = load_folder(tmp_path, licence="CC0")
     assert [(s.image, s.answer, s.plane) for s in samples] == [("a.nii.gz", "A beside.", ""), ("case_b/axial_1.nii.gz", "B in the folder.", "axial"), ("case_b/coronal_2.nii.gz", "B in the folder.", "coronal"), ("case_c/series", "C above.", "")]
     assert len({s.case for s in samples}) == 3 and len({s.patient for s in samples}) == 3 and {s.licence for s in samples} == {"CC0"}
+
+
+def test_scans_under_the_names_that_scanners_give(tmp_path):
+    "UIDs, .IMA, no suffix, .nhdr, an enhanced file in the root: all are listed and read."
+    for n, name in enumerate(("1.2.840.113619.2.{}", "MR.0001.{}.IMA", "IM{}")):
+        for k, file in enumerate(sorted(save_dicom(tmp_path/f"series{n}", STACK + n, AFFINE).iterdir())): file.rename(file.with_name(name.format(k)))
+        (tmp_path/f"series{n}"/"report.txt").write_text(f"Report {n}.")
+    (tmp_path/"head.nhdr").write_bytes(nrrd_bytes(STACK, data_file="head.raw.gz"))
+    (tmp_path/"head.raw.gz").write_bytes(gzip.compress(STACK.tobytes(order="F")))
+    save_enhanced(tmp_path/"1.2.840.7", STACK, AFFINE)
+    for stem in ("head", "1.2.840.7"): (tmp_path/f"{stem}.txt").write_text(f"Report of {len(stem)}.")
+    (tmp_path/"DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    samples = load_folder(tmp_path)
+    assert [s.image for s in samples] == ["1.2.840.7", "head.nhdr", "series0", "series1", "series2"] and len({s.case for s in samples}) == 5
+    assert {read_image(tmp_path/s.image).array.size for s in samples} == {STACK.size}
+    assert left_over(tmp_path, find_scans(tmp_path)) == []
+
+
+def test_what_is_no_scan_is_counted_and_loose_slices_are_a_problem(tmp_path):
+    write_nifti(tmp_path/"a.nii.gz", smooth(0, (8, 8, 6)))
+    (tmp_path/"a.txt").write_text("Normal.")
+    (tmp_path/f"{NAME}.par").write_bytes(b"a format of its own")
+    (tmp_path/NAME).symlink_to(tmp_path.parent)
+    status, shown = ask("folder", tmp_path)
+    assert status == 0 and "2 files are left out" in shown and NAME not in shown
+    for file, name in zip(sorted(save_dicom(tmp_path.parent/f"{tmp_path.name}-slices", STACK[:2], AFFINE).iterdir()), ("1.2.840.9", f"{NAME}.IMA")): file.rename(tmp_path/name)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path/"1.png")
+    status, shown = ask("folder", tmp_path)
+    assert status == 1 and "3 slices: lie in the root itself. Give the slices of each series a folder of their own" in shown and NAME not in shown
+
+
+@pytest.mark.parametrize("kind", ["pictures", "dicom"])
+def test_one_slice_that_is_linked_from_outside(tmp_path, kind):
+    root, series = tmp_path/"root", tmp_path/"root"/"case"/"axial"
+    series.mkdir(parents=True)
+    if kind == "dicom": save_dicom(series, STACK, AFFINE)
+    else: [Image.fromarray(x).save(series/f"{d}.png") for d, x in enumerate((smooth(0, (6, 16, 16)) * 255).astype(np.uint8))]
+    (root/"case"/"report.txt").write_text("Normal.")
+    samples = load_folder(root)
+    write_manifest(root/"m.jsonl", samples)
+    last = sorted(series.iterdir())[-1]
+    last.rename(tmp_path/"elsewhere")
+    last.symlink_to(tmp_path/"elsewhere")
+    refused(lambda: load_folder(root), "scan 1 (in order of path): a file in it is a link out of the data root")
+    refused(lambda: read_manifest(root/"m.jsonl"), "m.jsonl:1: image: a file in it is a link out of the data root")
+    (tmp_path/"elsewhere").rename(root/"inside")
+    last.unlink()
+    last.symlink_to(root/"inside")
+    assert read_manifest(root/"m.jsonl") == samples
 
 
 # --- nobody's name --------------------------------------------------------------------------------------------------
@@ -459,6 +586,34 @@ def test_a_planted_name_is_nowhere_in_what_is_written(tmp_path):
     written = [p.read_text() for p in (root/"audit"/"audit.md", root/"audit"/"audit.json", root/"leaky-by-case.ledger.jsonl", root/"leaky-by-case.summary.json", root/"rejects.jsonl")]
     assert "cannot be read" in written[0] and "no report beside it" in written[-1]
     for text in (*said, *written): assert not any(word in text for word in ("Zaphod", "Beeblebrox", "Trillian", "Marvin", "Slartibartfast", "1952"))
+
+
+def test_a_planted_name_does_not_pass_from_a_folder_into_a_run(tmp_path, capfd):
+    "From the folder to a trained model: the fields `image` and `report` of a manifest hold the name, and no other byte that is written or printed."
+    root, names = tmp_path/"in", (NAME, "Trillian", "Marvin", "Slartibartfast")
+    for n, name in enumerate(names):
+        write_nifti(root/f"{name}_folder"/f"{name}.nii.gz", smooth(n, (16, 16, 8)))
+        (root/f"{name}_folder"/f"{name}.txt").write_text(varied_report(np.random.default_rng(n)) + f" Reported for {name}.")
+    given = {p for p in root.rglob("*") if p.is_file()}
+    assert ask("folder", root)[0] == ask("split", root, "--workers", 1, "--shares", "75,0,25")[0] == 0
+    (root/f"{NAME}_folder"/f"{NAME}.nii.gz").write_bytes(b"torn")
+    listed, store = root/"manifest-by-case.jsonl", tmp_path/"store"
+    said = refused(lambda: encode([str(listed), str(store), *TYPED]), "its volume is not the one that was listed")
+    encode([str(listed), str(store), *TYPED, "--rejects", str(tmp_path/"rejects.jsonl")])
+    listed.write_text("".join(line for line in listed.read_text().splitlines(True) if NAME not in line))
+    tokenizer = reader_tokenizer()
+    make_reader(tokenizer, hidden=16, layers=1, heads=2).save_pretrained(tmp_path/"reader")
+    tokenizer.save_pretrained(tmp_path/"reader")
+    encoder = load_encoder("tiny", size=32)
+    fields = dict(encoder="tiny", encoder_channels=encoder.channels, grid=list(encoder.grid), preprocess=Preprocess(8, 32, 32).to_dict(), rho=50, whiten=True, channels=8, answer_style="text")
+    train(tmp_path/"run", make_plan(tmp_path, fields, [{"stage": 1, "tasks": ["report"], "epochs": 1, "lr": 5e-3, "batch": 2, "accumulation": 1}], data=str(listed)), progress=False)
+    written = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p not in given}
+    assert {"rejects.jsonl", "store/images.json", "run/data.json", "in/manifest-by-case.ledger.jsonl"} <= set(written) and any(name.startswith("run/model/") for name in written)
+    for name in ("in/manifest.jsonl", "in/manifest-by-case.jsonl"):
+        rows = [json.loads(line) for line in written[name].splitlines()]
+        written[name] = json.dumps([{k: v for k, v in r.items() if k not in ("image", "report")} for r in rows]).encode()
+    for name, data in {**written, "said": said.encode(), "printed": "".join(capfd.readouterr()).encode()}.items():
+        assert not any(word.encode() in data or word in name for word in ("Zaphod", "Beeblebrox", "Trillian", "Marvin", "Slartibartfast", "1952")), name
 
 
 # --- near-duplicates ------------------------------------------------------------------------------------------------
@@ -579,8 +734,31 @@ def test_a_volume_that_is_not_the_listed_one_or_cannot_be_read(tmp_path):
     (root/samples[2].image).write_bytes(b"nothing")
     found = audit(root/"m.jsonl", **QUIET)
     assert not found["passed"] and found["first problems"] == ["m.jsonl:2: its volume is not the one that was listed (sha256). Restore the volume, or make the manifest again.",
-                                                              "m.jsonl:3: its volume cannot be read. Read it alone with medvlm3d.readers.read_volume: the error says why."]
+                                                              "m.jsonl:3: its volume cannot be read: has no readable .npy header. Save the array again with numpy.save."]
     refused(lambda: split_corpus(root/"m.jsonl", **QUIET), "m.jsonl:2: ", "m.jsonl:3: ", "Repair the places named above first.")
+
+
+def test_each_cause_of_an_unreadable_volume_has_its_own_words(tmp_path):
+    "A wrong CRC, NaN, two series and undeclared axes are four reasons; two volumes with NaN are one, whatever their numbers."
+    samples, root = listing(tmp_path, 8)
+    for n, bad in ((0, 3), (1, 5)):
+        array = smooth(n, (8, 24, 24))[None].copy()
+        array.flat[:bad] = np.nan
+        np.save(root/samples[n].image, array)
+    np.save(root/samples[2].image, smooth(2, (8, 24, 24)))
+    write_nifti(root/"crc.nii.gz", smooth(3, (8, 8, 6)))
+    packed = (root/"crc.nii.gz").read_bytes()
+    (root/"crc.nii.gz").write_bytes(packed[:-6] + bytes([packed[-6] ^ 16]) + packed[-5:])
+    save_dicom(save_dicom(root/"two", STACK, AFFINE), STACK + 1, AFFINE, series=2)
+    samples = [replace(s, sha256="", image={3: "crc.nii.gz", 4: "two"}.get(n, s.image)) for n, s in enumerate(samples)]
+    write_manifest(root/"m.jsonl", samples)
+    status, shown = ask("verify", root/"m.jsonl", "--workers", 1, "--json")
+    found = json.loads(shown[shown.index("{"):shown.rindex("}") + 1])
+    reasons = {why.removeprefix("its volume cannot be read: "): n for why, n in found["problems by reason"].items()}
+    assert status == 1 and len(reasons) == 4 and found["problems"] == 5, reasons
+    assert reasons["n of n voxels are NaN or infinite"] == 2 and reasons["has shape (n, n, n) and no declared axis order"] == 1
+    assert any("CRC" in why for why in reasons) and any(why.startswith("holds n series") for why in reasons)
+    assert "m.jsonl:1: its volume cannot be read: 3 of 4608 voxels" in found["first problems"][0] and "Choose one with series=0 to 1" in found["first problems"][4]
 
 
 def test_several_processes_see_what_one_sees(tmp_path):
@@ -677,3 +855,13 @@ def test_the_data_report_finds_what_it_planted(tmp_path):
     assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"] and record["manifest-by-case"]["passed"]
     assert all(step["seconds"] > 0 and 10 < step["peak MB"] < 4000 for step in record["steps"].values())
     assert json.loads((tmp_path/"data"/"scale"/"scale.json").read_text()) == record
+
+
+def test_the_committed_record_is_of_the_scale_that_was_asked():
+    "A hundred thousand volumes and half a million questions: verify and split within a gigabyte a process, the planted leaks found, and none left after the split."
+    record = json.loads((ROOT/"reports"/"data"/"results.json").read_text())["scale"]
+    assert (record["volumes"], record["questions"], record["workers"]) == (100_000, 500_000, 2)
+    assert set(record["steps"]) == {"make the corpus", "verify", "split by case", "verify the split"}
+    assert all(step["peak MB"] < 1000 and step["peak MB of a worker"] < 1000 for step in record["steps"].values())
+    assert sum(record["manifest"]["volumes"].values()) == sum(record["manifest-by-case"]["volumes"].values()) == 100_000
+    assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"] and record["manifest-by-case"]["passed"]
