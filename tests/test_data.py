@@ -432,21 +432,26 @@ def test_data_that_changed_between_save_and_resume(tmp_path):
 
 
 def test_a_volume_replaced_between_listing_and_training(tmp_path):
-    "A file of the same size and a slice of a folder: neither a run nor a store takes it for what was listed, and the others are encoded."
+    "A file of the same size, a slice of a folder, the data file behind a header: neither a run nor a store takes it for what was listed, and the others are encoded."
     samples, root = listing(tmp_path, 6)
     for d in range(8): (root/"series").mkdir(exist_ok=True) or Image.fromarray((smooth(9, (8, 16, 16)) * 255).astype(np.uint8)[d]).save(root/"series"/f"{d}.png")
-    samples = with_hashes(root, [*samples, replace(samples[0], id="p", case="p", image="series", answer="A series of pictures.")])
+    (root/"head.nhdr").write_bytes(nrrd_bytes(STACK, "raw", data_file="head.raw"))
+    (root/"head.raw").write_bytes(STACK.tobytes(order="F"))
+    samples = with_hashes(root, [*samples, *(replace(samples[0], id=i, case=i, image=i, answer=f"A report on {i}.") for i in ("series", "head.nhdr"))])
     write_manifest(root/"m.jsonl", samples)
     args = [str(root/"m.jsonl"), str(tmp_path/"store"), *TYPED]
-    assert len(encode(args)) == 7
+    assert len(encode(args)) == 8
+    pin_data(tmp_path/"begun.json", root, samples)
     np.save(root/samples[1].image, smooth(999, (8, 24, 24))[None])
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(root/"series"/"3.png")
+    (root/"head.raw").write_bytes((STACK + 1).tobytes(order="F"))
+    refused(lambda: pin_data(tmp_path/"begun.json", root, samples), "has 3 problems", "its volume has changed since this run began")
     samples, other = read_manifest(root/"m.jsonl"), "its volume is not the one that was listed (sha256). Restore the volume, or make the manifest again."
     for act in (lambda: pin_data(tmp_path/"run"/"data.json", root, samples), lambda: encode(args), lambda: encode([args[0], str(tmp_path/"fresh"), *TYPED])):
-        assert "m.jsonl:1: " not in refused(act, "has 2 problems", f"m.jsonl:2: {other}", f"m.jsonl:7: {other}")
+        assert "m.jsonl:1: " not in refused(act, "has 3 problems", *(f"m.jsonl:{n}: {other}" for n in (2, 7, 8)))
     assert not (tmp_path/"run").exists()
     encode([args[0], str(tmp_path/"fresh"), *TYPED, "--rejects", str(tmp_path/"rejects.jsonl")])
-    assert [json.loads(line)["where"] for line in (tmp_path/"rejects.jsonl").read_text().splitlines()] == ["m.jsonl:2", "m.jsonl:7"]
+    assert [json.loads(line)["where"] for line in (tmp_path/"rejects.jsonl").read_text().splitlines()] == ["m.jsonl:2", "m.jsonl:7", "m.jsonl:8"]
 
 
 # --- other corpora --------------------------------------------------------------------------------------------------
