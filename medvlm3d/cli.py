@@ -201,7 +201,7 @@ def load_model(folder, device="auto"):
     from medvlm3d.core import MedVLM3DError, pick_device, relative
     folder = folder or demo_model()
     if not (folder/"config.json").exists():
-        raise MedVLM3DError(relative(folder), "holds no model", "Run `medvlm3d demo` to train one, or give --model FOLDER.")
+        raise MedVLM3DError(relative(folder), "holds no model", "In a clone of the repository lies the demo's, and `medvlm3d demo` trains it; or give --model FOLDER.")
     from medvlm3d.model import MedVLM3D
     return MedVLM3D.from_pretrained(folder).to(pick_device(device)).eval()
 

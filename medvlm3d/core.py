@@ -11,6 +11,7 @@ __all__ = ['PACKAGES', 'MedVLM3DError', 'project_root', 'home', 'relative', 'ato
 import hashlib, json, os, platform, random, subprocess, time
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ class MedVLM3DError(ValueError):
 
 # %% ../nbs/00_core.ipynb #cd54363a
 def project_root(start=None):
-    "The nearest folder at or above `start` that holds `settings.ini`; the working directory if there is none."
+    "The nearest folder that holds `settings.ini`: at or above `start`, else the clone this library is imported from; `start` if there is none."
     here = Path(start or Path.cwd()).resolve()
-    return next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), here)
+    above = next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), None)
+    return above or next((p for p in [Path(find_spec("medvlm3d").origin).parent.parent] if (p/"settings.ini").exists()), here)
 
 def home():
     "Where fetched and generated data live: `$MEDVLM3D_HOME`, else `data/` in the project, else the user's cache."

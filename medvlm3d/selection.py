@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STRATEGIES', 'pool_slices', 'adjacent_similarity', 'slice_scores', 'kept_count', 'lowest_scores', 'evenly_spaced',
            'random_slices', 'farthest_points', 'indices_ahead', 'check_finite', 'select_indices', 'select_slices',
-           'as_kept', 'encode_selected']
+           'as_kept', 'unwatched', 'encode_selected']
 
 # %% ../nbs/03_selection.ipynb #f8e35584
 from fractions import Fraction
@@ -110,9 +110,17 @@ def as_kept(features):
     "Features rounded to bf16, the precision in which they are kept, in the float type they came in."
     return features.to(torch.bfloat16).to(features.dtype)
 
-def encode_selected(encode, volume, rho=28, strategy="cosine", seed=0):
+def unwatched(stage, compute):
+    "Run one stage of a path. A trace puts its own function in this place, which also notes the shape and the time (`06c_trace`)."
+    return compute()
+
+def encode_selected(encode, volume, rho=28, strategy="cosine", seed=0, step=unwatched):
     "Features (D̂, N, C) of the kept slices of a volume (D, H, W), rounded as they are kept, and their indices; `encode` maps (D, H, W) to (D, N, C)."
     indices = indices_ahead(len(volume), rho, strategy, seed)
-    if indices is None: features, indices = select_slices(encode(volume), rho, strategy, seed)
-    else: check_finite(features := encode(volume[indices.to(volume.device)]))
+    if indices is None:
+        every = step("encoder", lambda: encode(volume))
+        features, indices = step("selection", lambda: select_slices(every, rho, strategy, seed))
+    else:
+        seen = step("selection", lambda: volume[indices.to(volume.device)])
+        check_finite(features := step("encoder", lambda: encode(seen)))
     return as_kept(features), indices.to(features.device)
