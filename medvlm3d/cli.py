@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOTICE', 'app', 'Out', 'To', 'Config', 'Changes', 'frame', 'main', 'is_user_error', 'say', 'info', 'describe',
            'demo_model', 'fetch', 'changes', 'rooted', 'run_step', 'demo', 'train', 'planned', 'evaluate', 'report',
-           'ablate', 'efficiency', 'open_scan', 'predict', 'load_model', 'answer_dict', 'readable', 'draw_overlay',
-           'encode', 'crossmodal', 'data_report']
+           'ablate', 'efficiency', 'open_scan', 'predict', 'note_unknown', 'load_model', 'answer_dict', 'readable',
+           'draw_overlay', 'encode', 'crossmodal', 'data_report']
 
 # %% ../nbs/17_cli.ipynb #77c5fa94
 import json, os, sys
@@ -191,10 +191,19 @@ def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, MHA, NRRD, DICOM f
     network, volume = load_model(model, device), open_scan(scan, series=series, frame=frame, axis_order=axis_order, modality=modality, intensity=intensity, suv=suv, non_finite=non_finite)
     pixels = network.need_processor().pixels(volume)
     (features, indices), options = network.encode(pixels[None]), [c.strip() for c in choices.split(",")] if choices else None
+    notes = note_unknown(network.processor, question or [], options)
     answers = [{"question": q, **answer_dict(network.answer(features, q, options))} for q in question or []]
     found = {"answers": answers} if answers else {"report": network.say(features, report_prompt(0))}
     if overlay: draw_overlay(overlay, network, pixels, features, indices[0], *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
-    print(json.dumps({**found, "scan": network.processor.preprocess.describe(volume), "notice": NOTICE}, indent=1) if as_json else readable(found))
+    print(json.dumps({**found, "notes": notes, "scan": network.processor.preprocess.describe(volume), "notice": NOTICE}, indent=1) if as_json else readable(found))
+
+def note_unknown(processor, questions, options):
+    "A list of notes, each said as well: which words of the questions and options the model's reader does not know."
+    from medvlm3d.language import ask_prompt
+    unknown = processor.unknown_words(*(ask_prompt(q, options) for q in questions))
+    notes = [f"this reader does not know the words: {', '.join(unknown)}"] if unknown else []
+    for note in notes: say(f"note: {note}")
+    return notes
 
 def load_model(folder, device="auto"):
     "The model in `folder` (the demo model when None) on `device`; MedVLM3DError if there is none."

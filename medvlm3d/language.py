@@ -54,11 +54,11 @@ def reference_llm(reference, llm=None):
         raise MedVLM3DError(reference["name"], "has other weights than the language model this connector was trained with", "Use the original base model.")
     return found
 
-def saved_folder(folder):
-    "A folder written by `save_pretrained`: as given, or the hub's copy; an error names what is missing."
+def saved_folder(folder, **hub):
+    "A folder written by `save_pretrained`: as given, or the hub's copy (`hub`: `revision`, `local_files_only`); an error names what is missing."
     if not Path(folder).is_dir() and str(folder).count("/") == 1 and not Path(folder).parent.is_dir():
         from huggingface_hub import snapshot_download
-        try: folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])
+        try: folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], **hub)
         except Exception as e: raise MedVLM3DError(folder, f"is neither a folder nor within reach on the hub ({type(e).__name__})", "Check the path.") from e
     for name, role in (("config.json", "configuration"), ("model.safetensors", "connector")):
         if not (Path(folder)/name).exists(): raise MedVLM3DError(Path(folder).name, f"holds no {name}, so there is no {role}", "Give a folder written by MedVLM3D.save_pretrained.")
@@ -127,6 +127,14 @@ class MedVLM3DProcessor:
             prompts = [prompts] if isinstance(prompts, str) else prompts
             batch |= collate_prompts([build_prompt(self.tokenizer, p, self.visual_tokens) for p in prompts], padding_id(self.tokenizer))
         return batch
+
+    def unknown_words(self, *texts):
+        "The pieces of `texts` for which the tokenizer has only its unknown token, each once; none for a tokenizer of bytes."
+        tok, found = self.tokenizer, []
+        for text in texts if tok.unk_token_id is not None else ():
+            cut = tok(" " + text, add_special_tokens=False, return_offsets_mapping=True)
+            found += [(" " + text)[a:b].strip() for i, (a, b) in zip(cut["input_ids"], cut["offset_mapping"]) if i == tok.unk_token_id]
+        return list(dict.fromkeys(found))
 
     def decode(self, ids):
         "Generated ids as text."

@@ -17,7 +17,7 @@ from medvlm3d.cli import app
 from medvlm3d.core import MedVLM3DError
 
 SCRIPT = Path(sys.executable).parent/"medvlm3d"
-VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "predict", "encode", "data", "data phantom", "data crossmodal"]
+VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "ablate", "efficiency", "predict", "encode", "data", "data phantom", "data crossmodal"]
 NOTICE = "Research use only, not a medical device"
 DEMO = ROOT/"reports"/"demo"/"model"
 
@@ -72,6 +72,8 @@ def test_predict_closed_and_open(model, scan):
     assert len(answers) == 2 and answers[0]["letter"] in "ABCD"
     assert answers[0]["text"] in ("liver", "spleen", "left lung", "axial")
     assert abs(sum(answers[0]["probabilities"].values()) - 1) < 1e-3
+    assert json.loads(shown.stdout)["notes"] == ["this reader does not know the words: plane, axial"]
+    assert "note: this reader does not know the words: plane, axial" in shown.stderr
     assert "DOE" not in shown.stdout + shown.stderr
 
 
@@ -134,13 +136,13 @@ def test_what_a_file_leaves_open_is_told_to_predict(choice, model, tmp_path):
     assert told.exit_code == 0, told.exception
     record = json.loads(told.stdout)["scan"]
     assert {k: record[k] for k in expected} == expected
-    assert [f"note: {w}" for w in record["warnings"]] == [line for line in told.stderr.splitlines() if line.startswith("note: ")]
+    assert [f"note: {w}" for w in record["warnings"] + json.loads(told.stdout)["notes"]] == [line for line in told.stderr.splitlines() if line.startswith("note: ")]
     assert "Zaphod" not in told.stdout + told.stderr
 
 
-def test_demo_model_answers(scan):
-    "The committed model answers; without one, the error says how to get it."
-    shown = run("predict", scan, "-q", "Which plane is this?", "--choices", "axial,coronal,sagittal,oblique", "--json")
+def test_demo_model_answers_from_anywhere(scan, tmp_path):
+    "The committed model answers, also outside the clone; without one, the error says how to get it."
+    shown = run("predict", scan, "-q", "Which plane is this?", "--choices", "axial,coronal,sagittal,oblique", "--json", cwd=tmp_path)
     if DEMO.is_dir(): assert json.loads(shown.stdout)["answers"][0]["letter"] in "ABCD", shown.stderr
     else: assert shown.returncode == 1 and "medvlm3d demo" in shown.stderr
 
