@@ -4,7 +4,9 @@ import configparser
 import getpass
 import importlib
 import json
+import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -189,6 +191,16 @@ def test_component_notebook_stores_its_outputs(path):
             assert output.output_type != "error" and output.get("name") != "stderr" and WIDGET not in output.get("data", {}), f"{cell.source[:60]} → {next(texts(output))[:200]}"
 
 
+def test_widgets_are_built_and_drawn_without_a_kernel_too():
+    "Every widget is made by a plain `interact`, and what it draws is drawn once beside it: CI runs it, a page without a kernel shows it."
+    for path in COMPONENTS:
+        calls = [n.value for c in cells(path, "code") for n in parse(c.source).body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+        named = [(c, c.func.id) for c in calls if isinstance(c.func, ast.Name)]
+        if not any(re.search(r"from ipywidgets import .*\binteract", c.source) for c in cells(path, "code")): continue
+        drawn = [{n.id for n in ast.walk(c.args[0]) if isinstance(n, ast.Name)} for c, name in named if name == "interact"]
+        assert drawn and all(names & {name for _, name in named} for names in drawn), path.name
+
+
 @pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.stem)
 def test_runner_notebook_is_thin(path):
     "A parameters cell; no definitions, classes or loops; nothing stored."
@@ -224,3 +236,29 @@ def test_files_are_utf8_and_whole():
 
 def test_research_use_only_is_said():
     for name in ("README.md", "nbs/index.ipynb", "medvlm3d/cli.py"): assert "esearch use only" in (ROOT/name).read_text(encoding="utf-8"), name
+
+
+# --- around the notebooks -------------------------------------------------------------------------------------------
+
+def test_links_out_of_nbs_lead_somewhere():
+    "A link to a file outside nbs/ is there in the clone, and the site sends it to the repository; one to a notebook stays."
+    on_page_content = runpy.run_path(ROOT/".ci"/"site.py")["on_page_content"]
+    settings = configparser.ConfigParser()
+    settings.read(ROOT/"settings.ini")
+    assert f"repo_url: {(repo := settings['DEFAULT']['git_url'])}\n" in (ROOT/"mkdocs.yml").read_text()
+    links = [m for path in COMPONENTS for c in cells(path, "markdown") for m in re.findall(r"\]\(\.\./([^)]+)\)", c.source)]
+    for link in links:
+        assert (ROOT/link).exists(), link
+        assert on_page_content(f'<a href="../{link}">', None, {"repo_url": repo}, None) == f'<a href="{repo}/blob/main/{link}">'
+    assert links and on_page_content('<a href="../00_core/">', None, {"repo_url": repo}, None) == '<a href="../00_core/">'
+
+
+def test_hooks_are_those_of_nbdev(tmp_path):
+    "`nbdev_install_hooks` finds what it would write, so a clone that uses it stays clean."
+    for name in (".gitattributes", ".gitconfig", "settings.ini"): shutil.copy(ROOT/name, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    (tmp_path/"home").mkdir()
+    done = subprocess.run([Path(sys.executable).parent/"nbdev_install_hooks"], cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path/"home")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
