@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -262,3 +263,34 @@ def test_hooks_are_those_of_nbdev(tmp_path):
     done = subprocess.run([Path(sys.executable).parent/"nbdev_install_hooks"], cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path/"home")}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+
+# --- the wheel ------------------------------------------------------------------------------------------------------
+
+INSTALLED = """
+import importlib, importlib.metadata, json, pkgutil, sys
+from pathlib import Path
+found = importlib.metadata.distribution("medvlm3d")
+import medvlm3d
+for m in pkgutil.iter_modules(medvlm3d.__path__): importlib.import_module(f"medvlm3d.{m.name}")
+places = {Path(m.__file__).parent for name, m in sys.modules.items() if name.startswith("medvlm3d.")}
+from medvlm3d.core import project_root
+assert places == {Path(medvlm3d.__file__).parent} == {Path(sys.argv[1])/"medvlm3d"}, places
+assert found.version == medvlm3d.__version__ and project_root() == Path.cwd()
+sys.argv[1:] = ["--help"]
+next(e for e in found.entry_points if e.name == "medvlm3d").load()()
+"""
+
+
+def test_the_wheel_holds_the_whole_library(tmp_path):
+    "Built, unpacked elsewhere and imported from there: every module, and the help of its console script."
+    source, site = tmp_path/"source", tmp_path/"site"
+    shutil.copytree(ROOT/"medvlm3d", source/"medvlm3d", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT/name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, source]
+    built = subprocess.run(pip, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    zipfile.ZipFile(next(tmp_path.glob("medvlm3d-*.whl"))).extractall(site)
+    assert {p.name for p in (site/"medvlm3d").glob("*.py")} == {p.name for p in (ROOT/"medvlm3d").glob("*.py")} and list(site.rglob("LICENSE"))
+    shown = subprocess.run([sys.executable, "-P", "-c", INSTALLED, site], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120", "TERM": "dumb"})
+    assert shown.returncode == 0 and "Research use only" in shown.stdout, shown.stderr
