@@ -19,7 +19,9 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## .venv with the library and its development tools (only when pyproject.toml changed)
-	@test -x $(BIN)/python || { echo "setting up .venv"; $(PYTHON) -m venv .venv; }
+	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.11 to 3.13 is needed, and $(PYTHON) is another: make PYTHON=python3.12 ..."; exit 1; }; \
+	  echo "setting up .venv"; $(PYTHON) -m venv .venv; }
 	@$(RECIPE) | cmp -s - $(STAMP) || { echo "installing (about three minutes the first time)"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && $(RECIPE) > $(STAMP); }
 
