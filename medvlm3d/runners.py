@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'KERNEL', 'WIDGET', 'runner_path', 'runner_parameters', 'check_parameters', 'scrub', 'bare', 'record',
-           'run_notebook', 'read_plan', 'run_plan', 'step_key', 'execute', 'refresh', 'readme', 'contents',
+           'run_notebook', 'read_plan', 'run_plan', 'step_key', 'made_in', 'execute', 'refresh', 'readme', 'contents',
            'write_readme']
 
 # %% ../nbs/16a_runners.ipynb #a75fc316
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
-from .core import MedVLM3DError, atomic_path, home, project_root, read_json, relative, sha256_json, write_json, write_text
+from .core import MedVLM3DError, atomic_path, home, project_root, read_json, relative, sha256_file, sha256_json, write_json, write_text
 
 # %% ../nbs/16a_runners.ipynb #64834b34
 QUIET = ["--IPKernelApp.log_level=50"]
@@ -170,9 +170,14 @@ def run_plan(plan, out, /, show=True, tell=print, **overrides):
     return records
 
 def step_key(name, given):
-    "What makes a step the same step: the runner's cells and its parameters."
+    "What makes a step the same step: the runner's cells, its parameters, and what stands in the folders of runs and models that these name (all but `out`)."
     import nbformat
-    return sha256_json([[c.source for c in nbformat.read(runner_path(name), 4).cells], given])
+    seen = {key: hashes for key, value in given.items() if key != "out" and isinstance(value, str) and (hashes := made_in(value))}
+    return sha256_json([[c.source for c in nbformat.read(runner_path(name), 4).cells], given, *([seen] if seen else [])])
+
+def made_in(folder):
+    "File → hash of the results and the weights in a folder of a run or of a model; {} where there are none."
+    return {name: sha256_file(project_root()/folder/name) for name in ("results.json", "model.safetensors") if folder and (project_root()/folder/name).is_file()}
 
 # %% ../nbs/16a_runners.ipynb #1afe4d0a
 def execute(path, timeout=600):
