@@ -142,11 +142,17 @@ def planned(preset, dry_run, **how):
 @app.command()
 def evaluate(config: Config = "demo", out: Out = None, p: Changes = None,
              predictions: Annotated[Optional[Path], typer.Option(help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts.")] = None,
-             questions: Annotated[Optional[Path], typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None):
+             questions: Annotated[Optional[Path], typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
+             encoder: Annotated[Optional[Path], typer.Option(help="Folder of another encoder for BERTScore; published numbers are of roberta-large, --layer 17.")] = None,
+             layer: Annotated[Optional[int], typer.Option(help="Its layer; 5 where none is given.")] = None,
+             ratescore: Annotated[Optional[Path], typer.Option(help="Folder with ner/ and encoder/: adds RaTEScore to reports.")] = None):
     "Predict the test set and score it; or score anybody's answers."
-    if predictions is None: return run_step("92", config, out, p)
+    from medvlm3d.core import MedVLM3DError
+    if predictions is None:
+        if any(v is not None for v in (questions, encoder, layer, ratescore)): raise MedVLM3DError("--questions, --encoder, --layer, --ratescore", "are about a file of answers", "Name it with --predictions.")
+        return run_step("92", config, out, p)
     from medvlm3d.outputs import evaluate_file
-    evaluate_file(predictions, out, questions, tell=typer.echo)
+    evaluate_file(predictions, out, questions, encoder, 5 if layer is None else layer, tell=typer.echo, ratescore=ratescore)
 
 @app.command()
 def report(config: Config = "demo", out: Out = None, p: Changes = None):

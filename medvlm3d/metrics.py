@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['closed_m3d', 'normalise', 'offered', 'parse_choice', 'tokenizer_13a', 'tokens_13a', 'bleu1', 'words', 'f_score',
            'rouge1', 'lcs_length', 'rouge_l', 'NoSynonyms', 'load_wordnet', 'load_punkt', 'METEOR', 'BERTScore',
-           'greedy_f1', 'sacrebleu4', 'ngrams', 'bleu4_statistics', 'bleu4_from_sums', 'corpus_bleu4', 'text_scores',
-           'LEXICON', 'extract_facts', 'fact_scores', 'mentions']
+           'greedy_f1', 'bertscore_name', 'sacrebleu4', 'ngrams', 'bleu4_statistics', 'bleu4_from_sums', 'corpus_bleu4',
+           'text_scores', 'LEXICON', 'extract_facts', 'fact_scores', 'mentions']
 
 # %% ../nbs/12_metrics.ipynb #536ad367
 import math, re
@@ -102,10 +102,11 @@ def load_wordnet(folder):
     "NLTK's WordNet reader on `folder` (an nltk_data folder that holds corpora/wordnet)."
     import nltk
     from nltk.corpus import wordnet
+    refusal = MedVLM3DError(Path(folder).name, "holds no WordNet that NLTK can read", "Run `medvlm3d fetch wordnet` again.")
+    if not (Path(folder)/"corpora"/"wordnet").is_dir(): raise refusal      # NLTK would go on with one that it has read already
     if str(folder) not in nltk.data.path: nltk.data.path.insert(0, str(folder))
     try: wordnet.ensure_loaded()
-    except LookupError as e:
-        raise MedVLM3DError(Path(folder).name, "holds no WordNet that NLTK can read", "Run `medvlm3d fetch wordnet` again.") from e
+    except LookupError as e: raise refusal from e
     return wordnet
 
 def load_punkt():
@@ -149,14 +150,14 @@ class BERTScore:
         self.limit = config.max_position_embeddings - (2 if config.model_type == "roberta" else 0)
         self.blank = " " if config.model_type == "roberta" else ""
         self.ends = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
-        self.name, self.layer, self.batch_size = f"BERTScore({name})", layer, batch_size
+        self.name, self.layer, self.batch_size = bertscore_name(config, name, layer), layer, batch_size
 
     @torch.no_grad()
     def embed(self, texts):
         "Per text: unit token embeddings (T, C) and a mask (T,) that is False at the special tokens."
         out = []
         for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer([self.blank + t.strip() for t in texts[start:start+self.batch_size]], padding=True, truncation=True,
+            batch = self.tokenizer([t.strip() and self.blank + t.strip() for t in texts[start:start+self.batch_size]], padding=True, truncation=True,
                                    max_length=self.limit, return_tensors="pt").to(self.model.device)
             mask = batch["attention_mask"].bool()
             content = mask & ~torch.isin(batch["input_ids"], self.ends)
@@ -176,6 +177,11 @@ def greedy_f1(hyp, hyp_content, ref, ref_content):
     cosine = hyp @ ref.T
     p, r = cosine.amax(1)[hyp_content].mean(), cosine.amax(0)[ref_content].mean()
     return max(0., float(2 * p * r / (p + r)))
+
+def bertscore_name(config, name, layer):
+    "`BERTScore`, the literature's row, for what is called roberta-large and has its shape, at layer 17; `BERTScore(NAME)` for every other encoder or layer."
+    shape = (config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    return "BERTScore" if name == "roberta-large" and layer == 17 and shape == ("roberta", 24, 1024, 50265) else f"BERTScore({name})"
 
 # %% ../nbs/12_metrics.ipynb #e737425f
 @lru_cache(1)

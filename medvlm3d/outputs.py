@@ -11,11 +11,13 @@ __all__ = ['HEADERS', 'ASKED', 'NEEDED', 'plain_question', 'type_name', 'written
 import csv, io, json, re
 from pathlib import Path
 
+import numpy as np
+
 from .core import MedVLM3DError, relative, sha256_file, versions, write_json, write_text
 from .encoder import quietly
 from .evaluation import TYPE_ORDER, evaluate_systems, grouped_cells
 from .fetch import fetch
-from .findings import finding_rows
+from .findings import finding_rows, load_ratescore
 from .metrics import METEOR, BERTScore, bleu1, closed_m3d, offered, rouge1
 
 # %% ../nbs/13a_outputs.ipynb #dc61a94c
@@ -123,10 +125,11 @@ def agreement(lines, meteor=None):
                                "largest difference": round(100 * max(abs(a - b) for a, b in pairs), 4), "n": len(pairs)}
     return out
 
-def clinical(lines, seed=0, n=2000):
-    "Score → cell of the findings in reports (see the notebook on findings), 95 % intervals clustered by case; {} without reports."
+def clinical(lines, seed=0, n=2000, ratescore=None):
+    "Score → cell of the findings in reports (see the notebook on findings), and of `ratescore` where given, 95 % intervals clustered by case; {} without reports."
     if not (reports := sorted((l for l in lines if l["task"] == "report"), key=lambda l: l["id"])): return {}
-    rows, cases = finding_rows([l["prediction"] for l in reports], [l["answer"] for l in reports]), [l["case"] for l in reports]
+    texts, cases = [[l[k] for l in reports] for k in ("prediction", "answer")], [l["case"] for l in reports]
+    rows = finding_rows(*texts) | ({"RaTEScore": np.stack([ratescore(*texts), np.ones(len(reports))], 1)} if ratescore else {})
     return {name: {**grouped_cells(values, ["Report"] * len(reports), cases, seed=seed, n=n)["all"], "counted": int(values[:, 1].sum())} for name, values in rows.items()}
 
 def shown(cell):
@@ -149,8 +152,8 @@ def outputs_table(results):
     return "\n\n".join([*map(block, blocks), f"× 100; in brackets 95 % intervals from resampling {results['resampled']}. Research use only."])
 
 # %% ../nbs/13a_outputs.ipynb #db52a410
-def evaluate_file(path, out=None, questions=None, encoder=None, layer=5, seed=0, n=2000, tell=print):
-    "Score anybody's answers in `path` under both protocols with intervals; tells the table, writes `results.json` and `table.txt` to `out`. `encoder` is a folder for BERTScore at `layer` (the embedded MiniLM when None). Returns the results."
+def evaluate_file(path, out=None, questions=None, encoder=None, layer=5, seed=0, n=2000, tell=print, ratescore=None):
+    "Score anybody's answers in `path` under both protocols with intervals; tells the table, writes `results.json` and `table.txt` to `out`. `encoder` is a folder for BERTScore at `layer` (the embedded MiniLM when None), `ratescore` one for RaTEScore of reports. Returns the results."
     lines, meteor, bertscore = read_outputs(path, questions), None, None
     if any(l["task"] != "closed" for l in lines):
         with quietly(): bertscore = BERTScore(encoder or fetch("minilm"), layer, Path(encoder).name if encoder else "MiniLM-L6")
@@ -158,7 +161,7 @@ def evaluate_file(path, out=None, questions=None, encoder=None, layer=5, seed=0,
     named = any(l["case"] != f"{relative(path)}:{int(l['id'])}" if l["id"].isdigit() else True for l in lines)
     results = evaluate_systems({"model": lines}, meteor=meteor, bertscore=bertscore, seed=seed, n=n, source={"file": Path(path).name, "sha256": sha256_file(path)}, versions=versions(),
                                resampled="cases" if named else "rows, because the file names no case (too narrow where a volume was asked several times)")
-    results |= {"agreement": agreement(lines, meteor), "clinical": clinical(lines, seed, n)}
+    results |= {"agreement": agreement(lines, meteor), "clinical": clinical(lines, seed, n, load_ratescore(ratescore) if ratescore else None)}
     tell(outputs_table(results))
     if out:
         write_json(Path(out)/"results.json", results)
