@@ -1,11 +1,6 @@
-"""What stands in a table was computed: every decimal in the reports and on the front page is a number of a run folder or of the literature."""
-import csv
-import json
-import re
-
+"""Tests over a table, and the readers that a score must beat."""
 import pytest
 import torch
-from conftest import ROOT
 
 from medvlm3d.baselines import Blank, Reversed, lend, nearest_lines, neighbours
 from medvlm3d.core import MedVLM3DError
@@ -13,56 +8,6 @@ from medvlm3d.datasets import Sample
 from medvlm3d.evaluation import compare, evaluate_systems
 from medvlm3d.prediction import prediction_line
 from medvlm3d.uncertainty import compare_seeds, holm
-
-DECIMAL = r"(?<![\w.])\d+\.\d+(?![\w/])(?!\.\d)"   # no part of a DOI or a version
-STUDIES = sorted(p.parent for p in (ROOT/"reports").glob("*/results.json"))
-
-
-def numbers(value):
-    "All numbers in a JSON value."
-    if isinstance(value, dict): value = list(value.values())
-    if isinstance(value, list): return [n for v in value for n in numbers(v)]
-    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
-
-
-def written(values, decimals):
-    "How numbers may be printed: as they are, or times 100, rounded; signs are printed apart."
-    return {f"{abs(scale * v):.{decimals}f}" for v in values for scale in (1, 100)}
-
-
-def facts(folder):
-    return [n for p in sorted(folder.rglob("*.json")) if "model" not in p.parts and "training" not in p.parts and p.name != "items.json" for n in numbers(json.loads(p.read_text()))]
-
-
-def literature():
-    "Published values, and the distance of each ablation row to the paper's full method."
-    with open(ROOT/"data"/"published.csv", newline="") as f: rows = list(csv.DictReader(f))
-    texts = {r["value"] for r in rows}
-    full = next(float(r["value"]) for r in rows if r["metric"] == "accuracy: full")
-    return texts | {f"{abs(float(r['value']) - full):.2f}" for r in rows if r["table"] == "8"}
-
-
-def unexplained(text, values):
-    known = literature() | {"0.05", "0.0001"}    # the level of a test, and the least p-value that is printed
-    ways = {d: written(values, d) for d in range(1, 7)}
-    return [t for t in re.findall(DECIMAL, text) if t not in known and t not in ways.get(len(t.split(".")[1]), ())]
-
-
-@pytest.mark.parametrize("folder", STUDIES, ids=lambda p: p.name)
-def test_every_number_of_a_report_is_in_its_results(folder):
-    values = facts(folder) + [n for other in STUDIES if other != folder for n in numbers(json.loads((other/"results.json").read_text()))]
-    for table in sorted((folder/"tables").glob("*.csv")):
-        assert not unexplained(table.read_text(encoding="utf-8"), values if table.stem.startswith("paper-") else facts(folder)), table.name
-
-
-def test_every_number_of_the_front_page_is_in_a_results_file():
-    text = "\n".join(line for line in (ROOT/"README.md").read_text(encoding="utf-8").splitlines() if not line.startswith("Python "))
-    assert not unexplained(text, [n for folder in STUDIES for n in facts(folder)])
-
-
-def test_an_invented_number_is_noticed():
-    assert unexplained("accuracy 87.3 [81.0, 90.2]", [.871, 81.02, 90.24]) == ["87.3"]
-
 
 # --- tests over a table ---------------------------------------------------------------------------------------------
 
