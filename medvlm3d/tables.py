@@ -127,7 +127,7 @@ def against_paper(results):
     for r in results["rows"].values():
         if not r.get("published"): continue
         if "cells" not in r: absent.append(r["label"])
-        elif c := r.get("versus", {}).get("phantom", {}).get("mean"):
+        elif r["published"] != "accuracy: full" and (c := r.get("versus", {}).get("phantom", {}).get("mean")):
             paper = value(r["published"]) - value("accuracy: full")
             lines.append(f"{r['label']} {paper:+.2f}, here {tested(c)}: " + ("not resolved" if not found(c) else "the same direction" if c["difference"] * paper > 0 else "the opposite direction"))
     return ("; ".join(lines) or "no row in common") + (f"; not run here: {', '.join(absent)}" if absent else "")

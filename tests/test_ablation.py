@@ -14,8 +14,9 @@ from medvlm3d.injection import OPTIONS as INJECTION
 from medvlm3d.probes import PROBES
 from medvlm3d.runners import read_plan, run_plan
 from medvlm3d.selection import STRATEGIES
-from medvlm3d.sweep import ablate
+from medvlm3d.sweep import ablate, pooled
 from medvlm3d.tables import findings, paper_tables
+from medvlm3d.uncertainty import mcnemar
 
 ROWS = read_rows(ROOT/"runs"/"ablate")
 
@@ -53,6 +54,48 @@ def test_differences_are_paired_by_case_and_adjusted(ran):
     full, none = (rows[name]["cells"]["phantom"]["mean"]["mean"] for name in ("full", "injection-none"))
     assert versus["phantom"]["mean"]["difference"] == pytest.approx(none - full, abs=1e-3)
     assert all(versus[c]["mean"]["p_holm"] >= versus[c]["mean"]["p"] for c in ("phantom", *PROBES)) and "versus" not in rows["full"]
+
+
+def test_mcnemar_stands_beside_the_permutation_for_each_seed(ran):
+    out = ran[0]/"out"
+    cell = json.loads((out/"results.json").read_text())["rows"]["injection-none"]["versus"]["phantom"]["mean"]
+    items = json.loads((out/"items.json").read_text())
+    def right(name, seed): return [said == item[4] for said, item in zip(json.loads((out/"rows"/f"{name}-seed-{seed}.json").read_text())["letters"], items, strict=True) if item[2] == "phantom"]
+    each = [mcnemar(right("injection-none", seed), right("full", seed)) for seed in (0, 1)]
+    assert cell["mcnemar of seeds"] == each and cell["mcnemar"] == min(1, 2 * min(each)) <= cell["mcnemar_holm"]
+
+
+@pytest.mark.parametrize("p, expected", [([.3], .3), ([.2, .04, .1], .15), ([.01, .9, .9], 1), ([.02, .5], .04), ([.5, .01, .02, .4, .03], .05)])
+def test_seeds_are_pooled_by_their_median(p, expected):
+    assert pooled(p) == pytest.approx(expected)
+
+
+def test_a_constant_and_chance_stand_in_every_table(ran):
+    out = ran[0]/"out"
+    results = json.loads((out/"results.json").read_text())
+    assert results["baselines"]["chance"]["phantom"]["mean"]["mean"] == 25 and {*results["baselines"]["constant"]} == {"phantom", *PROBES}
+    for name in ("ablation", "probes"):
+        rows = list(csv.reader((out/"tables"/f"{name}.csv").open(encoding="utf-8")))
+        assert [r[1] for r in rows if r[0] == "baseline"] == ["best constant", "chance"]
+    header, *rows = csv.reader((out/"tables"/"curve.csv").open(encoding="utf-8"))
+    best = results["curve"]["constant"]["100"]
+    assert [r[header.index("chance")] for r in rows] == ["25.0"] * 2 and rows[-1][header.index("best constant")].startswith(f"{best['mean']:.1f} [")
+    assert best["seeds"] == [results["baselines"]["constant"]["phantom"]["mean"]["mean"]] * 2, "all cases, whatever the seed"
+    assert len(results["curve"]["constant"]["50"]["seeds"]) == 2
+
+
+def test_the_loss_at_the_end_is_the_records_own(ran):
+    out = ran[0]/"out"
+    loss = json.loads((out/"results.json").read_text())["curve"]["loss"]
+    for label, shares in loss.items():
+        for share, value in shares.items():
+            assert value == pytest.approx(sum(json.loads((out/"curve"/f"{label.split()[0]}-{share}-seed-{seed}.json").read_text())["loss"] for seed in (0, 1)) / 2, abs=1e-4)
+
+
+def test_tables_name_the_protocol_and_the_lesson(ran):
+    text = {p.stem: p.read_text() for p in (ran[0]/"out"/"tables").glob("*.md")}
+    assert "paper, m3d" in text["ablation"] and "here, both protocols" in text["ablation"]
+    assert all("likeliest of the options offered" in t for t in text.values()) and "Equal steps, one learning rate, no search for either" in text["curve"]
 
 
 def test_mirror_images_are_one_cluster(ran):
