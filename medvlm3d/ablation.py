@@ -170,4 +170,3 @@ def constant_letters(samples, images=None):
 def chances(samples):
     "(n,) probability, in the order of `items_of`, that one of the options offered, drawn blindly, is right."
     return np.array([1 / len(offered(s.choices)) for s in asked_in_order(samples)])
-

@@ -91,7 +91,6 @@ def adjust(scored):
         for kind in ("p", "mcnemar", "mcnemar of seeds"): cell.pop(kind)
     return scored
 
-
 # %% ../nbs/16e_sweep.ipynb #ac25b81b
 CURVE = ("frozen 2D encoder", "3D encoder from scratch")
 
@@ -134,7 +133,6 @@ def score_curve(found, constants, items, seed=0, n=2000):
     adjust_family([*differences.values()])
     loss = {label: {f"{share:g}": round(float(np.mean([r["loss"] for r in records])), 4) for share, records in shares.items()} for label, shares in found.items()}
     return {**cells, "difference": differences, "loss": loss}
-
 
 # %% ../nbs/16e_sweep.ipynb #2cd4fdb4
 def ablate(out, data, store, rows="runs/ablate", train=640, test=400, probe_train=96, probe_test=128, depth=32, size=112, channels=64, grid=(8, 8),
@@ -233,4 +231,3 @@ def render_ablation(out):
     for corpus in results["items"]: save_figure(differences_figure(results, corpus, corpus), folder/"figures", f"differences-{corpus}")
     if results["curve"]: save_figure(data_figure(results), folder/"figures", "curve")
     return tables
-
