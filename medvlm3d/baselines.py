@@ -69,7 +69,7 @@ def case_facts(truth, case_of, modality="CT"):
     return {case_of(row): {"modality": modality, **row, "lesion volume": third(row["lesion_voxels"])} for row in truth.values()}
 
 def strata(lines, facts, names=STRATA, seed=0, n=2000):
-    "Fact → value → group → cell: closed accuracy (strict) of the lines whose case has that value; facts that no case has are left out."
+    "Fact → value → group → cell: closed accuracy (strict) of the lines whose case has that value; facts that no case has, or that all share, are left out."
     lines = sorted((l for l in lines if l["task"] == "closed"), key=lambda l: l["id"])
     if missing := sorted({l["case"] for l in lines} - {*facts}):
         raise MedVLM3DError(", ".join(missing[:3]), "has lines but no facts", "Give the truth of the corpus that was answered.")
@@ -80,5 +80,5 @@ def strata(lines, facts, names=STRATA, seed=0, n=2000):
         members = {}
         for i, l in enumerate(lines):
             if name in facts[l["case"]]: members.setdefault(facts[l["case"]][name], []).append(i)
-        if members: found[name] = {value: cells(members[value]) for value in sorted(members, key=lambda v: (THIRDS.index(v) if v in THIRDS else 0, v))}
+        if len(members) > 1: found[name] = {value: cells(members[value]) for value in sorted(members, key=lambda v: (THIRDS.index(v) if v in THIRDS else 0, v))}
     return found

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['TYPE_ORDER', 'M3D_TEXT', 'SCHEMA', 'COMPARED', 'ratio', 'ordered', 'cell', 'with_groups', 'grouped_cells',
-           'likeliest', 'accuracy_values', 'closed_scores', 'free_text_scores', 'fact_report', 'probabilities',
-           'calibration', 'score_predictions', 'chance_scores', 'central', 'constant_predictions', 'item_values',
-           'paired', 'compare', 'holm_table', 'evaluate_systems', 'lookup', 'other_images', 'predict_items',
-           'prediction_line', 'read_predictions', 'cluster_bootstrap']
+           'likeliest', 'accuracy_values', 'closed_way', 'closed_scores', 'free_text_scores', 'fact_report',
+           'score_predictions', 'chance_scores', 'central', 'constant_predictions', 'item_values', 'paired', 'compare',
+           'holm_table', 'evaluate_systems', 'lookup', 'other_images', 'predict_items', 'prediction_line',
+           'read_predictions', 'cluster_bootstrap']
 
 # %% ../nbs/13_evaluation.ipynb #95342594
 import numpy as np
 
+from .calibration import calibration
 from .core import MedVLM3DError
 from .metrics import bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, extract_facts, fact_scores, normalise, offered, parse_choice, rouge1, text_scores
 from .prediction import other_images, predict_items, prediction_line, read_predictions
@@ -69,6 +70,13 @@ def accuracy_values(lines, protocol="standard"):
              "standard": lambda l: parse_choice(l["prediction"], l["choices"]) == l["letter"]}[protocol]
     return np.array([not l.get("error") and judge(l) for l in lines], float)
 
+def closed_way(lines):
+    "How closed lines were answered, as a sentence: by likelihood (option log-probabilities and no token), or in words."
+    answered = [l for l in lines if not l.get("error")]
+    if answered and all(l.get("option_logprobs") and not l.get("tokens") for l in answered):
+        return "the likeliest option by log-likelihood, no generated text: m3d and strict agree, and no answer is unparsed, by construction"
+    return "text, read by each protocol's parser"
+
 def closed_scores(lines, **boot):
     "Both protocols' cells of closed lines."
     types, cases, ones = [l["type"] for l in lines], [l["case"] for l in lines], np.ones(len(lines))
@@ -105,48 +113,26 @@ def fact_report(lines, truth, lexicon, **boot):
         return {k: grouped_cells(np.stack(v, 1), ["Report"] * len(lines), [l["case"] for l in lines], **boot)["all"] for k, v in rows.items()}
     return {name: cells(name) for name in ("all", *lexicon)}
 
-# %% ../nbs/13_evaluation.ipynb #be2c7db5
-def probabilities(line):
-    "Softmax of the options' log-probabilities."
-    logits = np.asarray(line["option_logprobs"], float)
-    p = np.exp(logits - logits.max())
-    return p / p.sum()
-
-def calibration(lines, bins=10):
-    "Brier score, calibration error, reliability bins and risk–coverage of closed lines with option log-probabilities; None without."
-    lines = [l for l in lines if l["task"] == "closed" and l.get("option_logprobs")]
-    if not lines: return None
-    p = [probabilities(l) for l in lines]
-    truth = [list(offered(l["choices"])).index(l["letter"]) for l in lines]
-    brier = np.mean([((q - np.eye(len(q))[t])**2).sum() for q, t in zip(p, truth)])
-    sure, right = np.array([q.max() for q in p]), np.array([q.argmax() == t for q, t in zip(p, truth)], float)
-    place = np.minimum((sure * bins).astype(int), bins - 1)
-    rows = [{"low": b / bins, "high": (b + 1) / bins, "n": int((place == b).sum()), "confidence": round(float(sure[place == b].mean()), 4),
-             "accuracy": round(float(right[place == b].mean()), 4)} for b in range(bins) if (place == b).any()]
-    order = np.argsort(-sure, kind="stable")
-    risk = [{"coverage": c, "risk": round(float(1 - right[order[:max(1, round(c * len(p)))]].mean()), 4)} for c in (.1, .25, .5, .75, 1.)]
-    error = sum(r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / len(p)
-    return {"n": len(p), "brier": round(float(brier), 4), "calibration_error": round(error, 4), "bins": rows, "risk_coverage": risk}
-
 # %% ../nbs/13_evaluation.ipynb #87fc022e
 def score_predictions(lines, truth=None, lexicon=None, meteor=None, bertscore=None, seed=0, n=2000):
     "Scores of one system's prediction lines under both protocols, with 95 % intervals clustered by case."
     lines, boot = sorted(lines, key=lambda l: l["id"]), {"seed": seed, "n": n}
     by_task = {task: [l for l in lines if l["task"] == task] for task in ("closed", "open", "report")}
     failed = [{"id": l["id"], "error": l["error"]} for l in lines if l.get("error")]
-    scores = {"items": {**{t: len(ls) for t, ls in by_task.items()}, "failed": len(failed), "cases": len({l["case"] for l in lines})},
+    scores = {"items": {**{t: len(ls) for t, ls in by_task.items()}, "answered": len(lines) - len(failed), "failed": len(failed), "cases": len({l["case"] for l in lines})},
               "m3d": {}, "standard": {}, "failed": failed, "signatures": {"bootstrap": f"{n} resamples of cases, seed {seed}, 95 % percentile"}}
     for task, ls in by_task.items():
         if not ls: continue
         found = closed_scores(ls, **boot) if task == "closed" else free_text_scores(ls, meteor, bertscore, **boot)
         for protocol in ("m3d", "standard"): scores[protocol][task] = found[protocol]
+    if by_task["closed"]: scores["signatures"]["closed"] = closed_way(by_task["closed"])
     if by_task["open"] or by_task["report"]:
         scores["signatures"] |= {"BLEU-4": corpus_bleu4(["a"], ["a"])[1], **({meteor.name: meteor.signature} if meteor else {}),
                                  **({bertscore.name: f"layer {bertscore.layer}, no idf, no rescaling"} if bertscore else {})}
     if truth and lexicon and by_task["report"]:
         scores["facts"] = fact_report(by_task["report"], truth, lexicon, **boot)
         scores["standard"]["report"] |= {f"fact {k}": {"all": scores["facts"]["all"][k]} for k in ("F1", "precision", "recall")}
-    if calibrated := calibration(lines): scores["calibration"] = calibrated
+    if calibrated := calibration(lines, **boot): scores["calibration"] = calibrated
     return scores
 
 # %% ../nbs/13_evaluation.ipynb #a127179d
