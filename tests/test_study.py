@@ -6,7 +6,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from medvlm3d.evaluation import score_predictions
+from medvlm3d.prediction import read_predictions
 from medvlm3d.runners import run_plan
+from medvlm3d.study import file_stem
 
 STEPS = ("90_prepare", "91_train", "92_evaluate", "99_report")
 SEED = 5
@@ -26,24 +29,28 @@ def study(tmp_path_factory):
 
 def test_it_ends_with_tables_figures_and_a_model(study):
     out = study[0]
-    assert {p.stem for p in (out/"tables").glob("*.md")} >= {"closed", "open", "reports", "differences", "calibration", "strata", "examples", "real-scans", *(f"paper-table-{n}" for n in range(1, 9))}
-    assert {p.stem for p in (out/"figures").glob("*.png")} >= {"loss", "accuracy", "reliability", "paper-figure-1", "paper-figure-2", "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
+    tables = {"closed", "open", "reports", "findings", "clinical", "seeds", "differences", "differences-open", "differences-reports", "calibration", "strata", "failed", "examples", "real-scans"}
+    for kind in ("md", "csv", "tex"): assert {p.stem for p in (out/"tables").glob(f"*.{kind}")} >= {*tables, *(f"paper-table-{n}" for n in range(1, 9))}
+    for kind in ("png", "pdf"): assert {p.stem for p in (out/"figures").glob(f"*.{kind}")} >= {"loss", "accuracy", "reliability", "paper-figure-1", "paper-figure-2", "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
     assert (out/"model"/"model.safetensors").exists() and "Research use only" in (out/"model"/"README.md").read_text()
 
 
 def test_parameters_arrived(study):
     out = study[0]
-    assert json.loads((out/"prepared.json").read_text())["cases"]["train"] == 9
-    assert json.loads((out/"training.json").read_text())["plan"]["model"]["channels"] == 12
-    assert json.loads((out/"training.json").read_text())["plan"]["seed"] == SEED
+    prepared, made = (json.loads((out/f"{name}.json").read_text()) for name in ("prepared", "training"))
+    assert (prepared["cases"]["train"], prepared["seed"], len(prepared["truth sha256"])) == (9, SEED, 64)
+    assert made["plan"]["model"]["channels"] == 12 and made["plan"]["seed"] == SEED and made["seeds"] == [SEED]
+    assert made["blind"]["share"] == 1 and made["blind"]["plan"]["blind"] and (out/"log-blind.jsonl").exists()
+    assert json.loads((out/"manifest.json").read_text())["status"] == "done"
     assert f"60 resamples of cases, seed {SEED}" in json.loads((out/"results.json").read_text())["systems"]["model"]["signatures"]["bootstrap"]
 
 
 def test_all_that_the_model_must_beat_stands_beside_it(study):
     systems = json.loads((study[0]/"results.json").read_text())["systems"]
-    assert set(systems) == {"model", "other image", "no image", "blank image", "slices reversed", "blind", "nearest caption", "constant", "chance"}
+    assert set(systems) == {"model", "model, in words", "other image", "no image", "blank image", "slices reversed", "blind", "nearest caption", "constant", "chance"}
     assert {s: systems[s]["items"]["closed"] for s in systems} == dict.fromkeys(systems, 20)
-    assert systems["model"]["items"] == {"closed": 20, "open": 20, "report": 4, "failed": 0, "cases": 4}
+    assert {s for s in systems if systems[s]["items"].get("report") == 4} == {*systems} - {"model, in words", "chance"}
+    assert systems["model"]["items"] == {"closed": 20, "open": 20, "report": 4, "answered": 44, "failed": 0, "cases": 4}
 
 
 def test_strata_are_of_the_models_answers(study):
@@ -52,7 +59,21 @@ def test_strata_are_of_the_models_answers(study):
     for values in results["strata"].values():
         n = sum(cells["micro"]["n"] for cells in values.values())
         assert n == micro["n"] and sum(cells["micro"]["value"] * cells["micro"]["n"] for cells in values.values()) / n == pytest.approx(micro["value"], abs=1e-3)
-    assert {*results["strata"]} >= {"plane", "phase", "modality", "organ", "size", "lesion volume"}
+    assert {*results["strata"]} >= {"plane", "organ", "lesion volume"} and all(len(values) > 1 for values in results["strata"].values())
+    assert {*results["strata_beside"]} == {"blind", "other image"}
+
+
+def test_every_answer_is_kept(study):
+    "Also those that no model made; scored again they give the same numbers."
+    systems = json.loads((study[0]/"results.json").read_text())["systems"]
+    for name in {*systems} - {"chance"}:
+        lines = read_predictions(study[0]/"predictions"/f"{file_stem(name)}.jsonl")
+        assert score_predictions(lines, n=2)["m3d"]["closed"]["accuracy"]["macro"]["value"] == systems[name]["m3d"]["closed"]["accuracy"]["macro"]["value"]
+
+
+def test_tables_and_card_say_how_it_was_trained(study):
+    for text in ((study[0]/"tables"/"closed.md").read_text(), (study[0]/"tables"/"seeds.md").read_text(), (study[0]/"model"/"README.md").read_text()):
+        assert f"One training (seed {SEED})" in text and "100 % of the epochs" in text
 
 
 def test_cost_is_kept_apart_from_results(study):
