@@ -58,7 +58,7 @@ def render_study(folder, scratch, patch):
     scratch.mkdir()
     for part in folder.iterdir():
         if part.name not in ("tables", "figures", "model", "notebooks"): (scratch/part.name).symlink_to(part)
-    patch.setattr("medvlm3d.study.save_figure", lambda *_: None)
+    patch.setattr("medvlm3d.rendering.save_figure", lambda *_: None)
     render(scratch)
     asked = yaml.safe_load((ROOT/"runs"/f"{folder.name}.yaml").read_text())["99_report"]
     write_paper_tables(scratch, study=asked["out"], **{k: v for k, v in asked.items() if k in ("ablation", "crossmodal")})
