@@ -114,10 +114,10 @@ class Drafter:
         self.offered = tuple(MODALITY_WORDS[m] for m in MODALITY_WORDS if any(f.modality == m for f in facts))
         self.facts = {}      # id of a pair → its Facts
 
-    def take(self, modality, place=None):
-        "The next unused volume of a modality, with the lesion at `place` if there is one."
-        mine = [f for f in self.pool if f.modality == modality]
-        if not mine: raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes", "is used up", "Ask for fewer volumes, or give more studies.")
+    def take(self, modality, place=None, source=None):
+        "The next unused volume of a modality (of `source` alone, if one is given), with the lesion at `place` if there is one."
+        mine = [f for f in self.pool if f.modality == modality and source in (None, f.source)]
+        if not mine: raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{f' of {source}' if source else ''}", "is used up", "Ask for fewer volumes, or give more studies.")
         chosen = next((f for f in mine if f.location == place), mine[0])
         self.pool.remove(chosen)
         return chosen
@@ -128,8 +128,9 @@ class Drafter:
         return [self.pair(kind, f) for f in chosen for kind in QUESTIONS]
 
     def replace(self, pair):
-        "Another pair of the same type and modality about a volume not seen before."
-        return self.pair(pair.type, self.take(pair.modality, self.facts[pair.id].location))
+        "Another pair of the same type and modality about a volume of the same source, not seen before."
+        old = self.facts[pair.id]
+        return self.pair(pair.type, self.take(pair.modality, old.location, old.source))
 
     def pair(self, kind, facts):
         side = self.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2] if kind == "Lesion Detection" else ""

@@ -1,6 +1,7 @@
 """The cross-modal benchmark: what is asked is true, raters are blind to each other, their known error rate is found, patients stay on one side."""
 import json
 import shutil
+import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import combinations
@@ -15,11 +16,15 @@ from medvlm3d.core import MedVLM3DError
 from medvlm3d.cli import app
 from medvlm3d.corpora import load_autopet, load_brats
 from medvlm3d.crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, Facts, collect_facts, load_phantom_studies, review, simulated_raters, split_by_patient, study_facts, true_answer
-from medvlm3d.crossmodal_study import accuracy_table, agreement_figure, agreement_table, open_corpora, run, source_table
+from medvlm3d.core import sha256_file
+from medvlm3d.crossmodal_study import accuracy_table, agreement_figure, agreement_table, build, by_modality, contact_sheet, difference_table, open_corpora, run, score, scores, source_table
 from medvlm3d.datasets import read_image
+from medvlm3d.evaluation import evaluate_systems
 from medvlm3d.layouts import sample_brains, write_layout
-from medvlm3d.manifest import read_manifest
+from medvlm3d.judging import keeping, open_review, read_round, review_widget
+from medvlm3d.manifest import read_manifest, write_manifest
 from medvlm3d.metrics import offered, parse_choice
+from medvlm3d.prediction import prediction_line
 from medvlm3d.raters import (SHEET, agreement, cohen_kappa, disagreement, error_rate, fleiss_kappa, pattern_counts, read_rows, read_sheet, set_verdict,
                              sheet_rows, simulated_names, simulated_votes, votes_from_sheets, write_rows)
 
@@ -117,7 +122,7 @@ def test_no_volume_is_drawn_twice_and_the_pool_ends_with_a_message():
     drafter = Drafter(invented(40), ROOT)
     pairs = drafter.draft(20)
     assert len({p.case for p in pairs}) == 40
-    with pytest.raises(MedVLM3DError, match="pool of MRI volumes: is used up.*Ask for fewer"): drafter.replace(pairs[0])
+    with pytest.raises(MedVLM3DError, match="pool of MRI volumes of invented: is used up.*Ask for fewer"): drafter.replace(pairs[0])
 
 
 def test_what_cannot_be_asked_is_counted_with_its_reason(studies, facts):
@@ -131,6 +136,21 @@ def test_a_mask_on_another_grid_is_refused(studies, tmp_path):
     small = nib.load(study.mask).slicer[:-2]
     nib.save(small, tmp_path/"seg.nii.gz")
     with pytest.raises(MedVLM3DError, match="another grid.*Restore"): study_facts(replace(study, mask=tmp_path/"seg.nii.gz"), "t1n")
+
+
+def test_a_pair_is_replaced_by_one_of_the_same_source_or_not_at_all():
+    "Three BraTS volumes in a pool of phantoms: two replacements are of BraTS, the third is an error."
+    pool = [replace(f, source="BraTS 2023" if i < 3 else "phantom") for i, f in enumerate(invented(40, ("MR",)))]
+    drafter = Drafter(pool, ROOT)
+    pair = drafter.pair("Modality Identification", drafter.take("MR", source="BraTS 2023"))
+    for _ in range(2):
+        pair = drafter.replace(pair)
+        assert pair.source == "BraTS 2023"
+    with pytest.raises(MedVLM3DError, match="pool of MRI volumes of BraTS 2023: is used up"): drafter.replace(pair)
+
+
+@pytest.fixture(scope="module")
+def many(): return split_by_patient(Drafter(invented(1200), ROOT, seed=1).draft(240))
 
 
 # --- sheets ---------------------------------------------------------------------------------------------------------
@@ -156,7 +176,17 @@ def test_raters_are_blind_to_each_other(sheets):
         text = (folder/f"{name}.csv").read_text()
         assert name == "anna" or "secret" not in text
         for p in pairs: assert p.patient not in [c for r in read_rows(folder/f"{name}.csv") for c in r.values()]
-        assert "seg.nii" not in text and "SEG.nii" not in text
+        assert "nii" not in text and not any(p.image in text or p.case in text for p in pairs)
+
+
+def test_a_sheet_names_a_volume_without_its_path(sheets):
+    "A path may hold a patient's name; pairs about one volume share its name on the sheet, others do not."
+    drafter, pairs, vote, folder = sheets
+    row = sheet_rows([replace(pairs[0], image="DOE_JANE_1970/scan.nii.gz", case="DOE_JANE_1970")], "anna")[0]
+    assert "DOE" not in " ".join(row)
+    names = defaultdict(set)
+    for r in read_rows(folder/"anna.csv"): names[r["volume"]].add(next(p.case for p in pairs if p.id == r["id"]))
+    assert len(names) == 8 and all(len(cases) == 1 for cases in names.values())
 
 
 def test_verdicts_arrive_in_the_order_of_the_pairs(sheets):
@@ -189,12 +219,70 @@ def test_every_fault_of_a_sheet_is_named_at_once(sheets):
 
 def test_a_file_that_is_no_sheet(sheets, tmp_path):
     (tmp_path/"x.csv").write_text("id,verdict\n1,accept\n")
-    with pytest.raises(MedVLM3DError, match="x.csv: does not have a sheet's columns.*They are id, image"): read_sheet(tmp_path/"x.csv", sheets[1])
+    with pytest.raises(MedVLM3DError, match="x.csv: does not have a sheet's columns.*They are id, volume"): read_sheet(tmp_path/"x.csv", sheets[1])
+
+
+def test_a_sheet_in_another_encoding_or_torn_is_an_error_with_a_remedy(sheets):
+    "As Excel saves it in western Europe, as Unicode text, and with a quote that never closes."
+    folder = sheets[3]
+    whole = (folder/"ben.csv").read_text(encoding="utf-8")
+    for data, why in ((whole.replace("?", "é", 1).encode("cp1252"), "is not UTF-8"), (whole.encode("utf-16"), "is not UTF-8"), ((whole + '"torn').encode(), "is no CSV file")):
+        (folder/"ben.csv").write_bytes(data)
+        with pytest.raises(MedVLM3DError, match=f"ben.csv: {why}.*save it as CSV UTF-8"): read_sheet(folder/"ben.csv", sheets[1])
 
 
 def test_cells_are_no_formulas(sheets):
     risky = replace(sheets[1][0], image="=cmd|x", question="+1", answer="@x")
     assert not [c for c in sheet_rows([risky], "anna")[0] if c[:1] in tuple("=+-@") and c]
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def waiting(data, facts, tmp_path):
+    "A run folder that awaits two raters, with its drafter and pairs."
+    drafter = Drafter(facts[0], data, seed=3)
+    pairs = drafter.draft(1)
+    vote = keeping(votes_from_sheets(tmp_path/"review", ("anna", "ben")), tmp_path/"review", drafter.facts, data)
+    with pytest.raises(MedVLM3DError, match="awaits the verdicts of anna, ben.*open_review"): vote(1, pairs)
+    (tmp_path/"config.yaml").write_text(f"data: {data}\n")
+    return tmp_path, drafter, pairs, vote
+
+
+def test_clicks_are_verdicts_on_the_pair_that_is_shown(waiting):
+    "Headless, from files alone: the widget shows the first open pair, the sheet holds the click, and a second opening goes on behind it."
+    out, drafter, pairs, vote = waiting
+    order = [r["id"] for r in read_rows(out/"review"/"round-1"/"anna.csv")]
+    (accept, reject, comment), told, picture = (w := open_review(out, "anna")).children[0].children, w.children[1], w.children[2]
+    first = picture.value
+    assert first[:4] == b"\x89PNG" and told.value.startswith(order[0])
+    comment.value = "too dark"
+    reject.click()
+    assert picture.value != first and told.value.startswith(order[1]) and comment.value == ""
+    (accept, *_), told = (w := open_review(out, "anna")).children[0].children, w.children[1]
+    assert told.value.startswith(order[1])
+    for _ in order: accept.click()
+    assert told.value == "done, thank you" and accept.disabled
+    rows = {r["id"]: r for r in read_rows(out/"review"/"round-1"/"anna.csv")}
+    assert rows[order[0]]["verdict"] == "reject" and rows[order[0]]["comment"] == "too dark" and {rows[i]["verdict"] for i in order[1:]} == {"accept"}
+    assert not any(r["verdict"] for r in read_rows(out/"review"/"round-1"/"ben.csv"))
+
+
+def test_a_kept_round_is_what_was_drafted_and_names_no_machine(waiting, data):
+    out, drafter, pairs, vote = waiting
+    file = out/"review"/"round-1"/"pairs.jsonl"
+    kept = read_round(file, data)
+    assert [(j.id, j.question, f"{j.letter} {j.answer}") for j in kept.values()] == [(p.id, p.question, f"{p.letter} {p.answer}") for p in pairs]
+    assert all(kept[p.id].image == drafter.facts[p.id].image and kept[p.id].mask.exists() for p in pairs) and str(data) not in file.read_text()
+
+
+def test_without_widgets_a_sheet_or_a_place_the_review_says_what_to_do(waiting, monkeypatch):
+    out = waiting[0]
+    with pytest.raises(MedVLM3DError, match="holds no sheet of carla.*spell it as there"): open_review(out, "carla")
+    (out/"config.yaml").unlink()
+    with pytest.raises(MedVLM3DError, match="does not say where its volumes lie.*Give `data`"): open_review(out, "anna")
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(MedVLM3DError, match="ipywidgets: is not installed.*or fill the sheet"): review_widget(out/"review"/"round-1"/"anna.csv", {})
 
 
 # --- agreement ------------------------------------------------------------------------------------------------------
@@ -319,7 +407,7 @@ def whole(data, tmp_path_factory):
 
 def test_run_leaves_tables_figures_and_records(whole, data):
     out, tables = whole
-    assert {p.name for p in (out/"tables").glob("*.md")} == {"accuracy.md", "agreement.md", "sources.md"}
+    assert {p.name for p in (out/"tables").glob("*.md")} == {"accuracy.md", "differences.md", "agreement.md", "sources.md"}
     assert {p.name for p in (out/"figures").glob("*.png")} == {"agreement.png", "contact-sheet.png"}
     manifest = json.loads((out/"manifest.json").read_text())
     assert manifest["status"] == "done" and manifest["raters"] == "simulated"
@@ -338,33 +426,76 @@ def test_the_verb_runs_end_to_end_and_its_record_says_simulated(data, tmp_path):
     assert (tmp_path/"out"/"figures"/"agreement.png").exists() and (tmp_path/"out"/"tables"/"agreement.md").exists()
 
 
-def test_simulated_and_generated_are_said_everywhere(whole):
+def test_simulated_and_generated_are_said_everywhere(whole, data, facts):
+    "In every file that is written about the pairs, in every figure, and in every line of the benchmark."
     out, tables = whole
-    for suffix in ("md", "csv", "tex", "html"):
-        text = (out/"tables"/f"agreement.{suffix}").read_text()
-        assert "simulated raters" in text
-        assert "generated" in (out/"tables"/f"sources.{suffix}").read_text()
+    assert len(written := sorted((out/"tables").iterdir())) == 16
+    for path in written:
+        assert "simulated raters" in path.read_text(), path.name
+        if path.suffix in (".md", ".tex"): assert "These raters are simulated" in path.read_text() and "Research use only" in path.read_text(), path.name
+        if path.stem == "sources": assert "generated" in path.read_text(), path.name
+    assert json.loads((out/"results.json").read_text())["benchmark"]["accepted by"] == "simulated raters"
+    pairs = read_manifest(data/"crossmodal.jsonl")
+    assert all(p.source.endswith(", accepted by simulated raters") for p in pairs) and any(p.source.startswith("generated") for p in pairs)
     account = json.loads((out/"review.json").read_text())
+    by_case = {f.case: f for f in facts[0]}
+    sheet = contact_sheet(pairs, {p.id: by_case[p.case] for p in pairs}, account, each=1)
+    assert "simulated raters. Research use only" in sheet.get_suptitle() and all("accepted by simulated raters" in row.get_title() for row in sheet.axes[1::3])
+    assert agreement_figure(account).get_suptitle() == "Research use only"
     assert account["simulated"] and all(name.startswith("simulated rater") for name in account["raters"])
     titles = [ax.get_title() for ax in agreement_figure(account).axes]
     assert any("simulated raters" in t for t in titles)
     assert "simulated" not in agreement_table({**account, "simulated": False}).markdown() and "before replacement" in tables["agreement"].title
 
 
+def test_real_volumes_that_only_programs_judged_are_marked(data, tmp_path):
+    for name in ("brats", "autopet"): (shutil.copytree(data/name, tmp_path/name)/"GENERATED.json").unlink()
+    build(tmp_path/"out", tmp_path, studies := open_corpora(tmp_path, ("brats", "autopet")), volumes=2, resamples=20)
+    assert {p.source for p in read_manifest(tmp_path/"crossmodal.jsonl")} == {f"{name}, accepted by simulated raters" for name in ("BraTS 2023", "AutoPET")}
+    with pytest.raises(MedVLM3DError, match="are all MRI: to ask for the modality would be to answer"): build(tmp_path/"out", tmp_path, [s for s in studies if s.source == "BraTS 2023"], volumes=2)
+
+
+def test_the_record_identifies_its_pairs(whole, data):
+    asked = json.loads((whole[0]/"results.json").read_text())["benchmark"]
+    assert asked["sha256"] == sha256_file(data/"crossmodal.jsonl") and asked["pairs"] == 48 and 0 < asked["test"] < 48
+
+
+def test_a_constant_learned_on_all_training_pairs_is_at_chance_by_modality(many, tmp_path):
+    """Lesion and place: at chance under MRI and under PET. The modality: the one that is named is right there and wrong in the other,
+    where a constant learned within each modality would be right in both."""
+    write_manifest(tmp_path/"crossmodal.jsonl", many)
+    results = score(tmp_path, tmp_path, many, {"simulated": True}, resamples=20)
+    cells = {(word, kind): results[word]["systems"]["constant"]["standard"]["closed"]["accuracy"][kind] for word in ("MRI", "PET") for kind in QUESTIONS}
+    assert {cells[word, "Modality Identification"]["value"] for word in ("MRI", "PET")} == {0, 100}
+    for kind, chance in (("Lesion Detection", .5), ("Anatomical Localization", .25)):
+        for word in ("MRI", "PET"):
+            c = cells[word, kind]
+            assert abs(c["value"] / 100 - chance) <= 3 * np.sqrt(chance * (1 - chance) / c["n"]), (word, kind)
+
+
+def test_differences_are_corrected_over_all_rows_that_are_printed(many, tmp_path):
+    "Two systems, three types and their mean, all pairs and two modalities: the least p is multiplied by the number of rows."
+    asked = [p for p in many if p.split == "test"]
+    results = scores({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in asked], "other image": [prediction_line(p, "A") for p in asked]}, asked, [p for p in many if p.split == "train"], n=20)
+    table = difference_table(results, {"simulated": True, "raters": ["a", "b", "c"]})
+    assert len(table.rows) == 3 * 2 * 4 and "Holm: adjusted for all rows of this table" in table.note
+    cells = [c for r in by_modality(results).values() for tasks in r["comparisons"].values() for g, c in tasks["closed"]["accuracy"].items() if g != "micro"]
+    least = min(cells, key=lambda c: c["p"])
+    assert least["p_holm"] == pytest.approx(min(1, len(table.rows) * least["p"]))
+
+
 def test_published_numbers_stand_beside_and_what_was_not_run_says_so(whole):
     rows = {r[:2]: r for r in whole[1]["accuracy"].rows}
     assert rows["MRI", "all"][3] == "93.8" and rows["PET", "all"][3] == "91.5"
-    assert rows["MRI", "all"][4] == "not run" and rows["MRI", "all"][6] != "not run"
+    assert rows["MRI", "all"][4] == rows["MRI", "all"][7] == "not run" and rows["MRI", "all"][8] != "not run"
     paper = {r[0]: r[1] for r in whole[1]["agreement"].rows}
     assert paper["accepted by all, %"] == "99.67" and paper["Cohen's kappa, mean of the couples"] == "0.927"
 
 
 def test_an_oracle_is_right_and_scored_by_modality(whole, data):
-    from medvlm3d.evaluation import evaluate_systems
-    from medvlm3d.prediction import prediction_line
     pairs = [p for p in read_manifest(data/"crossmodal.jsonl") if p.split == "test"]
     results = {word: evaluate_systems({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in pairs if p.modality == m]}, n=50) for m, word in MODALITY_WORDS.items() if m != "CT"}
-    for row in accuracy_table(results).rows: assert row[4].startswith("100.0") or row[2] == 0
+    for row in accuracy_table(results, {"simulated": True, "raters": ["a", "b", "c"]}).rows: assert row[4].startswith("100.0") or row[2] == 0
 
 
 def test_people_are_awaited_and_the_same_pairs_are_asked_again(data, tmp_path):
