@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['data_app', 'To', 'Count', 'Root', 'Listing', 'Rejects', 'Source', 'Licence', 'Corpus', 'Images', 'Workers',
-           'Contrast', 'NearText', 'NearImage', 'Kind', 'By', 'say', 'data', 'numbers', 'phantom', 'probe', 'layout',
-           'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split', 'benchmark']
+           'Contrast', 'NearText', 'NearImage', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers', 'phantom', 'probe',
+           'layout', 'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split', 'benchmark']
 
 # %% ../nbs/16c_data_cli.ipynb #42555f87
 import json
@@ -35,6 +35,10 @@ class Kind(str, Enum):
     "Kinds of ties (09d_leakage)."
     case = "case"; patient = "patient"; text = "text"; near_text = "near text"; bytes = "bytes"; near_image = "near image"
 
+class Layout(str, Enum):
+    "Public corpora whose layout is generated (08d_layouts)."
+    brats = "brats"; autopet = "autopet"
+
 class By(str, Enum):
     "What a split keeps together."
     case = "case"; patient = "patient"
@@ -42,7 +46,7 @@ class By(str, Enum):
 def say(line): typer.echo(line, err=True)
 
 @data_app.callback()
-def data(): "Draw, list, verify and split data sets."
+def data(): "Draw, list, verify and split data sets. Research use only, not a medical device."
 
 # %% ../nbs/16c_data_cli.ipynb #e2178532
 def numbers(text, option, example):
@@ -79,12 +83,12 @@ def probe(name: Annotated[str, typer.Argument(help="tiny (injection), texture (f
     say(f"done: {len(rows)} volumes in {relative(out)}")
 
 @data_app.command()
-def layout(name: Annotated[str, typer.Argument(help="brats, autopet or phantom (MR and PET of each case).")], out: To,
+def layout(name: Annotated[Layout, typer.Argument(help="The corpus; what is written is listed by the verb of its name. MR and PET of phantoms are drawn by `crossmodal`.")], out: To,
            studies: Count = 12, depth: int = 40, size: int = 64, seed: int = 0, workers: Workers = 2):
     "Generate studies as a public corpus lays them out; GENERATED.json says that they are."
     from medvlm3d.core import relative
     from medvlm3d.layouts import write_layout
-    say(f"done: {studies} generated studies in {relative(write_layout(out, name, studies, (depth, size, size), seed, workers))}")
+    say(f"done: {studies} generated studies in {relative(write_layout(out, name.value, studies, (depth, size, size), seed, workers))}")
 
 # %% ../nbs/16c_data_cli.ipynb #007574bc
 def write_listing(root, samples, out, source="", licence="", rejects=None):

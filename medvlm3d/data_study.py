@@ -53,7 +53,7 @@ def modality_sheet(modality, shape=(32, 112, 112), seed=8):
         show_slice(ax, mode.unit(volume), scene.lesion, f"{case.plane}\n{case.phase}\n{case.kind}, {case.organ}", steps[1] / steps[2], modality == "PT")
     for ax, name in zip(axes.flat[shown:], REAL[modality]): real_slice(ax, name)
     for ax in axes.flat: ax.axis("off")
-    figure.suptitle(f"{mode.word} phantoms, {'×'.join(map(str, shape))} voxels, findings outlined", fontsize=9)
+    figure.suptitle(f"{mode.word} phantoms, {'×'.join(map(str, shape))} voxels, findings outlined. Research use only", fontsize=9)
     return figure
 
 def probe_sheet(shape=(32, 112, 112), seed=16):
@@ -64,6 +64,7 @@ def probe_sheet(shape=(32, 112, 112), seed=16):
             (unit, masks, facts), steps = item.draw(item), spacing_of(item.case.plane, shape)
             show_slice(ax, unit, masks > 127, f"{name} ({claim})\n{facts.get('texture') or facts.get('location') or item.case.organ}", steps[1] / steps[2], outline=name != "texture")
             ax.axis("off")
+    figure.suptitle("Research use only", fontsize=7, color=".4")
     return figure
 
 # %% ../nbs/16d_data_study.ipynb #c4e3bf7f
@@ -108,23 +109,24 @@ def balance_table(found):
     "Rows: types; columns: what constant readers reach in each modality, and chance."
     rows = tuple((t, *(f"{found[m][t]['answer']:.1f} / {found[m][t]['letter']:.1f} / {found[m][t]['chance']:.1f}" for m in found)) for t in TYPES)
     return Table("Accuracy without looking: most frequent answer / most frequent letter / chance, %", ("question", *(MODES[m].word for m in found)), rows,
-                 f"On {next(iter(found['CT'].values()))['n']} cases of each modality, learned on as many others.")
+                 f"On {next(iter(found['CT'].values()))['n']} cases of each modality, learned on as many others. Research use only.")
 
 def speed_table(found, workers):
     rows = tuple((MODES[m].word, size, v["volumes"], f"{v['a second']:.2f}") for m, sizes in found.items() for size, v in sizes.items())
-    return Table("Phantoms drawn and written", ("modality", "voxels", "volumes", "a second"), rows, f"{workers} processes, by the clock.")
+    return Table("Phantoms drawn and written", ("modality", "voxels", "volumes", "a second"), rows, f"{workers} processes, by the clock. Research use only.")
 
 def audit_table(result):
     "Rows: kinds of ties; the verdict is the title."
     rows = tuple((f["kind"], f"{f['across']}{' or more' * f['crowded']}", f["within"], f["touched"]["test"], f["touched"]["validation"]) for f in result["findings"])
     allowed = f", allowed by whoever ran it: {', '.join(result['allowed'])}" if result["allowed"] else ""
     return Table(f"Audit: {'passed' if result['passed'] else 'NOT passed'}{allowed}", ("kind of tie", "across sides", "within one side", "test volumes touched", "validation volumes touched"), rows,
-                 f"{sum(result['samples'].values())} samples on {sum(result['volumes'].values())} volumes; problems: {result['problems']}.")
+                 f"{sum(result['samples'].values())} samples on {sum(result['volumes'].values())} volumes; problems: {result['problems']}. Research use only.")
 
 def scale_table(record):
     "Rows: steps on the generated corpus, with time and memory."
     rows = tuple((name, s["seconds"], s["processor seconds"], s["peak MB"], s["peak MB of a worker"]) for name, s in record.get("steps", {}).items())
     note = f"{record['questions']} questions on {record['volumes']} volumes, {record['workers']} processes. Seconds by the clock include what else the machine did, those of the processor do not. Planted leaks found: {', '.join(record['manifest']['leaks'])}. The split {'passes' if record['manifest-by-case']['passed'] else 'does NOT pass'}." if rows else "Not run."
+    note += " Research use only."
     return Table("Verifying and splitting a generated corpus", ("step", "seconds", "processor seconds", "peak MB", "peak MB of a worker"), rows, note)
 
 # %% ../nbs/16d_data_study.ipynb #0a49054e
@@ -140,7 +142,7 @@ def explain_preprocessing(out, data, store):
 def preprocessing_table(explained):
     "One row a fact, one column a split."
     keys = ("modality", "intensity", "plane", "window", "zero_one", "voxels", "spacing", "to_voxels", "to_spacing", "warnings")
-    return Table("Preprocessing of the first volume of each split", ("", *explained), tuple((k, *(str(e[k]) for e in explained.values())) for k in keys))
+    return Table("Preprocessing of the first volume of each split", ("", *explained), tuple((k, *(str(e[k]) for e in explained.values())) for k in keys), "Research use only.")
 
 # %% ../nbs/16d_data_study.ipynb #8155d51d
 def run(out, data, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112, 112),), drawn=12, asked=720, volumes=600, questions=1200, seed=8, workers=2, progress=True):

@@ -203,7 +203,7 @@ def audit_page(result):
     "The audit as Markdown."
     r, yes = result, {True: "yes", False: "no"}
     lines = ["# Audit of a corpus", "", f"**{'Passed' if r['passed'] else 'NOT passed'}.** Leaks: {', '.join(r['leaks']) or 'none found'}. Allowed by whoever ran it: {', '.join(r['allowed']) or 'none'}. "
-             f"Problems: {r['problems']}. Volumes read: {yes[r['images_read']]}.", "", "Places are lines or entries of the lists; no name, path or word of a report is repeated here. What is not found is not proved absent.", "",
+             f"Problems: {r['problems']}. Volumes read: {yes[r['images_read']]}.", "", "Places are lines or entries of the lists; no name, path or word of a report is repeated here. What is not found is not proved absent. Research use only.", "",
              "| | " + " | ".join(r["volumes"]) + " |", "|---" * (1 + len(r["volumes"])) + "|", "| volumes | " + " | ".join(map(str, r["volumes"].values())) + " |", "",
              f"{sum(r['samples'].values())} samples, {r['cases']} cases, {r['patients']} patients, {r['texts']} distinct reports. Tied to training in some way: {r['tied to training']['test']} volumes for testing, {r['tied to training']['validation']} for validation.", "",
              "| kind of tie | across sides | within one side | test volumes touched | validation volumes touched |", "|---|---|---|---|---|"]

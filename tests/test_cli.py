@@ -171,6 +171,33 @@ def test_truncated_scan_is_named_not_answered(model, scan, tmp_path):
     assert shown.returncode == 1 and "cut.nii.gz" in shown.stderr and not shown.stdout
 
 
+def test_a_scan_larger_than_the_limit_is_let_in_by_the_option(model, scan):
+    def ask(limit): return CliRunner().invoke(app, ["predict", str(scan), "--model", str(model), "-q", "Which plane?", "--choices", "axial,coronal", "--max-voxels", str(limit)])
+    refused = ask(34559)
+    assert refused.exit_code == 1 and "declares 34560 voxels, the limit is 34559. Pass a larger max_voxels" in str(refused.exception)
+    assert ask(34560).exit_code == 0
+
+
+def test_encode_takes_the_options_of_predict_and_a_bad_scan_does_not_stop_the_others(tmp_path):
+    "Two arrays that need their axes told, and between them a cut one: two files, one reject with reason and remedy, status 1; once it is mended, status 0 and no reject."
+    from safetensors import safe_open
+    scans = [tmp_path/f"{name}.npy" for name in "abc"]
+    for i, path in enumerate(scans): np.save(path, VOXELS + i)
+    whole = scans[1].read_bytes()
+    scans[1].write_bytes(whole[:200])
+    def ask(*more): return CliRunner().invoke(app, ["encode", *map(str, scans), "--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--out", str(tmp_path/"out"), *more])
+    assert ask().exit_code == 1 and not list((tmp_path/"out").glob("*.safetensors"))
+    told = ask("--axis-order", "HWD", "--modality", "MR")
+    assert told.exit_code == 1 and "done: 2 of 3" in told.stderr and "1 scans set aside" in told.stderr
+    (row,) = map(json.loads, (tmp_path/"out"/"rejects.jsonl").read_text().splitlines())
+    assert row["where"] == str(scans[1]) and row["why"] and row["remedy"]
+    for kept in (tmp_path/"out").glob("*.safetensors"):
+        with safe_open(kept, "pt") as f: assert f.get_tensor("features").shape[0] == 4
+    assert len(list((tmp_path/"out").glob("*.safetensors"))) == 2
+    scans[1].write_bytes(whole)
+    assert ask("--axis-order", "HWD").exit_code == 0 and (tmp_path/"out"/"rejects.jsonl").read_text() == ""
+
+
 def test_encode(scan, tmp_path):
     from safetensors import safe_open
     shown = run("encode", scan, "--encoder", "tiny", "--depth", 8, "--size", 32, "--rho", 50, "--out", tmp_path)

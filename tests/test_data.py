@@ -807,7 +807,7 @@ def test_what_is_drawn_can_be_listed_verified_and_split(made, tmp_path):
     assert {s.split for s in read_manifest(root/"manifest-by-patient.jsonl", allow_shared=True)} == {"train", "test"}
 
 
-@pytest.mark.parametrize("args", [("phantom", "--contrast", 5), ("phantom", "--train", -1), ("phantom", "--out", __file__), ("layout", "brats"), ("benchmark", "--out", "x", "--volumes", 0)])
+@pytest.mark.parametrize("args", [("phantom", "--contrast", 5), ("phantom", "--train", -1), ("phantom", "--out", __file__), ("layout", "brats"), ("layout", "phantom", "--out", "x"), ("benchmark", "--out", "x", "--volumes", 0)])
 def test_what_cannot_be_drawn_is_a_matter_of_usage(args): assert ask(*args)[0] == 2
 
 
@@ -856,6 +856,7 @@ def test_the_data_report_finds_what_it_planted(tmp_path):
     record = run.results["scale"]
     assert run.status == "done" and run.results["audit"]["allowed"] == ["near text", "text"] and run.results["audit"]["passed"] and (run/"audit"/"audit.md").exists()
     assert {p.stem for p in (run/"tables").glob("*.md")} == {"balance", "speed", "audit", "scale"} and {p.stem for p in (run/"figures").glob("*.png")} == {"phantom-CT", "phantom-MRI", "phantom-PET", "probes"}
+    for page in [run/"audit"/"audit.md", *(run/"tables").glob("*.md"), *(run/"tables").glob("*.tex")]: assert "Research use only" in page.read_text(), page.name
     assert str(tmp_path) not in (run/"notebooks"/"96_data.ipynb").read_text() and all(0 < v["a second"] < 1e4 for sizes in run.results["speed"].values() for v in sizes.values())
     assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"] and record["manifest-by-case"]["passed"]
     assert all(step["seconds"] > 0 and 10 < step["peak MB"] < 4000 for step in record["steps"].values())

@@ -18,7 +18,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from conftest import COMPONENTS, MODULES, NOTEBOOKS, ROOT, RUNNERS
+from typer.testing import CliRunner
 
+from medvlm3d.cli import app
 from medvlm3d.runners import WIDGET
 
 EQUATIONS = range(1, 22)
@@ -237,6 +239,7 @@ def test_files_are_utf8_and_whole():
 
 def test_research_use_only_is_said():
     for name in ("README.md", "nbs/index.ipynb", "medvlm3d/cli.py"): assert "esearch use only" in (ROOT/name).read_text(encoding="utf-8"), name
+    for group in ([], ["data"]): assert "Research use only" in CliRunner().invoke(app, [*group, "--help"]).output, group
 
 
 # --- around the notebooks -------------------------------------------------------------------------------------------
