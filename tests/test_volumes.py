@@ -435,3 +435,38 @@ def test_real_scans_lie_as_they_should():
     middle = ct.array[20, 150:250]
     assert (middle[:, 262:360] > -200).mean() > (middle[:, 160:250] > -200).mean()
     assert scans["brain2"][0].codes == "SPL"
+
+
+# --- oracles that are not ours --------------------------------------------------------------------------------------
+
+def found_at(volume, points):
+    "The values of a volume at points (n, 3) in LPS mm, each of which must lie within a tenth of a voxel of a middle (slices are not placed to the micron)."
+    voxels = (np.linalg.inv(volume.affine) @ np.diag([-1., -1, 1, 1]) @ np.c_[points, np.ones(len(points))].T)[:3]
+    np.testing.assert_allclose(voxels, voxels.round(), atol=.1)
+    return volume.array[tuple(voxels.round().astype(int))]
+
+
+def test_a_real_series_lies_where_nibabel_puts_it():
+    "nibabel reads each file of the clinical MR series alone, by its own formula: every pixel is found at its place in our volume."
+    from nibabel.nicom.dicomwrappers import wrapper_from_file
+
+    from medvlm3d.fetch import fetch
+    folder, rng = fetch("brain-mr-dicom"), np.random.default_rng(0)
+    volume = read_volume(folder)
+    files = sorted(folder.glob("*.dcm"))
+    assert len(files) == volume.shape[0] == 20
+    for path in files:
+        alone = wrapper_from_file(path)
+        pixels = alone.get_data()
+        i, j = rng.integers(0, pixels.shape, (50, 2)).T
+        points = (alone.affine @ np.stack([i, j, np.zeros(50), np.ones(50)]))[:3].T
+        np.testing.assert_array_equal(found_at(volume, points), pixels[i, j])
+
+
+def test_a_meta_image_lies_where_its_definition_puts_it(tmp_path):
+    """Worked by hand: the first index runs fastest, row n of TransformMatrix is the direction of index n, in LPS.
+    Voxel (i, j, k) holds i + 2j + 6k and lies at (10 − 4k, 20 + 2i, 30 − 3j)."""
+    (tmp_path/"hand.mha").write_bytes(b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\nTransformMatrix = 0 1 0 0 0 -1 -1 0 0\n"
+                                      b"Offset = 10 20 30\nElementSpacing = 2 3 4\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n" + bytes(range(24)))
+    points = [(10, 20, 30), (10, 22, 30), (10, 20, 27), (6, 20, 30), (-2, 22, 24)]
+    assert found_at(read_volume(tmp_path/"hand.mha"), points).tolist() == [0, 1, 2, 6, 23]
