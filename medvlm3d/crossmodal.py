@@ -147,7 +147,9 @@ class Drafter:
                       answer, letter, patient=facts.patient, modality=facts.modality, plane="axial", source=facts.source)
 
     def rarest(self, keys):
-        key = min(keys, key=lambda k: self.used[k])
+        "One of the keys used least so far, by chance among equals: in turn, each place would keep its letter."
+        least = min(self.used[k] for k in keys)
+        key = keys[self.rng.choice([i for i, k in enumerate(keys) if self.used[k] == least])]
         self.used[key] += 1
         return key
 

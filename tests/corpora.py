@@ -1,6 +1,9 @@
 """The smallest corpus on which both stages train: eight phantoms, their features, a random reader; made once for a test module."""
+import numpy as np
 import pytest
+from conftest import ROOT
 
+from medvlm3d.crossmodal import Facts
 from medvlm3d.datasets import load_m3d
 from medvlm3d.encoder import load_encoder
 from medvlm3d.features import encode_images
@@ -35,3 +38,14 @@ def make_plan(root, fields, stages=None, **changes):
 def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     return root, make_corpus(root)
+
+
+def invented(n, modalities=("MR", "PT")):
+    "Facts of volumes that need not exist, two of each patient."
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(n):
+        side, level = rng.choice(["right", "left"]), rng.choice(["upper", "lower"])
+        shares = (1., 0.) if side == "right" else (0., 1.)
+        made.append(Facts(f"c{i}", f"p{i // 2}", "invented", modalities[i // 2 % len(modalities)], "x", ROOT/f"volume-{i}.nii.gz", ROOT/f"mask-{i}.nii.gz", str(side), str(level), shares))
+    return made

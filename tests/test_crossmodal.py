@@ -10,12 +10,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
+from corpora import invented
 from typer.testing import CliRunner
 
 from medvlm3d.core import MedVLM3DError
 from medvlm3d.cli import app
 from medvlm3d.corpora import load_autopet, load_brats
-from medvlm3d.crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, Facts, collect_facts, load_phantom_studies, review, simulated_raters, split_by_patient, study_facts, true_answer
+from medvlm3d.crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies, review, simulated_raters, split_by_patient, study_facts, true_answer
 from medvlm3d.core import sha256_file
 from medvlm3d.crossmodal_study import accuracy_table, agreement_figure, agreement_table, build, by_modality, contact_sheet, difference_table, open_corpora, run, score, scores, source_table
 from medvlm3d.datasets import read_image
@@ -44,17 +45,6 @@ def studies(data): return [*load_brats(data/"brats"), *load_autopet(data/"autope
 
 @pytest.fixture(scope="module")
 def facts(studies): return collect_facts(studies)
-
-
-def invented(n, modalities=("MR", "PT")):
-    "Facts of volumes that need not exist, two of each patient."
-    rng = np.random.default_rng(0)
-    made = []
-    for i in range(n):
-        side, level = rng.choice(["right", "left"]), rng.choice(["upper", "lower"])
-        shares = (1., 0.) if side == "right" else (0., 1.)
-        made.append(Facts(f"c{i}", f"p{i // 2}", "invented", modalities[i // 2 % len(modalities)], "x", ROOT/f"volume-{i}.nii.gz", ROOT/f"mask-{i}.nii.gz", str(side), str(level), shares))
-    return made
 
 
 # --- what is asked --------------------------------------------------------------------------------------------------

@@ -6,11 +6,14 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from corpora import invented
 from scipy.ndimage import gaussian_filter
 
 from medvlm3d.anatomy import MORE_KINDS, TISSUES, draw_scene, sample_cases
 from medvlm3d.benchmark import asked_of, make_benchmark, report_about, sample_findings
 from medvlm3d.core import MedVLM3DError
+from medvlm3d.crossmodal import Drafter
 from medvlm3d.datasets import by_image, load_m3d
 from medvlm3d.evaluation import constant_predictions, evaluate_systems
 from medvlm3d.fetch import fetch
@@ -18,7 +21,7 @@ from medvlm3d.metrics import LEXICON, METEOR, BERTScore, tokens_13a
 from medvlm3d.modalities import MODES, draw_mode
 from medvlm3d.phantom import ASKED, TYPES, Case, draw_ct, draw_letters, make_phantom, questions, read_masks, read_truth, render, report, to_unit
 from medvlm3d.prediction import prediction_line
-from medvlm3d.probes import PROBES, TEXTURES, make_probe
+from medvlm3d.probes import PROBES, TEXTURES, make_probe, reflected
 
 SMALL = dict(shape=(8, 32, 32), workers=1, progress=False)
 SETS = {"demonstration": (None, None), "CT": ("CT", MORE_KINDS), "MR": ("MR", None), "PT": ("PT", None)}
@@ -156,11 +159,28 @@ def test_an_effusion_is_behind_a_lung_and_organs_stay_balanced():
 # --- chance for whoever does not look -------------------------------------------------------------------------------
 
 def asked_about(name, n, seed, first=0):
-    "Questions about `n` cases of a set, one dict each, without drawing a volume."
+    "Questions about `n` cases of a set or a probe, or drafted as cross-modal pairs, one dict each, without drawing a volume."
+    if name == "crossmodal": return [asdict(p) for p in Drafter(invented(1200), ROOT, seed + first).draft(n // 3)]
+    if name in PROBES:
+        _, items_of, asked = PROBES[name]
+        items = items_of(n, "test", first, seed, (8, 32, 32), 1., 1.)
+        return [q for i, letters in zip(items, draw_letters(asked, n, (seed, first))) for q in questions(i.case, letters, asked, known_of(i, name))]
     modality, kinds = SETS[name]
     asked = ASKED if modality is None else asked_of(modality, kinds)
     cases = sample_cases(n, seed, first=first) if modality is None else sample_findings(n, seed, first=first, phases=MODES[modality].phases, kinds=kinds or MODES[modality].kinds)
     return [q for case, letters in zip(cases, draw_letters(asked, n, (seed, first))) for q in questions(case, letters, asked)]
+
+
+def known_of(item, name):
+    "The facts of a probe's item, as its drawing records them."
+    return {"organ": item.case.organ, "kind": item.case.kind, "location": item.case.location, "texture": item.variant, **(reflected(item.case, item.variant) if name == "mirror" else {})}
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_what_is_asked_about_a_probe_is_what_its_drawing_records(name):
+    for item in PROBES[name][1](4, "test", 0, 2, (8, 32, 32), 1., 1.):
+        known, drawn = known_of(item, name), item.draw(item)[2]
+        assert {k: known[k] for k in drawn if k in known} == {k: v for k, v in drawn.items() if k in known}
 
 
 def features(q, letter):
@@ -208,12 +228,12 @@ def test_the_best_constant_answer_is_at_chance(name):
         assert within([q["letter"] == letter for q in new], chance), kind
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [*SETS, *PROBES, "crossmodal"])
 def test_the_best_reader_of_questions_is_at_chance(name):
     "A learned reader of question, options and letters, on cases it has not seen."
     training, test = asked_about(name, 240, 2), asked_about(name, 720, 2, first=240)
     reader = learned_reader(training)
-    for kind in TYPES:
+    for kind in {q["type"] for q in test}:
         mine = [q for q in test if q["type"] == kind]
         assert within([reader(q) == q["letter"] for q in mine], 1 / len(offered(mine[0]))), kind
 
