@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENCODERS', 'count_flops', 'ViT', 'encoder_shape', 'mirror_pair_count', 'fusion_flops', 'connector_flops',
            'connector_step_flops', 'linear_sizes', 'attention_flops', 'llm_forward_flops', 'llm_step_flops', 'on_meta',
-           'parameter_rows', 'saved_bytes', 'block_bytes', 'connector_bytes', 'memory_bytes']
+           'parameter_rows', 'saved_bytes', 'block_bytes', 'connector_bytes', 'memory_bytes', 'host_bytes']
 
 # %% ../nbs/11b_cost.ipynb #d56fe66c
 import copy
@@ -161,3 +161,7 @@ def memory_bytes(model, rows, stage, batch, tokens, gpus, lora=None):
     return {"weights, bf16": 2 * all_of, "gradients, bf16, shared": 2 * learn / gpus, "AdamW, float32, shared": 12 * learn / gpus,
             "checkpoints": 2 * batch * tokens * text.hidden_size * text.num_hidden_layers, "one block at work": block_bytes(model.config, batch, tokens, lora),
             "logits and gradient": 4 * batch * tokens * text.vocab_size, "connector": batch * connector_bytes(model)}
+
+def host_bytes(rows):
+    "Bytes of the machine's own memory that each rank fills while it loads the parameter `rows` of a model: the base in bfloat16, what can learn in float32."
+    return sum({"encoder": 0, "language model": 2}.get(part, 4) * n for part, n, *_ in rows)

@@ -18,8 +18,9 @@ import torch
 class Learning:
     "What is trained in which stage."
     def add_lora(self, r=16, alpha=32, dropout=.1, targets="all-linear"):
-        "Insert adapters into the language model; the configuration remembers them."
+        "Insert adapters into the language model; the configuration remembers them. They are as wide as the connector, whatever the base is in."
         add_lora(self.llm, r, alpha, dropout, targets, self.config.seed)
+        self.in_types(next(self.connector.parameters()).dtype)
         self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets}
         return self
 
@@ -36,6 +37,14 @@ class Learning:
         for name, p in self.named_parameters():
             parts["connector" if name.startswith("connector.") else "adapters" if "lora_" in name else "language model"].append(p)
         return [(part, sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad)) for part, ps in parts.items()]
+
+    def in_types(self, learned=None, base=None):
+        "What learns (connector and adapters) in the float type `learned`, the language model's own weights in `base`; None: as they are."
+        if learned: self.connector.to(learned)
+        for name, p in self.llm.named_parameters():
+            wanted = learned if "lora_" in name else base
+            if wanted and p.dtype != wanted: p.data = p.data.to(wanted)
+        return self
 
 # %% ../nbs/06d_keeping.ipynb #97f4a6f1
 WITHOUT_EFFECT = {"adapter_kwargs", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage"}   # what the Auto classes hand on: remote code never runs, all else is so anyway
@@ -64,19 +73,23 @@ class Keeping:
         if self.processor: self.processor.save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder, *, llm=None, config=None, dtype=None, torch_dtype=None, revision=None, local_files_only=False, **other):
-        "The model saved in `folder` (or on the hub); `llm` (name, folder or model) says where its base is, if not where the reference says."
+    def from_pretrained(cls, folder, *, llm=None, config=None, dtype=None, llm_dtype=None, torch_dtype=None, revision=None, local_files_only=False, **other):
+        """The model saved in `folder` (or on the hub); `llm` (name, folder or model) says where its base is, if not where the reference says.
+
+        `dtype` is of the whole model, or of what learns if the base has an `llm_dtype`: it is then never held in another one."""
         from safetensors.torch import load_file
         if wrong := sorted({*other} - WITHOUT_EFFECT):
             raise MedVLM3DError("from_pretrained", f"does not know {', '.join(wrong)}", "It takes llm, config, dtype, revision and local_files_only; the rest is done with the model itself.")
         folder, dtype = saved_folder(folder, revision=revision, local_files_only=local_files_only), dtype or torch_dtype
         config, state = config or MedVLM3DConfig.from_pretrained(folder), load_file(folder/"model.safetensors")
-        model = cls(config, reference_llm(config.llm_reference, llm) if config.llm_reference else None)
+        model = cls(config, reference_llm(config.llm_reference, llm, llm_dtype or torch.float32) if config.llm_reference else None)
         check_state(folder.name, state, model.own_state())
         model.load_state_dict(state, strict=False, assign=True)
         model.llm.tie_weights()
         if (folder/"processor_config.json").exists(): model.attach(MedVLM3DProcessor.from_pretrained(folder))
-        if dtype not in (None, "auto"): model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        if llm_dtype: model.in_types(None if dtype == "auto" else dtype, llm_dtype)
+        elif dtype not in (None, "auto"): model.to(dtype)
         return model.eval()
 
 def check_state(name, state, wanted):

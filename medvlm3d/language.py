@@ -34,7 +34,9 @@ def load_llm(name, dtype=torch.float32):
 def load_tokenizer(name):
     "The tokenizer that belongs to the language model called `name`."
     from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    try: return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise MedVLM3DError(name, "has no tokenizer that can be read", "Place tokenizer_config.json, and tokenizer.json or tokenizer.model, beside its weights.") from e
 
 # %% ../nbs/06b_language.ipynb #ae9b8fe8
 def base_state(llm):
@@ -47,9 +49,9 @@ def base_hash(llm):
     return sha256_json({name: sha256_tensors({name: t.bfloat16()}) for name, t in base_state(llm).items()})
 
 # %% ../nbs/06b_language.ipynb #57bb0f12
-def reference_llm(reference, llm=None):
-    "The language model a saved one refers to, from its name or from `llm` (a name, folder or model); another one is refused."
-    found = llm if isinstance(llm, torch.nn.Module) else load_llm(llm or reference["name"])
+def reference_llm(reference, llm=None, dtype=torch.float32):
+    "The language model a saved one refers to, from its name or from `llm` (a name, folder or model), loaded in `dtype`; another one is refused."
+    found = llm if isinstance(llm, torch.nn.Module) else load_llm(llm or reference["name"], dtype)
     if reference["sha256"] not in (None, base_hash(found)):
         raise MedVLM3DError(reference["name"], "has other weights than the language model this connector was trained with", "Use the original base model.")
     return found

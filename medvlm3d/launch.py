@@ -64,13 +64,13 @@ def first_cause(folder, said=""):
     if found and int(found[2]) < 0: return f"rank {found[1]} was killed by signal {-int(found[2])}, and the others were ended"
     return RunFolder(folder).manifest.get("error") or "\n".join(said.strip().splitlines()[-5:]) or "it left no message"
 
-def launch(folder, plan, launcher=(sys.executable, "-m"), progress=True, allow_changes=False):
+def launch(folder, plan, launcher=(sys.executable, "-m"), progress=True, allow_changes=False, allow_shared=False):
     """Write the plan into `folder` and train in a process of its own; a failure raises with its first cause.
 
     With `progress` its words go to the terminal and, in a notebook, its log is drawn; what it says is kept in `launch.log` without."""
     plan, log = plan if isinstance(plan, Plan) else Plan.of(plan), Path(folder)/"launch.log"
     write_text(Path(folder)/"plan.yaml", yaml.safe_dump(plan.to_dict(), sort_keys=False))
-    words = [*launcher, "medvlm3d.training", str(folder), *(["--allow-changes"] if allow_changes else [])]
+    words = [*launcher, "medvlm3d.training", str(folder), *["--allow-changes"] * allow_changes, *["--allow-shared"] * allow_shared]
     with open(log, "wb") as kept:
         process = subprocess.Popen(words, cwd=project_root(), **({} if progress else {"stdout": kept, "stderr": kept}))
         try: status = follow(process, folder) if progress and "ipykernel" in sys.modules else process.wait()

@@ -19,6 +19,7 @@ from .answering import Prefix, answers, chosen_option, generate_rows, option_sco
 from .core import MedVLM3DError, relative, sha256_json, sha256_tensors, write_text
 from .features import FeatureStore
 from .manifest import load_samples
+from .plan import agree
 from .ranks import Ranks, only_writer, or_one_line, rank_device
 
 _all_ = ["Prefix", "chosen_option", "generate_rows", "option_scores", "sample_prompt", "score_rows"]
@@ -156,6 +157,7 @@ def predict_items(model, processor, samples, features, batch_size, out_path, ima
     def look_up(image):
         found = None if features is None else features[(images or {}).get(image, image)]
         return found[0] if isinstance(found, tuple) else found
+    if spec := getattr(features, "spec", None): agree(spec, model.config)
     ranks, parts, todo = Ranks.here(), parts_of(out_path), {}
     was_training, _ = model.training, model.eval()
     with ExitStack() as held:

@@ -1,5 +1,7 @@
 """A training process that is killed continues to the same weights; a real language model takes real steps."""
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,15 +11,16 @@ import pytest
 import torch
 import yaml
 
-from medvlm3d.core import MedVLM3DError, RunFolder, write_text
+from medvlm3d.core import MedVLM3DError, RunFolder, read_json, write_text
 from medvlm3d.datasets import load_m3d
 from medvlm3d.encoder import load_encoder
 from medvlm3d.features import encode_images
 from medvlm3d.language import base_hash, load_llm
 from medvlm3d.model import MedVLM3D
 from medvlm3d.phantom import make_phantom
+from medvlm3d.prediction import predict_items
 from medvlm3d.reader import make_reader, reader_tokenizer
-from medvlm3d.training import PackedVolumes, Plan, begin, launch, train, train_stage
+from medvlm3d.training import PackedVolumes, Plan, begin, launch, measure_targets, train, train_stage
 from medvlm3d.volume import Preprocess
 
 STAGES = [{"stage": 1, "tasks": ["report"], "epochs": 2, "lr": 5e-3, "batch": 4, "accumulation": 1},
@@ -60,7 +63,7 @@ def test_a_killed_process_continues_to_the_same_weights(corpus, tmp_path):
     assert again.status == "done" and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_plans_choices_arrive(corpus, tmp_path, monkeypatch):
+def test_plans_choices_arrive(corpus, tmp_path, monkeypatch, capsys):
     "Recomputed activations give the same weights; report_to writes for TensorBoard; targets that are too long are counted; the card says what was done."
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path/"events"))
     short = [{**STAGES[0], "epochs": 1}, {**STAGES[1], "epochs": 1}]
@@ -74,7 +77,87 @@ def test_plans_choices_arrive(corpus, tmp_path, monkeypatch):
     tight = {**plan(corpus).model, "context": 60}
     with pytest.raises(MedVLM3DError, match="tokens, room is for") as e: train(tmp_path/"tight", plan(corpus, stages=short, model=tight), progress=False)
     assert "truncate" in str(e.value)
-    assert train(tmp_path/"cut", plan(corpus, stages=short[:1], model=tight, policy="truncate"), progress=False).manifest["truncated"] > 0
+    cut = train(tmp_path/"cut", plan(corpus, stages=short[:1], model=tight, policy="truncate"), progress=False)
+    assert 0 < cut.manifest["truncated"] < cut.manifest["truncated_tokens"] and "targets are longer than the context leaves room for" in capsys.readouterr().out
+    assert f"({cut.manifest['truncated_tokens']} tokens)" in (cut/"model"/"README.md").read_text()
+
+
+def test_tokens_that_are_cut_are_counted_as_they_are_packed(corpus):
+    from medvlm3d.features import FeatureStore
+    from medvlm3d.model import assemble
+    from medvlm3d.connector import MedVLM3DConfig
+    from medvlm3d.language import load_tokenizer
+    reader = str(corpus[0]/"reader")
+    model = assemble(MedVLM3DConfig(**{**plan(corpus).model, "context": 40}), load_llm(reader), load_tokenizer(reader))
+    samples = [s for s in load_m3d(corpus[0]/"data") if s.split == "train" and s.task != "report"]
+    data = PackedVolumes(samples, FeatureStore(corpus[0]/"store"), model.processor, model.config, ("closed", "open"), policy="truncate")
+    assert measure_targets(samples, model.config, model.processor.tokenizer, "truncate")[1] == sum(data[i][2].truncated for i in range(len(data))) > 0
+
+
+def test_features_made_otherwise_neither_train_nor_answer(corpus, tmp_path):
+    "A store of the same shape, selected uniformly; and a volume that was exchanged after it was encoded."
+    root, fields = corpus
+    images = [s.image for s in load_m3d(root/"data")]
+    uniform = encode_images(tmp_path/"uniform", root/"data", images, load_encoder("tiny", size=32), Preprocess(8, 32, 32), rho=50, strategy="uniform", progress=False)
+    with pytest.raises(MedVLM3DError, match=r"strategy \(uniform → cosine\)"): train(tmp_path/"run", plan(corpus, store=str(tmp_path/"uniform")), progress=False)
+    assert not (tmp_path/"run"/"conditions.json").exists()
+    model = begin(plan(corpus), uniform, images[:4])
+    with pytest.raises(MedVLM3DError, match="strategy"): predict_items(model, model.processor, [], uniform, 4, tmp_path/"said.jsonl")
+    shutil.copytree(root/"data", tmp_path/"data")
+    touched = tmp_path/"data"/images[0]
+    touched.write_bytes(touched.read_bytes() + b"\0")
+    with pytest.raises(MedVLM3DError, match="has changed since it was encoded") as e: train(tmp_path/"other", plan(corpus, data=str(tmp_path/"data")), progress=False)
+    assert images[0] in str(e.value) and images[9] not in str(e.value)
+
+
+def test_a_store_or_a_base_exchanged_in_the_middle_is_noticed(corpus, tmp_path):
+    "Both are conditions of a run; a run that began before they were is continued, and held to what it finds."
+    root, fields = corpus
+    for name in ("store", "reader"): shutil.copytree(root/name, tmp_path/name)
+    given = plan(corpus, store=str(tmp_path/"store"), llm=str(tmp_path/"reader"), stages=[{**STAGES[0], "epochs": 1}])
+    train(tmp_path/"run", given, progress=False)
+    file = tmp_path/"run"/"conditions.json"
+    known = read_json(file)
+    assert known["store"]["strategy"] == "cosine" and len(known["base"]) == 16
+    write_text(file, json.dumps({k: known[k] for k in ("plan", "ranks")}))
+    train(tmp_path/"run", given, progress=False)
+    assert read_json(file) == known
+    spec = read_json(tmp_path/"store"/"store.json")
+    write_text(tmp_path/"store"/"store.json", json.dumps({**spec, "precision": "bfloat16"}))
+    with pytest.raises(MedVLM3DError, match="store.precision: float32 → bfloat16"): train(tmp_path/"run", given, progress=False)
+    write_text(tmp_path/"store"/"store.json", json.dumps(spec))
+    torch.manual_seed(1)
+    make_reader(reader_tokenizer(), hidden=48, layers=2, heads=4, seed=1).save_pretrained(tmp_path/"reader")
+    with pytest.raises(MedVLM3DError, match=f"base: {known['base']} → "): train(tmp_path/"run", given, progress=False)
+
+
+def test_adapters_named_twice_must_be_the_same(corpus, tmp_path):
+    named = {**plan(corpus).model, "lora": {"r": 8, "alpha": 4, "dropout": .1, "targets": "all-linear"}}
+    with pytest.raises(MedVLM3DError, match="r: 8 → 2"): train(tmp_path/"run", plan(corpus, model=named), progress=False)
+    assert not (tmp_path/"run").exists()
+
+
+def test_a_base_in_bfloat16_learns_in_float32_and_is_kept(corpus, tmp_path):
+    "As the paper's preset asks for: what is saved of the base is what was loaded, what learned is in float32."
+    given = plan(corpus, precision="bf16", model={**plan(corpus).model, "dtype": "bfloat16"}, stages=[{**s, "epochs": 1} for s in STAGES])
+    run = train(tmp_path/"run", given, progress=False)
+    kinds = {("learned" if "connector" in name or "lora_" in name else "base"): p.dtype for name, p in MedVLM3D.from_pretrained(run/"model").named_parameters()}
+    assert kinds == {"learned": torch.float32, "base": torch.bfloat16}
+    assert read_json(run/"conditions.json")["base"] == base_hash(load_llm(str(corpus[0]/"reader")))[:16]
+
+
+def test_what_stands_in_two_splits_is_refused_or_recorded(corpus, tmp_path):
+    "A report of the training split that is also one of the test split."
+    shutil.copytree(corpus[0]/"data", tmp_path/"data")
+    lists = json.loads((tmp_path/"data"/"M3D_Cap.json").read_text())
+    texts = [tmp_path/"data"/lists[side][0]["text"] for side in ("train", "test")]
+    texts[1].write_text(texts[0].read_text())
+    (tmp_path/"data"/"phantom.json").unlink()       # which says that reports are made from templates and may coincide
+    given = plan(corpus, data=str(tmp_path/"data"), stages=[{**STAGES[0], "epochs": .2}])
+    with pytest.raises(MedVLM3DError, match="report"): train(tmp_path/"run", given, progress=False)
+    run = launch(tmp_path/"run", given, allow_shared=True, progress=False)
+    shared = run.manifest["shared"]
+    assert shared["allowed"] and shared["cases"] == 0 and shared["reports"] >= 1 and f"{shared['reports']} reports also in another split (allowed)" in (run/"model"/"README.md").read_text()
 
 
 def test_frozen_weights_and_the_table_of_what_learns(corpus, tmp_path):
@@ -97,6 +180,23 @@ def test_offline_with_an_empty_cache_says_at_once_what_to_place_where(corpus, tm
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path/"empty")})
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     for word in ("needs 3 things", "meta-llama/Llama-2-7b-hf", "*.safetensors", "the features of its volumes", "nowhere", "Nothing was begun"): assert word in ended.stderr, ended.stderr
+
+
+def test_a_language_model_that_is_not_whole_or_not_in_reach_is_missed_at_once(corpus, tmp_path, monkeypatch):
+    "A shard or the tokenizer left behind in a folder; a name on a hub that does not answer, whether or not HF_HUB_OFFLINE is set."
+    import huggingface_hub
+    from medvlm3d.language import load_tokenizer
+    for lost in ("model.safetensors", "tokenizer.json"):
+        folder = shutil.copytree(corpus[0]/"reader", tmp_path/lost)
+        (folder/lost).unlink()
+        with pytest.raises(MedVLM3DError, match=f"{lost}.* is missing in"): train(tmp_path/"run", plan(corpus, llm=str(folder)), progress=False)
+    with pytest.raises(MedVLM3DError, match="has no tokenizer that can be read"): load_tokenizer(str(tmp_path/"tokenizer.json"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    def no_network(*_, **__): raise ConnectionError("no network")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_network)
+    with pytest.raises(MedVLM3DError, match=r"meta-llama/Llama-2-7b-hf: the language model \((the hub does not give it \(ConnectionError\)|HF_HUB_OFFLINE is set)\)"):
+        train(tmp_path/"run", plan(corpus, llm="meta-llama/Llama-2-7b-hf"), progress=False)
+    assert not (tmp_path/"run").exists()
 
 
 def test_smollm2_learns_speaks_and_is_saved_as_a_reference(corpus, tmp_path):
