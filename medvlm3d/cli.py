@@ -126,19 +126,38 @@ def demo(llm: Annotated[str, typer.Option(help="reader: the small language model
 
 @app.command()
 def train(config: Config = "demo", out: Out = None, p: Changes = None,
-          preset: Annotated[Optional[str], typer.Option(help="Plan a preset (paper) instead: its size, time, memory, and what is missing. Needs --dry-run.")] = None,
-          dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the preset would take; nothing is loaded.")] = False,
-          gpus: int = 4, rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250., data: Optional[Path] = None, llm: Optional[Path] = None):
-    "Train: both stages, in a launched process; continues where it stopped."
-    if preset or dry_run: return print(planned(preset or "paper", dry_run, gpus=gpus, rate=rate, data=data, llm=llm))
-    run_step("91", config, out, p)
+          ranks: Annotated[Optional[int], typer.Option(help="Processes that train together on this machine.")] = None,
+          allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Continue a run under another plan; what changed is recorded.")] = False,
+          allow_shared: Annotated[bool, typer.Option("--allow-shared", help="Train although cases or reports stand in two splits; that is recorded.")] = False,
+          preset: Annotated[Optional[str], typer.Option(help="A preset (paper): write its plan to --out, say what is missing and what to type.")] = None,
+          start: Annotated[bool, typer.Option("--start", help="With --preset: start the ranks at once.")] = False,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the preset would take; nothing is loaded or written.")] = False,
+          gpus: int = 4, rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250., share: Annotated[float, typer.Option(help="The part of it that a training loop reaches.")] = .45,
+          data: Annotated[Optional[Path], typer.Option(help="A preset's corpus, in M3D's layout.")] = None, store: Annotated[Optional[Path], typer.Option(help="A preset's features.")] = None,
+          llm: Annotated[Optional[Path], typer.Option(help="A preset's language model, a folder.")] = None,
+          as_json: Annotated[bool, typer.Option("--json", help="Print the dry run as JSON.")] = False):
+    "Train: both stages, in a launched process; continues where it stopped. Or plan and start a preset."
+    where = dict(data=data, store=store, llm=llm, rate=rate, share=share)
+    if dry_run: return print(planned(preset or "paper", as_json, gpus=gpus, **where))
+    how = {"allow_changes": allow_changes, "allow_shared": allow_shared}
+    if preset: return begin_preset(preset, out, ranks, start, gpus, how, where)
+    given = {**({"ranks": ranks} if ranks else {}), **{name: True for name, yes in how.items() if yes}}
+    run_step("91", config, out, [*(p or []), *(f"{name}={value}" for name, value in given.items())])
 
-def planned(preset, dry_run, **how):
-    "The `DryRun` of a preset; MedVLM3DError where more was asked for."
-    from medvlm3d.core import MedVLM3DError
+def planned(preset, as_json=False, **how):
+    "What a dry run prints."
     from medvlm3d.planning import dry_run as plan
-    if not dry_run: raise MedVLM3DError(f"--preset {preset}", "is only planned from here", "Add --dry-run: it says what to place where. Ranks are started with torchrun (11_training).")
-    return plan(preset, **how)
+    found = plan(preset, **how)
+    return json.dumps(found.to_dict(), indent=1) if as_json else found
+
+def begin_preset(preset, out, ranks, start, gpus, how, where):
+    "Write a preset's plan and say what to type; start its ranks if asked to, or if their number is given and nothing is missing."
+    from medvlm3d.core import MedVLM3DError
+    from medvlm3d.preset import start as start_ranks, write_plan
+    if out is None: raise MedVLM3DError(f"--preset {preset}", "needs a run folder", "Add --out FOLDER, or --dry-run to only be told what it takes.")
+    plan, dry, told = write_plan(out, ranks or gpus, preset=preset, **where)
+    print(told)
+    if start or (ranks and dry.ready): start_ranks(out.resolve(), plan, ranks or gpus, **how)
 
 @app.command()
 def evaluate(config: Config = "demo", out: Out = None, p: Changes = None,

@@ -38,7 +38,7 @@ from .rendering import STATEMENT, model_card, real_table, render
 from .report import overlay, save_figure, slice_strip
 from .seeds import over_trainings
 from .tokenization import open_prompt, report_prompt
-from .training import Plan, launch
+from .training import Plan, launch, on_ranks
 from .volume import Preprocess, lesion_slices, resample_mask
 
 _all_ = ["STATEMENT", "model_card", "real_table", "render"]
@@ -65,18 +65,19 @@ def prepare(out, data, store, train, validation, test, depth, size, encoder, rho
 
 # %% ../nbs/16b_study.ipynb #68dee739
 def training_plan(data, store, llm="reader", reader="reports/reader/model", channels=96, attention="global", residual=False, stage1_epochs=5., stage1_lr=3e-3,
-                  stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both", lora_targets=("q_proj", "v_proj"), lora_dropout=.1, seed=0, precision="auto", save_every=100):
-    "The two-stage `Plan` of a study on an existing feature store."
+                  stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both", lora_targets=("q_proj", "v_proj"), lora_dropout=.1, seed=0, precision="auto", save_every=100,
+                  accumulation=1, **how):
+    "The two-stage `Plan` of a study on an existing feature store; `how` are further fields of the plan."
     spec = FeatureStore(project_root()/store).spec
     network = load_encoder(spec["encoder"], size=spec["preprocess"]["height"])
     fields = demo_config(llm, channels, encoder=spec["encoder"], encoder_channels=network.channels, grid=list(network.grid), preprocess=spec["preprocess"],
                          rho=spec["rho"], selection=spec["strategy"], attention=attention, residual=residual).to_dict()
     lora = {"r": 16, "alpha": 32, "dropout": lora_dropout, "targets": list(lora_targets)}
-    common = dict(batch=batch, accumulation=1, weight_decay=weight_decay, beta2=beta2)
+    common = dict(batch=batch, accumulation=accumulation, weight_decay=weight_decay, beta2=beta2)
     stages = [dict(stage=1, tasks=["report"], epochs=stage1_epochs, lr=stage1_lr, **common),
               dict(stage=2, tasks=["report", "closed", "open"], epochs=stage2_epochs, lr=stage2_lr, lora=lora, **common)]
-    return Plan.of(dict(data=data, store=store, model=fields, llm=reader if llm == "reader" else None, stages=stages, forms=forms, seed=seed,
-                        precision=precision, save_every=save_every))
+    return Plan.of({"data": data, "store": store, "model": fields, "llm": reader if llm == "reader" else None, "stages": stages, "forms": forms, "seed": seed,
+                    "precision": precision, "save_every": save_every, **how})
 
 def blind_plan(plan, share=1.):
     "The plan of the blind twin; `share` of the epochs are enough for a reader that has nothing to look at."
@@ -88,12 +89,13 @@ def trainings(plan, blind=1., seeds=1):
     again = {f"model-seed-{plan.seed + k}": replace(plan, seed=plan.seed + k) for k in range(1, seeds)}
     return {"model": plan, **({"blind": blind_plan(plan, blind)} if blind else {}), **again}
 
-def train_twins(out, plan, blind=1., seeds=1, progress=True):
-    "Train the model from `seeds` seeds and, for `blind` times as many epochs, its blind twin, each in a process of its own; the first model and both logs are copied to `out`."
+def train_twins(out, plan, blind=1., seeds=1, progress=True, ranks=1, allow_changes=False, allow_shared=False):
+    "Train the model from `seeds` seeds and, for `blind` times as many epochs, its blind twin, each in a process of its own (or `ranks` of them); the first model and both logs are copied to `out`."
     if seeds < 1: raise MedVLM3DError("seeds", f"is {seeds}", "Train at least once.")
-    folder, plans = project_root()/out, trainings(plan, blind, seeds)
+    folder, plans, how = project_root()/out, trainings(plan, blind, seeds), dict(progress=progress, allow_changes=allow_changes, allow_shared=allow_shared)
+    if ranks > 1: how["launcher"] = on_ranks(ranks)
     for name, each in plans.items():
-        if not RunFolder(folder/"training"/name).is_done(each.to_dict()): launch(folder/"training"/name, each, progress=progress)
+        if not RunFolder(folder/"training"/name).is_done(each.to_dict()): launch(folder/"training"/name, each, **how)
     model = MedVLM3D.from_pretrained(folder/"training"/"model"/"model")
     model.to(torch.bfloat16).save_pretrained(folder/"model")
     for name, log in {"model": "log.jsonl", **({"blind": "log-blind.jsonl"} if blind else {})}.items(): shutil.copy(folder/"training"/name/"log.jsonl", folder/log)

@@ -161,6 +161,14 @@ def test_errors_are_one_line_and_status_one(args, message, model, tmp_path):
     assert "Traceback" not in shown.stderr
 
 
+def test_options_of_training_are_parameters_of_its_runner(monkeypatch, tmp_path):
+    from medvlm3d import runners
+    told = []
+    monkeypatch.setattr(runners, "run_notebook", lambda name, given, out: told.append(runners.check_parameters(name, given)) or out)
+    CliRunner().invoke(app, ["train", "--config", "demo", "--out", str(tmp_path), "--ranks", "2", "--allow-changes", "-p", "policy=truncate"], catch_exceptions=False)
+    assert told[0]["ranks"] == 2 and told[0]["allow_changes"] is True and told[0]["policy"] == "truncate" and "allow_shared" not in told[0]
+
+
 def test_debug_keeps_the_traceback():
     assert "Traceback" in run("--debug", "train", "-p", "seed").stderr
 

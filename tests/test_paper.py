@@ -1,17 +1,24 @@
 """The paper's preset, ready to go: its files in the published formats, its widths for real, and a plan that names what is missing."""
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from medvlm3d.core import MedVLM3DError, seed_everything
+from medvlm3d import features
+from medvlm3d.cli import app
+from medvlm3d.core import MedVLM3DError, read_json, seed_everything
 from medvlm3d.encoder import load_encoder, quietly
 from medvlm3d.language import base_hash, load_llm, load_tokenizer
 from medvlm3d.model import MedVLM3D, assemble, paper
 from medvlm3d.phantom import make_phantom
-from medvlm3d.planning import Corpus, cut_short, dry_run, llm_parts, load_of
+from medvlm3d.parts import cut_short, llm_parts
+from medvlm3d.plan import Plan
+from medvlm3d.planning import Corpus, dry_run, load_of
+from medvlm3d.preset import paper_plan, start
 from medvlm3d.tokenization import build_prompt, collate, image_prefix, pack_examples, padding_id, prompt_ids, target_ids
 from medvlm3d.training import paper_stages
 from medvlm3d.volume import Preprocess
@@ -233,6 +240,51 @@ def test_with_everything_in_place_it_is_ready_and_measures_the_words(nothing, ll
     assert "6 volumes" in str(plan) and "lengths measured" in str(plan)
     (nothing/"m3d"/"M3D_VQA_val.csv").unlink()
     assert [r["file"] for r in dry_run("paper", data=nothing/"m3d", llm=llama).to_dict()["tables"]["Files"] if r["there"] == "NO"] == ["M3D_VQA_val.csv"]
+
+
+def typed(*words):
+    "The command line in this process: its result."
+    return CliRunner().invoke(app, [str(w) for w in words], env={"COLUMNS": "200"})
+
+
+def test_the_dry_run_as_a_command(nothing):
+    "Text, JSON, and the share of the rate."
+    shown = typed("train", "--preset", "paper", "--dry-run", "--gpus", 8, "--share", .3)
+    assert shown.exit_code == 0 and "hours at 30%" in shown.output and shown.output.rstrip().endswith("Not ready: see what is missing. Research use only.")
+    found = json.loads(typed("train", "--preset", "paper", "--dry-run", "--json").output)
+    assert found == dry_run("paper").to_dict() and not found["ready"] and [r["steps"] for r in found["tables"]["Work"][:2]] == ["3,594", "4,792"]
+
+
+def test_the_plan_as_a_command(nothing, llama, monkeypatch):
+    "It is written wherever it is asked for; what is missing and what to type is said; nothing begins before everything is there."
+    import yaml
+    assert "Add --out FOLDER" in str(typed("train", "--preset", "paper").exception)
+    shown = typed("train", "--preset", "paper", "--out", nothing/"run", "--llm", llama, "--gpus", 2)
+    assert shown.exit_code == 0 and "12 × 2 × 2 volumes a step" in shown.output
+    for line in (f"torchrun --standalone --nproc-per-node 2 -m medvlm3d.training {nothing/'run'}", f"--module medvlm3d.training {nothing/'run'}", f"runs/slurm.sbatch {nothing/'run'}",
+                 "-m medvlm3d.features", "--encoder biomedclip --depth 50 --size 224 --rho 28 --strategy cosine --grid 14 14", "Missing:", "M3D_Cap.json", "store.json"): assert line in shown.output, line
+    plan = Plan.of(yaml.safe_load((nothing/"run"/"plan.yaml").read_text()))
+    assert plan == paper_plan(llm=llama) and plan.llm == str(llama) and (plan.precision, plan.checkpointing, plan.deepspeed) == ("bf16", True, "runs/zero2.json")
+    asked = typed("train", "--preset", "paper", "--out", nothing/"run", "--llm", llama, "--start")
+    assert isinstance(asked.exception, MedVLM3DError) and "needs 2 things that are not there" in str(asked.exception) and not (nothing/"run"/"manifest.json").exists()
+
+
+def test_the_plan_runs_shrunk_from_data_to_model(nothing, llama, monkeypatch):
+    """The preset's own function with smaller sizes: a phantom in M3D's layout → BiomedCLIP's folder → features → a step of both stages under ZeRO-2
+    in bf16 with recomputed activations, before LLaMA's folder → a model that answers."""
+    import timm
+    make_phantom(nothing/"m3d", train=2, validation=1, test=1, shape=(8, 32, 32), workers=1, progress=False)
+    tower = biomedclip(nothing/"encoder", timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), "new", "vit_tiny_patch16_224")
+    sizes = dict(encoder=str(tower), encoder_channels=192, preprocess=Preprocess(8, 224, 224).to_dict(), rho=25, context=1024)
+    plan = paper_plan(nothing/"m3d", nothing/"store", llama, [replace(s, epochs=1, batch=2, accumulation=1) for s in paper_stages()], **sizes)
+    features.main([plan.data, plan.store, "--encoder", str(tower), "--depth", "8", "--rho", "25", "--quiet", "--float32"])
+    run = start(nothing/"run", replace(plan, workers=0), progress=False)
+    trained, conditions = run.manifest["trained"], read_json(run/"conditions.json")
+    assert run.status == "done" and [(e["stage"], e["step"]) for e in run.read_log()] == [(1, 1), (2, 1)] and conditions["store"]["rho"] == 25
+    assert {s: [r["trained"] > 0 for r in rows] for s, rows in trained.items()} == {"stage 1": [True, False, False], "stage 2": [True, True, False]}
+    assert run.manifest["truncated"] == 0 and not any("embed_tokens" in n for n in load_file(run/"model"/"model.safetensors"))
+    model = MedVLM3D.from_pretrained(run/"model", llm=str(llama), dtype=torch.float32)
+    assert model.ask(torch.rand(8, 224, 224), "Which organ is enlarged?", ["liver", "spleen"]).text in ("liver", "spleen")
 
 
 def test_packing_shortens_the_work():

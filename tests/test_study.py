@@ -22,7 +22,7 @@ def study(tmp_path_factory):
     where = {"out": str(base/"out"), "data": str(base/"data"), "store": str(base/"store")}
     run_plan({"90a_reader": {"out": str(base/"reader"), "steps": 2, "held_out": 2}}, base/"reader", show=False, tell=lambda _: None)
     where |= {"reader": str(base/"reader"/"model"), "seed": SEED}
-    plan = {"90_prepare": {"train": 9}, "91_train": {"channels": 12}, "92_evaluate": {"scans": ["brain2"], "resamples": 60}, "99_report": {}}
+    plan = {"90_prepare": {"train": 9}, "91_train": {"channels": 12, "accumulation": 2, "policy": "truncate", "save_every": 7, "report_to": "none", "workers": 1}, "92_evaluate": {"scans": ["brain2"], "resamples": 60}, "99_report": {}}
     run_plan(plan, base/"out", show=False, tell=lambda _: None, **where)
     return base/"out", plan, where
 
@@ -40,6 +40,7 @@ def test_parameters_arrived(study):
     prepared, made = (json.loads((out/f"{name}.json").read_text()) for name in ("prepared", "training"))
     assert (prepared["cases"]["train"], prepared["seed"], len(prepared["truth sha256"])) == (9, SEED, 64)
     assert made["plan"]["model"]["channels"] == 12 and made["plan"]["seed"] == SEED and made["seeds"] == [SEED]
+    assert (made["plan"]["policy"], made["plan"]["save_every"], made["plan"]["workers"], {s["accumulation"] for s in made["plan"]["stages"]}) == ("truncate", 7, 1, {2})
     assert made["blind"]["share"] == 1 and made["blind"]["plan"]["blind"] and (out/"log-blind.jsonl").exists()
     assert json.loads((out/"manifest.json").read_text())["status"] == "done"
     assert f"60 resamples of cases, seed {SEED}" in json.loads((out/"results.json").read_text())["systems"]["model"]["signatures"]["bootstrap"]
@@ -97,3 +98,13 @@ def test_a_second_run_does_nothing(study):
 
 def test_the_demo_plan_names_the_four_steps():
     assert tuple(yaml.safe_load((ROOT/"runs"/"demo.yaml").read_text())) == STEPS
+
+
+def test_ranks_and_allowances_reach_the_launcher(tmp_path, monkeypatch):
+    from medvlm3d import study
+    told = []
+    monkeypatch.setattr(study, "launch", lambda folder, plan, **how: told.append(how) or (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError): study.train_twins(tmp_path, study.Plan("data", "store", {}), ranks=2, allow_changes=True, allow_shared=True)
+    with pytest.raises(InterruptedError): study.train_twins(tmp_path, study.Plan("data", "store", {}))
+    assert told[0]["launcher"] == study.on_ranks(2) and told[0]["allow_changes"] and told[0]["allow_shared"]
+    assert told[1] == {"progress": True, "allow_changes": False, "allow_shared": False}
