@@ -15,7 +15,7 @@ import torch
 from .core import MedVLM3DError, open_run, pick_device, write_json
 from .cost import connector_step_flops, llm_step_flops
 from .model import MedVLM3D, paper
-from .plan import Stage, paper_stages
+from .plan import paper_stages
 from .tokenization import collate, pack_examples
 
 # after medvlm3d, which lets torchvision stand beside a CPU torch (notebook 00b)
@@ -59,7 +59,7 @@ def measured_steps(config, stage, steps=5, batch=None, words=Words(), rate=None,
     if steps < 1 or (rate is not None and rate <= 0): raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s", "Give at least one step and a positive rate.")
     device, batch = pick_device(device), batch or stage.batch
     model = drawn_model(config, device, dtype).set_stage(stage.stage).train()
-    if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointing: (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})   # the older name
     learn, given = [p for p in model.parameters() if p.requires_grad], drawn_batch(config, stage, words, batch, device)
     optimiser, seconds, losses = torch.optim.AdamW(learn, lr=stage.lr, weight_decay=stage.weight_decay), [], []
     for _ in range(warm + steps):

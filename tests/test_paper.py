@@ -19,6 +19,7 @@ from medvlm3d.parts import cut_short, llm_parts
 from medvlm3d.plan import Plan
 from medvlm3d.planning import Corpus, dry_run, load_of
 from medvlm3d.preset import paper_plan, start
+from medvlm3d.runners import run_plan
 from medvlm3d.tokenization import build_prompt, collate, image_prefix, pack_examples, padding_id, prompt_ids, target_ids
 from medvlm3d.training import paper_stages
 from medvlm3d.volume import Preprocess
@@ -285,6 +286,14 @@ def test_the_plan_runs_shrunk_from_data_to_model(nothing, llama, monkeypatch):
     assert run.manifest["truncated"] == 0 and not any("embed_tokens" in n for n in load_file(run/"model"/"model.safetensors"))
     model = MedVLM3D.from_pretrained(run/"model", llm=str(llama), dtype=torch.float32)
     assert model.ask(torch.rand(8, 224, 224), "Which organ is enlarged?", ["liver", "spleen"]).text in ("liver", "spleen")
+
+
+def test_steps_of_a_given_size_are_measured_by_a_runner(tmp_path):
+    "Through papermill: what is passed arrives, and both stages are measured."
+    record, = run_plan({"98_paper_step": {"out": str(tmp_path/"out"), "steps": 1, "hidden": 16, "rate": .5}}, tmp_path/"out", show=False, tell=lambda _: None)
+    found, config = read_json(tmp_path/"out"/"results.json"), (tmp_path/"out"/"config.yaml").read_text()
+    assert record.exists() and [(s["stage"], s["steps"], s["volumes a second"] > 0, 0 < s["share of the rate"] < 1) for s in found["stages"]] == [(1, 1, True, True), (2, 1, True, True)]
+    assert found["rate"] == .5 and "hidden_size: 16" in config and (tmp_path/"out"/"tables"/"paper-step.md").exists()
 
 
 def test_packing_shortens_the_work():
