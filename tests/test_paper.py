@@ -222,6 +222,7 @@ def test_on_a_bare_machine_it_plans_everything_and_lists_everything_missing(noth
     assert [r["learn in stage 2"] for r in tables["Parameters"]] == ["0", "44,709,888", "39,976,960", "0", "84,686,848"]
     assert [r["steps"] for r in tables["Work"][:2]] == ["3,594", "4,792"] and "343 visual" in told
     assert 14 < float(tables["Memory on each GPU, GB"][-1]["stage 1"]) < float(tables["Memory on each GPU, GB"][-1]["stage 2"]) < 80
+    assert "Each rank first fills 13.8 GB of the machine's own memory" in told      # the base in bfloat16, not 27 GB
     assert {r["there"] for r in tables["Files"]} == {"NO"}
     for word in ("MEDVLM3D_BIOMEDCLIP", "hf download meta-llama/Llama-2-7b-hf", "model-00002-of-00002.safetensors", "tokenizer.json", "M3D_Cap.json", "M3D_VQA_train.csv", "home/m3d/"): assert word in told, word
 
