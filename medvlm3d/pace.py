@@ -81,7 +81,7 @@ PARTS = ("stage", "batch", "tokens a sequence", "seconds a step", "volumes a sec
 
 def pace_run(out, steps, batch, rate, text, words, dtype="bfloat16", checkpointing=True, **sizes):
     "Measure both stages of the paper's preset with random weights; `text` changes the language model's configuration, `sizes` the preset's. Written to `out/results.json` and returned."
-    plain = paper().text_config.to_dict()
+    plain = {k: v for k, v in paper().text_config.to_dict().items() if k != "head_dim"}     # follows from width and heads
     config = paper(**{"llm_reference": None, **sizes, "text_config": {**plain, **text}})
     config.image_token_id = config.text_config.vocab_size - 1
     given = dict(steps=steps, batch=batch, rate=rate, text=text, words=vars(words), dtype=dtype, checkpointing=checkpointing, **sizes)
