@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_json
-from .datasets import Problem, settle
+from .datasets import Problem, by_image, settle
 from .encoding import differences as changed_keys, plain
-from .features import volume_keys
+from .features import places_of, volume_keys
 from .parts import llm_lost
 from .volume import Preprocess
 
@@ -134,14 +134,15 @@ def agree(spec, config):
     if changed := changed_keys(plain(made), plain({k: wants[k] for k in made})):
         raise MedVLM3DError("the feature store", f"was made with other settings than the model's: {', '.join(changed)}", "Use the store that belongs to the model, or encode into a new one.")
 
-def hold_volumes(store, root, images):
-    "Refuse volumes below `root` whose bytes are not those that were encoded into `store`."
-    bytes_of, now = (lambda key: key.partition(":")[0]), volume_keys(root, images, store.known)
+def hold_volumes(store, root, samples):
+    "Refuse volumes of `samples` below `root` whose bytes are not those that were encoded into `store`; each is named by where it is listed."
+    images = list(by_image(samples))
+    bytes_of, now, places = (lambda key: key.partition(":")[0]), volume_keys(root, images, store.known), places_of(images, samples)
     def why(image):
         if image not in store: return "is not in the feature store"
         if isinstance(now[image], Problem): return now[image].why
         return None if bytes_of(now[image]["key"]) == bytes_of(store.key(image)) else "has changed since it was encoded"
-    settle(relative(store.path), [Problem(image, found, "Encode it again, or restore it.") for image in images if (found := why(image))], remedy="Nothing was begun.")
+    settle(relative(store.path), [Problem(places[image], found, "Encode it again, or restore it.") for image in images if (found := why(image))], remedy="Nothing was begun.")
 
 # %% ../nbs/11_plan.ipynb #6820a41a
 def plan_llm(plan):

@@ -217,7 +217,7 @@ def hold_data(run, plan, store, samples):
     "Refuse volumes that are not those that were encoded, and data other than those of the run's first start, which are written down."
     root, record = samples_root(project_root()/plan.data), run/"data.json"
     if record.exists(): pin_data(record, root, samples)
-    hold_volumes(store, root, list(by_image(samples)))
+    hold_volumes(store, root, samples)
     if not record.exists(): pin_data(record, root, samples)
 
 def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared=False):

@@ -107,7 +107,7 @@ def test_features_made_otherwise_neither_train_nor_answer(corpus, tmp_path):
     touched = tmp_path/"data"/images[0]
     touched.write_bytes(touched.read_bytes() + b"\0")
     with pytest.raises(MedVLM3DError, match="has changed since it was encoded") as e: train(tmp_path/"other", plan(corpus, data=str(tmp_path/"data")), progress=False)
-    assert images[0] in str(e.value) and images[9] not in str(e.value)
+    assert "has 1 problem:" in str(e.value) and "M3D_Cap.json:train[0]" in str(e.value) and images[0] not in str(e.value)
 
 
 def test_a_store_or_a_base_exchanged_in_the_middle_is_noticed(corpus, tmp_path):
