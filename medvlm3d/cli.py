@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NOTICE', 'app', 'Out', 'To', 'Config', 'Changes', 'Series', 'Frame', 'AxisOrder', 'Modality', 'Intensity', 'Suv',
            'NonFinite', 'MaxVoxels', 'frame', 'main', 'is_user_error', 'say', 'info', 'describe', 'demo_model', 'fetch',
-           'changes', 'rooted', 'run_step', 'demo', 'train', 'planned', 'evaluate', 'report', 'ablate', 'efficiency',
-           'open_scan', 'predict', 'note_unknown', 'load_model', 'answer_dict', 'readable', 'draw_overlay', 'encode',
-           'write_features', 'crossmodal', 'data_report']
+           'changes', 'rooted', 'run_step', 'demo', 'train', 'planned', 'begin_preset', 'evaluate', 'report', 'ablate',
+           'efficiency', 'open_scan', 'predict', 'note_unknown', 'load_model', 'answer_dict', 'readable',
+           'draw_overlay', 'encode', 'write_features', 'crossmodal', 'data_report']
 
 # %% ../nbs/17_cli.ipynb #77c5fa94
 import json, os, sys
