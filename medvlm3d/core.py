@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'MedVLM3DError', 'project_root', 'home', 'relative', 'ato
 
 # %% ../nbs/00_core.ipynb #77f9cebd
 import hashlib, json, os, platform, random, subprocess, time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,8 @@ class MedVLM3DError(ValueError):
     def __init__(self, what, why, remedy):
         self.what, self.why, self.remedy = str(what), why, remedy
         super().__init__(f"{what}: {why}. {remedy}")
+
+    def __reduce__(self): return type(self), (self.what, self.why, self.remedy)   # so that it passes from process to process
 
 # %% ../nbs/00_core.ipynb #cd54363a
 def project_root(start=None):
@@ -166,6 +168,7 @@ def open_run(path, config, **facts):
     run.note(status="running", commit=git_commit(), versions=versions(), hardware=hardware(), started=time.time(), **facts)
     try: yield run
     except BaseException as e:
-        run.note(status="failed", error=f"{type(e).__name__}: {e}"[:500], ended=time.time())
+        with suppress(OSError):   # a full disk must not hide the first error
+            run.note(status="failed", error=f"{type(e).__name__}: {e}"[:500], ended=time.time())
         raise
     run.note(status="done", error=None, ended=time.time())

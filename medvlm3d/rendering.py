@@ -12,7 +12,8 @@ from pathlib import Path
 from .charts import reliability_figure
 from .core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_text
 from .details import BESIDE, calibration_table, clinical_table, failed_table, findings_table, seeds_table, strata_table, trainings_text
-from .report import Table, accuracy_figure, comparison_table, examples_table, loss_figure, report_table, save_figure, vqa_table, write_table
+from .launch import loss_figure
+from .report import Table, accuracy_figure, comparison_table, examples_table, report_table, save_figure, vqa_table, write_table
 
 # %% ../nbs/16b_rendering.ipynb #74ce33d1
 STATEMENT = "This reader has learned from phantoms only. Its words about a real scan show that the way works from end to end; they are not findings."

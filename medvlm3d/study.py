@@ -26,6 +26,7 @@ from .encoder import load_encoder, quick_dtype, quietly
 from .evaluation import constant_predictions, evaluate_systems
 from .features import FeatureStore, encode_images
 from .fetch import fetch
+from .launch import launch, on_ranks
 from .looking import look
 from .manifest import load_samples
 from .metrics import LEXICON, METEOR, BERTScore
@@ -38,7 +39,7 @@ from .rendering import STATEMENT, model_card, real_table, render
 from .report import overlay, save_figure, slice_strip
 from .seeds import over_trainings
 from .tokenization import open_prompt, report_prompt
-from .training import Plan, launch, on_ranks
+from .training import Plan
 from .volume import Preprocess, lesion_slices, resample_mask
 
 _all_ = ["STATEMENT", "model_card", "real_table", "render"]

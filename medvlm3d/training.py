@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['task_pair', 'asked_now', 'PackedVolumes', 'rooms', 'measure_targets', 'make_arguments', 'frozen_hash', 'train_stage',
            'forget_after', 'take_steps', 'training_data', 'finish_stage', 'run_stages', 'write_card', 'train',
-           'hold_alone', 'hold_data', 'hold_and_train', 'main', 'Plan', 'Stage', 'checked', 'paper_stages', 'launch',
-           'on_ranks', 'begin', 'training_features']
+           'hold_data', 'hold_and_train', 'main', 'Plan', 'Stage', 'checked', 'paper_stages', 'launch', 'on_ranks',
+           'begin', 'training_features']
 
 # %% ../nbs/11_training.ipynb #680f3182
-import json, sys, time
+import json, sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .datasets import by_image
 from .encoder import quietly
 from .features import FeatureStore
 from .language import base_hash
-from .launch import launch, on_ranks
+from .launch import launch, leave_word, on_ranks
 from .manifest import check_lengths, load_samples, pin_data, samples_root
 from .model import MedVLM3D
 from .plan import Plan, Stage, agree, checked, hold_to, hold_volumes, one_lora, paper_stages, plan_llm, require
@@ -190,28 +190,20 @@ def write_card(run, plan, spec):
 
 def train(folder, plan, progress=True, allow_changes=False, allow_shared=False):
     "Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`. Returns the run folder."
-    from medvlm3d.trainer import Interrupted, sharded_as
+    from medvlm3d.trainer import Interrupted, listening, sharded_as
     plan, ranks, run = plan if isinstance(plan, Plan) else Plan.of(plan), Ranks.here(), RunFolder(folder)
     if ranks.world > 1:   # the arguments let the processes meet, as their devices demand
         with sharded_as(plan.deepspeed): make_arguments(plan, plan.stages[0], run/"checkpoints", 1, False)
     require(plan)
     one_lora(plan.model.get("lora"), *(s.lora for s in plan.stages))
     seed_everything(plan.seed)
-    try:
-        with ExitStack() as held: hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared)
-    except Interrupted as e:
-        if ranks.rank == 0: run.note(status="stopped", error=f"stopped by signal {e.code - 128}, with a checkpoint")
-        raise
+    with listening() as heard:
+        try:
+            with ExitStack() as held: hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, heard)
+        except Interrupted as e:
+            if ranks.rank == 0: run.note(status="stopped", error=f"stopped by signal {e.code - 128}, with a checkpoint")
+            raise
     return run
-
-def hold_alone(held, folder, patience=8):
-    "Hold `folder` for this process; one that was just killed may leave reading processes which hold it for up to five seconds more."
-    until = time.monotonic() + patience
-    while True:
-        try: return held.enter_context(only_writer(folder))
-        except MedVLM3DError:
-            if time.monotonic() > until: raise
-            time.sleep(.2)
 
 def hold_data(run, plan, store, samples):
     "Refuse volumes that are not those that were encoded, and data other than those of the run's first start, which are written down."
@@ -220,10 +212,9 @@ def hold_data(run, plan, store, samples):
     hold_volumes(store, root, samples)
     if not record.exists(): pin_data(record, root, samples)
 
-def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared=False):
-    "Hold the folder, compare conditions, features and data with those of its first start, and train."
-    from medvlm3d.trainer import listening
-    if ranks.rank == 0: hold_alone(held, run.path)
+def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, heard):
+    "Hold the folder (a process just killed may leave reading ones that hold it some seconds more), compare conditions, features and data with those of its first start, and train."
+    if ranks.rank == 0: held.enter_context(only_writer(run.path, 8))
     known, store, samples = (run/"conditions.json").exists(), FeatureStore(project_root()/plan.store), training_data(plan, allow_shared, run if ranks.rank == 0 else None)
     agree(store.spec, MedVLM3DConfig(**plan.model))
     ranks.lead(lambda: hold_to(run.path, plan, ranks.world, allow_changes, store=store.spec))
@@ -231,7 +222,7 @@ def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared
     if ranks.rank == 0:
         if known: (run/"config.yaml").unlink(missing_ok=True)   # what it may differ in was settled above
         held.enter_context(open_run(run.path, plan.to_dict(), store=store.spec))
-    trained = run_stages(run, plan, samples, store, progress, held.enter_context(listening()), allow_changes)
+    trained = run_stages(run, plan, samples, store, progress, heard, allow_changes)
     if ranks.rank == 0:
         run.note(trained=trained)
         write_card(run, plan, store.spec)
@@ -244,6 +235,9 @@ def main(words):
     try:
         if not plan.exists(): raise MedVLM3DError(relative(plan), "is missing", "Write the plan first, or use `medvlm3d train`.")
         train(folder, yaml.safe_load(plan.read_text()), allow_changes="--allow-changes" in words, allow_shared="--allow-shared" in words)
-    except MedVLM3DError as e: sys.exit(str(e))
+    except Exception as e:
+        leave_word(folder, e)
+        if isinstance(e, MedVLM3DError): sys.exit(str(e))
+        raise
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules: main(sys.argv[1:])
