@@ -41,8 +41,9 @@ def seal(folder, final, **facts):
 
 def disk_said(error):
     "What the disk said through a writer (Python's, safetensors' or torch's), or None if the error is of another kind."
-    wrote = isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "inline_container" in str(error)
-    return (getattr(error, "strerror", None) or str(error).splitlines()[0]) if wrote else None
+    if isinstance(error, OSError): return error.strerror or str(error)
+    if type(error).__name__ == "SafetensorError": return str(error)
+    return "the disk took only a part of a file" if "inline_container" in str(error) else None   # torch's own words are about positions
 
 @contextmanager
 def whole_or_absent(final):

@@ -60,7 +60,7 @@ def saved_folder(folder, **hub):
     "A folder written by `save_pretrained`: as given, or the hub's copy (`hub`: `revision`, `local_files_only`); an error names what is missing."
     if not Path(folder).is_dir() and str(folder).count("/") == 1 and not Path(folder).parent.is_dir():
         from huggingface_hub import snapshot_download
-        try: folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"], **hub)
+        try: folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.sha256", "*.txt", "*.model"], **hub)
         except Exception as e: raise MedVLM3DError(folder, f"is neither a folder nor within reach on the hub ({type(e).__name__})", "Check the path.") from e
     for name, role in (("config.json", "configuration"), ("model.safetensors", "connector")):
         if not (Path(folder)/name).exists(): raise MedVLM3DError(Path(folder).name, f"holds no {name}, so there is no {role}", "Give a folder written by MedVLM3D.save_pretrained.")

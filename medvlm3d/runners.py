@@ -100,6 +100,7 @@ def _scrub_output(output, out):
 def run_notebook(name, parameters=None, out=".", show=True):
     "Execute runner `name` with `parameters`; the record goes to `out/notebooks/`. Its path is returned; MedVLM3DError if it fails."
     papermill = _papermill()
+    from nbclient.exceptions import DeadKernelError
     path, target = runner_path(name), Path(out)/"notebooks"/runner_path(name).name
     check_parameters(path, parameters or {})
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,9 @@ def run_notebook(name, parameters=None, out=".", show=True):
     except papermill.PapermillExecutionError as e:
         failure = MedVLM3DError(relative(target), f"stopped with {e.ename}: {scrub(e.evalue, out)}",
                                 "The notebook holds what ran before. Remove the cause and start again: what is done is kept.")
+    except DeadKernelError:
+        failure = MedVLM3DError(relative(target), "stopped because its kernel died (killed, or out of memory)",
+                                "The notebook holds what ran before. Give it more memory if that was the cause and start again: what is done is kept.")
     finally:
         if part.exists(): _keep(part, target, out)
     if failure: raise failure

@@ -1,10 +1,59 @@
-"""Real processes for the tests: two that know each other, and a module under torchrun."""
+"""Real processes for the tests: forks, two that know each other, a module under torchrun, and who trains in a folder."""
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from pathlib import Path
+
+
+def forked(act):
+    "The id of a forked process that runs `act` in a session of its own, silent but for errors; to be waited for with `ended`."
+    if child := os.fork(): return child
+    status = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        quiet, loud = os.open(os.devnull, os.O_WRONLY), os.dup(2)
+        os.dup2(quiet, 1), os.dup2(quiet, 2)
+        act()
+        status = 0
+    except SystemExit as e: status = e.code
+    except Exception: os.write(loud, traceback.format_exc().encode())
+    finally: os._exit(status)
+
+
+def ended(child):
+    "The exit status of a forked process as the shell's (negative: the signal that killed it)."
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def apart(act):
+    "Run `act` in a forked process; its exit status."
+    return ended(forked(act))
+
+
+def processes_of(folder):
+    "{rank: process id} of the processes that train in `folder`; one alone is rank 0."
+    found = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        try: words, settings = (place/"cmdline").read_bytes().split(b"\0"), (place/"environ").read_bytes().split(b"\0")
+        except OSError: continue   # it ended while we looked
+        starts = any(w.startswith((b"torch.distributed", b"deepspeed")) for w in words)
+        rank = next((int(s[5:]) for s in settings if s.startswith(b"RANK=")), None if starts else 0)
+        if str(folder).encode() in words and rank is not None: found[rank] = int(place.name)
+    return found
+
+
+def until(happened, limit=300):
+    "Wait until `happened()`; its value."
+    end = time.monotonic() + limit
+    while not (value := happened()) and time.monotonic() < end: time.sleep(.05)
+    assert value, "it did not happen in time"
+    return value
 
 
 def two_ranks(program, *arguments, timeout=300):

@@ -1,15 +1,20 @@
 """Whatever interrupts a run, it continues to the weights of the run that nothing interrupted, or says why it does not."""
+import ctypes
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from corpora import LORA, corpus, make_plan  # noqa: F401  (a fixture)
+from processes import apart
 from safetensors.torch import load_file
 
 from medvlm3d import checkpoint, trainer, training
@@ -17,23 +22,10 @@ from medvlm3d.checkpoint import checkpoints, newest_whole
 from medvlm3d.core import MedVLM3DError, RunFolder, read_json
 from medvlm3d.datasets import load_m3d
 from medvlm3d.model import MedVLM3D
+from medvlm3d.ranks import only_writer
 from medvlm3d.training import train
 
 STAGE = {"stage": 2, "tasks": ["closed"], "epochs": 3, "lr": 5e-3, "batch": 2, "accumulation": 1, "lora": LORA}
-
-
-def apart(act):
-    "Run `act` in a forked process; its exit status as the shell's (negative: the signal that killed it)."
-    if not (child := os.fork()):
-        status = 1
-        try:
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 1), os.dup2(quiet, 2)
-            act()
-            status = 0
-        except SystemExit as e: status = e.code
-        finally: os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def weights(run): return load_file(Path(run)/"model"/"model.safetensors")
@@ -42,12 +34,12 @@ def steps(run): return {(e["stage"], e["step"]): (e["loss"], e["lr"], e["grad_no
 def stage_folder(run): return Path(run)/"checkpoints"/"stage-2"
 
 
-def kill_at(step, monkeypatch, how=signal.SIGKILL):
-    "Have this process receive a signal when the data of a step have been read."
+def kill_at(step, monkeypatch, *how):
+    "Have this process receive signals when the data of a step have been read."
     seen = []
     whole = trainer.SafeTrainer.training_step
     def stepping(self, *args, **kwargs):
-        if self.state.global_step == step and not seen: seen.append(os.kill(os.getpid(), how))
+        if self.state.global_step == step and not seen: seen.extend(os.kill(os.getpid(), number) for number in how)
         return whole(self, *args, **kwargs)
     monkeypatch.setattr(trainer.SafeTrainer, "training_step", stepping)
 
@@ -62,10 +54,10 @@ def whole(corpus, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def halted(corpus, tmp_path_factory, whole):  # noqa: F811
-    "A run that was told to stop in its fifth step, to be copied: checkpoints 4 and 5."
+    "A run that was told to stop in its fifth step, twice (as by a terminal and a launcher), to be copied: checkpoints 4 and 5."
     run = tmp_path_factory.mktemp("halted")/"run"
     with pytest.MonkeyPatch.context() as patch:
-        kill_at(4, patch, signal.SIGTERM)
+        kill_at(4, patch, signal.SIGTERM, signal.SIGINT, signal.SIGTERM)
         with pytest.raises(SystemExit) as stopped: train(run, make_plan(*corpus), progress=False)
     assert stopped.value.code == 143 and RunFolder(run).status == "stopped"
     return run
@@ -78,13 +70,15 @@ def test_sigterm_leaves_a_checkpoint_and_143_and_the_run_continues(corpus, halte
     assert run.status == "done" and same(weights(run.path), weights(whole)) and steps(run.path) == steps(whole)
 
 
-@pytest.mark.parametrize("step, workers, accumulation", [(5, 0, 1), (8, 2, 1), (3, 2, 2), (11, 0, 1)], ids=["mid-epoch", "boundary, workers", "accumulation, workers", "last step"])
-def test_a_killed_run_continues_bit_for_bit(corpus, whole, tmp_path, monkeypatch, step, workers, accumulation):  # noqa: F811
-    "Weights, losses, learning rates and gradient norms (so the order of samples) are those of the uninterrupted run."
-    plan = make_plan(*corpus, [{**STAGE, "batch": 2 // accumulation, "accumulation": accumulation}], workers=workers)
-    once = whole if accumulation == 1 else train(tmp_path/"once", plan, progress=False).path
+@pytest.mark.parametrize("step, workers, accumulation, forms", [(5, 0, 1, "both"), (8, 2, 1, "both"), (5, 0, 2, "both"), (7, 2, 2, "alternate"), (11, 0, 1, "both")],
+                         ids=["mid-epoch", "boundary, workers", "accumulation", "accumulation, workers, forms that alternate", "last step"])
+def test_a_killed_run_continues_bit_for_bit(corpus, whole, tmp_path, monkeypatch, step, workers, accumulation, forms):  # noqa: F811
+    "Weights, losses, learning rates and gradient norms (so the order of samples, and what each epoch asks) are those of the uninterrupted run."
+    tasks = ["closed"] if forms == "both" else ["report", "closed", "open"]
+    plan = make_plan(*corpus, [{**STAGE, "tasks": tasks, "batch": 2 // accumulation, "accumulation": accumulation}], workers=workers, forms=forms)
+    once = whole if (accumulation, forms) == (1, "both") else train(tmp_path/"once", plan, progress=False).path
     with monkeypatch.context() as patch:
-        kill_at(step, patch)
+        kill_at(step, patch, signal.SIGKILL)
         assert apart(lambda: train(tmp_path/"cut", plan, progress=False)) == -signal.SIGKILL
     assert step_of_newest(tmp_path/"cut") == step - step % 2
     again = train(tmp_path/"cut", plan, progress=False)
@@ -104,23 +98,29 @@ def test_killed_after_the_last_step_it_takes_no_further_one(corpus, whole, tmp_p
     assert same(weights(tmp_path/"run"), load_file(newest_whole(stage_folder(tmp_path/"run"))/"model.safetensors"))
 
 
-BOUNDARIES = [(torch, "save"), (os, "fsync"), (os, "replace"), (os, "rename"), (os, "makedirs"), (os, "unlink"), (os, "rmdir"), (Path, "mkdir"), (Path, "write_text")]
+UNHEARD = [(torch, "save"), (safetensors.torch, "save_file"), (os, "fsync")]   # what writes without Python's knowing
+CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def die_at(n):
-    "Have this process killed before its n-th call of a function that changes what is on the disk."
-    calls = []
+    "Have this process killed before it changes the disk for the n-th time: opens a file for writing, syncs, renames, removes, makes a folder."
+    times = itertools.count(1)
+    def one_more():
+        if next(times) == n: os.kill(os.getpid(), signal.SIGKILL)
+    def hear(event, args):
+        if event in CHANGES or (event == "open" and args[2] & WRITING and args[0] != os.devnull): one_more()
     def counted(function):
         def call(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == n: os.kill(os.getpid(), signal.SIGKILL)
+            one_more()
             return function(*args, **kwargs)
         return call
-    for place, name in BOUNDARIES: setattr(place, name, counted(getattr(place, name)))
+    for place, name in UNHEARD: setattr(place, name, counted(getattr(place, name)))
+    sys.addaudithook(hear)
 
 
 def test_kill_9_at_every_boundary_of_a_save(corpus, halted, whole, tmp_path, monkeypatch):  # noqa: F811
-    """At the save after step 6 the process is copied for every n; the copy is killed before the n-th write, sync, rename or removal.
+    """At the save after step 6 the process is copied for every n; the copy is killed before it changes the disk for the n-th time.
 
     What it leaves on the disk is a whole checkpoint of step 5 or 6, never older or none; from some of them a run goes on to the very same end."""
     save, run, left, kept = trainer.SafeTrainer._save_checkpoint, tmp_path/"run", [], []
@@ -132,12 +132,12 @@ def test_kill_9_at_every_boundary_of_a_save(corpus, halted, whole, tmp_path, mon
             if status == 0: return
             assert status == -signal.SIGKILL
             left.append(step_of_newest(run))
-            if n % 12 == 1: kept.append(shutil.copytree(stage_folder(run), tmp_path/f"after-{n}"))
+            if n % 24 == 1: kept.append(shutil.copytree(stage_folder(run), tmp_path/f"after-{n}"))
     monkeypatch.setattr(trainer.SafeTrainer, "_save_checkpoint", lambda self, *args: every(self, *args) if self.state.global_step == 6 else save(self, *args))
     shutil.copytree(halted, run)
     train(run, make_plan(*corpus), progress=False)
     monkeypatch.undo()
-    assert len(left) > 20 and left == sorted(left) and {*left} == {5, 6} and len(kept) >= 3
+    assert len(left) > 40 and left == sorted(left) and {*left} == {5, 6} and len(kept) >= 3
     for found in kept[1:]:
         for name in ("model", "stage-2", "checkpoints"): shutil.rmtree(run/name)
         shutil.copytree(found, stage_folder(run))
@@ -160,16 +160,38 @@ def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(halted, tmp_path, 
     assert e.value.what.endswith("stage-2") and "Restore the files" in e.value.remedy
 
 
+def mount_small(place, size):
+    "Mount a disk of `size` bytes at `place` for this process alone; False where that is refused."
+    libc, (new_mounts, new_user, private) = ctypes.CDLL(None), (0x20000, 0x10000000, 0x44000)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(new_mounts):
+        if libc.unshare(new_user | new_mounts): return False
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")): Path("/proc/self", name).write_text(text)
+    return not libc.mount(b"none", b"/", None, private, None) and not libc.mount(b"none", str(place).encode(), b"tmpfs", 0, f"size={size}".encode())
+
+
+def limit_files(size):
+    "Refuse files of more than `size` bytes (EFBIG where a full disk would say ENOSPC)."
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def pages(folder): return sum(-(-f.stat().st_size // 4096) * 4096 for f in Path(folder).rglob("*") if f.is_file())
+
+
 def test_a_full_disk_during_a_save_loses_nothing(corpus, halted, whole, tmp_path):  # noqa: F811
-    "No file may grow beyond some bytes (EFBIG where the disk would say ENOSPC): the save fails, the older checkpoint stands, the run goes on once there is room."
-    shutil.copytree(halted, tmp_path/"run")
-    size = (stage_folder(halted)/"checkpoint-5"/"optimizer.pt").stat().st_size
+    "On a disk with room for half a checkpoint more the save fails in one line, leaves nothing of itself, and the older checkpoint stands; with more room the run goes on."
+    small, last = tmp_path/"small", stage_folder(halted)/"checkpoint-5"
+    small.mkdir()
     def cramped():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, resource.RLIM_INFINITY))
-        train(tmp_path/"run", make_plan(*corpus), progress=False)
-    assert apart(cramped) not in (0, 143)
-    assert step_of_newest(tmp_path/"run") == 5 and RunFolder(tmp_path/"run").status == "failed"
+        mounted = mount_small(small, pages(halted) + pages(last) // 2)
+        shutil.copytree(halted, small/"run")
+        if not mounted: limit_files((last/"optimizer.pt").stat().st_size // 2)
+        with pytest.raises(MedVLM3DError, match="checkpoint-6: could not be written.*(No space left|only a part|too large)") as e: train(small/"run", make_plan(*corpus), progress=False)
+        assert "Make room" in e.value.remedy and not (stage_folder(small/"run")/checkpoint.PART).exists()
+        shutil.copytree(small/"run", tmp_path/"run")
+    assert apart(cramped) == 0
+    assert step_of_newest(tmp_path/"run") == 5 and RunFolder(tmp_path/"run").status == "failed" and "could not be written" in RunFolder(tmp_path/"run").manifest["error"]
     assert same(weights(train(tmp_path/"run", make_plan(*corpus), progress=False).path), weights(whole))
 
 
@@ -195,8 +217,8 @@ def test_changed_data_are_refused(corpus, tmp_path):  # noqa: F811
     assert e.value.what == "the data of this run" and "Restore the data" in str(e.value)
 
 
-def test_a_second_run_in_a_folder_is_refused(corpus, tmp_path):  # noqa: F811
-    from medvlm3d.ranks import only_writer
+def test_a_second_run_in_a_folder_is_refused(corpus, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(training, "only_writer", lambda folder, patience: only_writer(folder))   # at once
     with only_writer(tmp_path/"run"), pytest.raises(MedVLM3DError, match="being written by another process") as e:
         train(tmp_path/"run", make_plan(*corpus), progress=False)
     assert "run" in e.value.what and "another folder" in e.value.remedy
@@ -210,9 +232,21 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_volumes(corpus, tmp_path,
     assert "learning rate" in e.value.remedy and RunFolder(tmp_path/"run").status == "failed"
 
 
+def test_a_damaged_shard_is_named_by_the_process_that_reads_it(corpus, tmp_path):  # noqa: F811
+    root, fields = corpus
+    shutil.copytree(root/"store", tmp_path/"store")
+    shard = next((tmp_path/"store").glob("shard-*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:len(content) // 2] + bytes(len(content) - len(content) // 2))
+    with pytest.raises(MedVLM3DError, match="is damaged") as e:
+        train(tmp_path/"run", make_plan(root, {k: v for k, v in fields.items() if k not in ("whiten", "channels")}, store=str(tmp_path/"store"), workers=2), progress=False)
+    assert e.value.what.endswith(shard.name) and e.value.remedy and "Traceback" not in str(e.value)
+
+
 def test_adapters_alone_or_another_base_are_refused(corpus, whole, tmp_path):  # noqa: F811
     from safetensors.torch import save_file
     shutil.copytree(whole/"model", tmp_path/"model")
+    (tmp_path/"model"/"model.safetensors.sha256").unlink()
     state = load_file(tmp_path/"model"/"model.safetensors")
     save_file({n: t for n, t in state.items() if "lora_" in n}, tmp_path/"model"/"model.safetensors")
     with pytest.raises(MedVLM3DError, match="without the connector") as e: MedVLM3D.from_pretrained(tmp_path/"model")

@@ -73,3 +73,13 @@ def test_parameter_arrives(tmp_path):
     record = run_notebook(source, {"depth": 5}, tmp_path/"out", show=False)
     assert nbformat.read(record, 4).cells[-1].outputs[0].text == "aaaaa nbs\n"
     assert str(ROOT) not in record.read_text() and str(tmp_path) not in record.read_text()
+
+
+def test_a_dead_kernel_is_one_error_and_the_record_holds_what_ran(tmp_path):
+    cells = [nbformat.v4.new_code_cell(s) for s in ("depth = 3", "print('so far', depth)", "import os\nos.kill(os.getpid(), 9)", "print('never')")]
+    cells[0].metadata["tags"] = ["parameters"]
+    source = tmp_path/"95_die.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}), source)
+    with pytest.raises(MedVLM3DError, match="its kernel died") as e: run_notebook(source, {"depth": 5}, tmp_path/"out", show=False)
+    assert e.value.what.endswith("95_die.ipynb") and "start again" in e.value.remedy
+    assert [o.text for c in nbformat.read(tmp_path/"out"/"notebooks"/"95_die.ipynb", 4).cells for o in c.get("outputs", []) if "text" in o] == ["so far 5\n"]

@@ -5,12 +5,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 import yaml
+from processes import ended, forked, processes_of, until
 
+from medvlm3d.checkpoint import newest_whole, step_of
 from medvlm3d.core import MedVLM3DError, RunFolder, read_json, write_text
 from medvlm3d.datasets import load_m3d
 from medvlm3d.encoder import load_encoder
@@ -48,17 +51,32 @@ def plan(corpus, **changes):
                     "precision": "fp32", "model": {**fields, "whiten": True, "channels": 16, "answer_style": "text"}, **changes})
 
 
-def test_a_killed_process_continues_to_the_same_weights(corpus, tmp_path):
-    whole = launch(tmp_path/"whole", plan(corpus))
-    write_text(tmp_path/"cut"/"plan.yaml", (tmp_path/"whole"/"plan.yaml").read_text())
-    process = subprocess.Popen([sys.executable, "-m", "medvlm3d.training", str(tmp_path/"cut")], stderr=subprocess.DEVNULL)
-    checkpoints = tmp_path/"cut"/"checkpoints"/"stage-2"
-    while process.poll() is None and not list(checkpoints.glob("checkpoint-*/COMPLETE")): time.sleep(.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL and RunFolder(tmp_path/"cut").status == "running"
-    assert not (tmp_path/"cut"/"model").exists()
-    again = launch(tmp_path/"cut", plan(corpus))
+def test_a_process_that_is_stopped_and_then_killed_continues_to_the_same_weights(corpus, tmp_path):
+    """Two Ctrl-C reach the launching process and all of its group: the training saves and stops. Started again it is killed: the folder
+    says so. Started a third time it comes to the weights of the run that nothing interrupted."""
+    whole, cut = train(tmp_path/"whole", plan(corpus), progress=False), tmp_path/"cut"
+    def reached(step): return lambda: any(step_of(c.parent) >= step for c in (cut/"checkpoints"/"stage-2").glob("checkpoint-*/COMPLETE"))
+    child = forked(lambda: launch(cut, plan(corpus), progress=False))
+    until(reached(10))
+    for _ in range(2):
+        os.killpg(child, signal.SIGINT)
+        time.sleep(.1)
+    assert ended(child) == 1
+    until(lambda: not processes_of(cut))
+    assert RunFolder(cut).status == "stopped" and step_of(newest_whole(cut/"checkpoints"/"stage-2")) < 20
+
+    told = []
+    def launched():
+        try: launch(cut, plan(corpus), progress=False)
+        except MedVLM3DError as e: told.append(e)
+    thread = threading.Thread(target=launched)
+    thread.start()
+    until(reached(20))
+    os.kill(processes_of(cut)[0], signal.SIGKILL)
+    thread.join()
+    assert "killed by signal 9" in told[0].why and RunFolder(cut).status == "failed" and "killed by signal 9" in RunFolder(cut).manifest["error"]
+    assert not (cut/"model").exists()
+    again = launch(cut, plan(corpus))
     a, b = (MedVLM3D.from_pretrained(run/"model").state_dict() for run in (whole, again))
     assert again.status == "done" and all(torch.equal(a[name], b[name]) for name in a)
 
