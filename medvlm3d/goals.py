@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'Sizes', 'small', 'frequency_findings', 'random_encoder', 'encode', 'products', 'encoder_findings',
            'paper_connector', 'tower', 'reader', 'contestant', 'forward_of', 'step_of', 'vision_findings',
-           'step_findings', 'store_findings', 'language_model', 'question_batches', 'question_step', 'packing_findings',
-           'reuse_findings', 'measure_all', 'run']
+           'step_findings', 'store_gap', 'store_findings', 'language_model', 'question_batches', 'question_step',
+           'packing_findings', 'reuse_findings', 'measure_all', 'run']
 
 # %% ../nbs/15a_goals.ipynb #3f3cc379
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .backbone import Tower, timm_tokens
@@ -21,10 +22,11 @@ from .core import RunFolder, open_run, project_root, seed_everything, write_json
 from .cost import count_flops
 from .efficiency import Finding, Tower3D, interleave, measured, peak_memory
 from .encoder import SliceEncoder
+from .features import FeatureStore, encode_images
 from .fusion import even_odd_path, fourier_path
 from .model import tiny
 from .answering import Prefix, score_rows
-from .tokenization import image_prefix, pack_examples, packed_mask, target_loss
+from .tokenization import collate, image_prefix, pack_examples, packed_mask, padding_id, prompt_ids, target_ids, target_loss
 from .volume import Preprocess
 
 # %% ../nbs/15a_goals.ipynb #3a9e1eaf
@@ -148,11 +150,23 @@ def step_findings(sizes, rounds):
             Finding("G4", "its peak memory, explicit attention", peak["cached"] / peak["explicit"], .2), Finding("G4", "its peak memory, fused attention (no goal was set: the same)", peak["cached"] / peak["fused"], .2)]
 
 # %% ../nbs/15a_goals.ipynb #4677c254
+def store_gap():
+    "Difference in a tiny model's loss on one volume: with the features in a store, and from its file."
+    model = tiny()
+    tok, ask = model.processor.tokenizer, "Which organ is enlarged?"
+    batch = collate([pack_examples(image_prefix(tok, model.config.visual_tokens), [(prompt_ids(tok, ask), target_ids(tok, "spleen"))])], padding_id(tok))
+    with tempfile.TemporaryDirectory() as root, torch.no_grad():
+        np.save(Path(root)/"scan.npy", np.random.default_rng(0).random((1, 8, 64, 64), np.float32))
+        encode_images(Path(root)/"store", root, ["scan.npy"], model.encoder, Preprocess.from_dict(model.config.preprocess), model.config.rho, progress=False)
+        stored, pixels = FeatureStore(Path(root)/"store")["scan.npy"][0][None], model.processor.pixels(Path(root)/"scan.npy")[None]
+        return abs(model(**batch, features=stored).loss - model(**batch, pixel_values=pixels).loss).item()
+
 def store_findings(sizes):
-    "Megabytes of one volume's kept features and indices as they are written."
+    "Megabytes of one volume's kept features and indices as they are written, and what a loss loses by them."
     from safetensors.torch import save
     features = paper_connector(sizes)[1]
-    return [Finding("G5", "a stored volume, MB", len(save({"features": features, "indices": torch.arange(len(features))})) / 1e6, 4.25)]
+    return [Finding("G5", "a stored volume, MB", len(save({"features": features, "indices": torch.arange(len(features))})) / 1e6, 4.25),
+            Finding("G5", "difference in loss, stored features over the volume itself", store_gap(), 0.)]
 
 # %% ../nbs/15a_goals.ipynb #862c8b41
 FAMILIES = {"LLaMA": dict(kind="llama"), "SmolLM": dict(kind="llama", num_key_value_heads=1, tie_word_embeddings=True), "Qwen": dict(kind="qwen3", num_key_value_heads=2)}

@@ -111,6 +111,7 @@ class SafeTrainer(Trainer):
     def seen(self, step, volumes): return {"step": step, "rank": self.args.process_index, "volumes": volumes}
 
     def refuse(self, why, found):
+        "Write down what was found, and stop."
         file = self.run/f"nonfinite-rank-{self.args.process_index}.json"
         write_json(file, found)
         raise MedVLM3DError(f"step {found[-1]['step']} of stage {self.stage}", f"{why}; {relative(file)} names the volumes",

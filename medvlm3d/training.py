@@ -190,16 +190,16 @@ def write_card(run, plan, spec):
 
 def train(folder, plan, progress=True, allow_changes=False, allow_shared=False):
     "Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`. Returns the run folder."
-    from medvlm3d.trainer import Interrupted, listening, sharded_as
+    from medvlm3d.trainer import Interrupted, sharded_as
     plan, ranks, run = plan if isinstance(plan, Plan) else Plan.of(plan), Ranks.here(), RunFolder(folder)
     if ranks.world > 1:   # the arguments let the processes meet, as their devices demand
         with sharded_as(plan.deepspeed): make_arguments(plan, plan.stages[0], run/"checkpoints", 1, False)
     require(plan)
     one_lora(plan.model.get("lora"), *(s.lora for s in plan.stages))
     seed_everything(plan.seed)
-    with listening() as heard:
+    with ExitStack() as noted:   # signals are heard until it is written down how the run ended
         try:
-            with ExitStack() as held: hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, heard)
+            with ExitStack() as held: hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, noted)
         except Interrupted as e:
             if ranks.rank == 0: run.note(status="stopped", error=f"stopped by signal {e.code - 128}, with a checkpoint")
             raise
@@ -212,8 +212,9 @@ def hold_data(run, plan, store, samples):
     hold_volumes(store, root, samples)
     if not record.exists(): pin_data(record, root, samples)
 
-def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, heard):
+def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, noted):
     "Hold the folder (a process just killed may leave reading ones that hold it some seconds more), compare conditions, features and data with those of its first start, and train."
+    from medvlm3d.trainer import listening
     if ranks.rank == 0: held.enter_context(only_writer(run.path, 8))
     known, store, samples = (run/"conditions.json").exists(), FeatureStore(project_root()/plan.store), training_data(plan, allow_shared, run if ranks.rank == 0 else None)
     agree(store.spec, MedVLM3DConfig(**plan.model))
@@ -222,7 +223,7 @@ def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared
     if ranks.rank == 0:
         if known: (run/"config.yaml").unlink(missing_ok=True)   # what it may differ in was settled above
         held.enter_context(open_run(run.path, plan.to_dict(), store=store.spec))
-    trained = run_stages(run, plan, samples, store, progress, heard, allow_changes)
+    trained = run_stages(run, plan, samples, store, progress, noted.enter_context(listening()), allow_changes)
     if ranks.rank == 0:
         run.note(trained=trained)
         write_card(run, plan, store.spec)
