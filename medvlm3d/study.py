@@ -201,7 +201,7 @@ def read_scan(out, model, name, volume, mask):
     folder, prepare_scan = project_root()/out, model.processor.preprocess
     pixels, lesion = prepare_scan(volume), lesion_slices(resample_mask(mask, prepare_scan, volume)).tolist()
     features, kept = model.encode(pixels[None])
-    trace, kept = model.trace(pixels), kept[0].tolist()
+    trace, kept = model.trace(pixels, QUESTIONS[1][0], list(QUESTIONS[1][1])), kept[0].tolist()
     asked = {question: model.answer(features, question, list(choices)) for question, choices in QUESTIONS}
     organ, answer = QUESTIONS[1][0], asked[QUESTIONS[1][0]].text
     looked = look(model, features, [(open_prompt(organ), answer)])[0].numpy()
