@@ -24,6 +24,7 @@ from .phantom import read_masks, read_truth
 from .prediction import read_predictions
 from .readers import read_volume
 from .report import pick, shorten
+from .selection import indices_ahead
 from .study import load
 from .tokenization import open_prompt
 
@@ -36,8 +37,10 @@ def stations(config):
     depth, (h, w), kept = made["depth"], k.grid, k.kept
     low = low_size(torch.empty(kept, h, w, 1, device="meta"), k.scale)
     join = lambda *n: " × ".join(map(str, n))
-    return [("volume", join(depth, made["height"], made["width"]), "white"), (f"2D encoder\n{k.encoder}", join(depth, h * w, k.encoder_channels), FROZEN),
-            (f"selection\n{k.selection}, {k.rho:g} %", join(kept, h * w, k.encoder_channels), RULE), (f"fusion\n{k.fusion}", join(kept, h, w, k.channels), LEARNED),
+    ahead = indices_ahead(depth, k.rho, k.selection) is not None   # a rule that looks at no features comes before the encoder
+    encode = (f"2D encoder\n{k.encoder}", join(kept if ahead else depth, h * w, k.encoder_channels), FROZEN)
+    select = (f"selection\n{k.selection}, {k.rho:g} %", join(kept, made["height"], made["width"]) if ahead else join(kept, h * w, k.encoder_channels), RULE)
+    return [("volume", join(depth, made["height"], made["width"]), "white"), *((select, encode) if ahead else (encode, select)), (f"fusion\n{k.fusion}", join(kept, h, w, k.channels), LEARNED),
             (f"injection\n{k.attention}, s = {k.scale}", join(*low, k.channels), LEARNED), ("projector", join(k.visual_tokens, k.text_config.hidden_size), LEARNED),
             ("language model" + ("\n+ LoRA" if k.lora else ""), "answer, report", FROZEN)]
 
