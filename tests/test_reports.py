@@ -113,7 +113,6 @@ SAID = {   # sentences whose number is in no run folder, and why
     r"less than (\d+) GB of memory": "an upper bound, from the demo's peak",
     r"the demo (\d+) minutes": "by the clock, on two cores",
     r"DINOv2-S, (\d+) M parameters": "a ViT-S/14, as its authors count",
-    r"the cosine rule (\d+) %": "of another store, made as runs/demo.yaml says",
 }
 
 
