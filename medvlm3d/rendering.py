@@ -32,8 +32,8 @@ def study_tables(folder, name):
     "Stem → table of a study's folder; how it was trained stands in the notes of its scores."
     run, results = RunFolder(folder), RunFolder(folder).results
     real = {p.stem: read_json(p) for p in sorted((folder/"real").glob("*.json"))}
-    said = tuple(s for s, scores in results["systems"].items() if "open" in scores["m3d"])    # some systems answer closed questions only
-    scores = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open", said), "reports": report_table({name: run}, said)}
+    said = {task: tuple(s for s, scores in results["systems"].items() if task in scores["m3d"]) for task in ("open", "report")}    # not every system is asked everything
+    scores = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open", said["open"]), "reports": report_table({name: run}, said["report"])}
     return {**{stem: replace(t, note=f"{t.note} {trainings_text(results)}".strip()) for stem, t in scores.items()},
             "findings": findings_table(run), "clinical": clinical_table(run), "seeds": seeds_table(run),
             "differences": comparison_table(run), "differences-open": comparison_table(run, "open", "ROUGE-1"), "differences-reports": comparison_table(run, "report", "ROUGE-1"),

@@ -129,12 +129,13 @@ def load(folder):
 
 def answer_all(folder, asked, training, store, seed=0, **how):
     "System → lines: the model, the model with something taken away, its blind twin, the nearest training case, the best constant."
-    model, closed, images = load(folder/"model"), [s for s in asked if s.task == "closed"], list(by_image(training))
+    model, images = load(folder/"model"), list(by_image(training))
+    closed, once = ([s for s in asked if s.task in tasks] for tasks in (("closed",), ("closed", "report")))   # open questions ask what closed ones ask
     said = lambda name, features, samples=asked, who=model, **more: predictions_of(folder, name, who, samples, features, **how, **more)
     systems = {"model": said("model", store)}
     if way_of(model["model"]) == "options": systems["model, in words"] = said("model, in words", store, closed, by="words")
-    systems |= {"other image": said("other image", store, images=other_images(asked, seed)), "no image": said("no image", None),
-                "blank image": said("blank image", Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"]))), "slices reversed": said("slices reversed", Reversed(store))}
+    systems |= {"other image": said("other image", store, images=other_images(asked, seed)), "no image": said("no image", None, once),
+                "blank image": said("blank image", Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"])), once), "slices reversed": said("slices reversed", Reversed(store), once)}
     if (folder/"training"/"blind"/"model").exists():
         systems["blind"] = said("blind", Constant(store, images), who=load(folder/"training"/"blind"/"model"))
     unseen = {"nearest caption": nearest_lines(asked, training, neighbours(store, list(by_image(asked)), images)), "constant": constant_predictions(systems["model"], training)}
