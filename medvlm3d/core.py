@@ -41,9 +41,9 @@ def home():
     return root/"data" if (root/"settings.ini").exists() else Path.home()/".cache"/"medvlm3d"
 
 def relative(path):
-    "`path` as a string relative to the project root where possible: what may be written to a manifest."
+    "`path` as a string relative to the project root or, outside of it, to the working folder; else its name: what may be written to a manifest."
     path = Path(path).resolve()
-    return path.relative_to(project_root()).as_posix() if path.is_relative_to(project_root()) else path.name
+    return next((path.relative_to(base).as_posix() for base in (project_root(), Path.cwd()) if path.is_relative_to(base)), path.name)
 
 # %% ../nbs/00_core.ipynb #8ad6b226
 @contextmanager

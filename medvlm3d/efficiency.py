@@ -133,6 +133,7 @@ def goal_rows(found):
 def goal_figure(found, figure=None):
     "How far each finding is from its goal: left of the line it is met."
     from matplotlib.figure import Figure
+    found = [f for f in found if f.target]   # of a difference that must be 0 there is no share
     shares = [(f.target / f.value if f.least else f.value / f.target) for f in found]
     figure = figure or Figure(figsize=(8, .26 * len(found) + .8), layout="tight")
     ax = figure.subplots()
