@@ -59,7 +59,7 @@ def curve_figure(curves, ylabel="accuracy (%)", chance=None, title=""):
     "Score against the share of the training cases (logarithmic), one line with its interval per label."
     import seaborn as sns
     if not curves: raise MedVLM3DError("curve", "has no points", "Run the data curve first.")
-    figure, ax = new_figure(4.6, 3.1)
+    figure, ax = new_figure(6.4, 3.1)
     if chance is not None: ax.axhline(chance, color="k", ls="--", lw=.8, label="chance")
     for (name, points), colour in zip(curves.items(), sns.color_palette("colorblind", len(curves))):
         x = sorted(points)
@@ -69,6 +69,6 @@ def curve_figure(curves, ylabel="accuracy (%)", chance=None, title=""):
     ax.set_xscale("log")
     ax.set(xticks=shares, xticklabels=[f"{k:g}" for k in shares], xlabel="training cases (%)", ylabel=ylabel, title=title)
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     sns.despine(ax=ax)
     return figure

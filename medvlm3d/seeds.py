@@ -19,10 +19,11 @@ def right_matrix(trainings, minus=None):
     if minus: right = right - accuracy_values(paired(trainings[0], minus, "closed")[1])
     return right, np.array([l["type"] for l in lines[0]]), np.array([l["case"] for l in lines[0]])
 
-def seed_cell(found):
-    "`over_seeds`' result as a cell of a table, × 100."
+def seed_cell(found, least=0.):
+    "`over_seeds`' result as a cell of a table, × 100; its interval ends where accuracies (or, with `least` −1, their differences) do."
     percent = lambda v: None if v is None else round(100 * float(v), 4)
-    return {**{k: percent(found[k]) for k in ("mean", "low", "high", "sd")}, "values": [percent(v) for v in found["seeds"]]}
+    within = {k: min(max(found[k], least), 1.) for k in ("low", "high")}
+    return {**{k: percent({**found, **within}[k]) for k in ("mean", "low", "high", "sd")}, "values": [percent(v) for v in found["seeds"]]}
 
 def seed_cells(trainings, minus=None, seed=0, n=2000):
     "Type → cell over trainings, and `macro`, their mean."
@@ -31,7 +32,7 @@ def seed_cells(trainings, minus=None, seed=0, n=2000):
     counts = {t: (types == t).sum() for t in names}
     cells = {t: over_seeds(right[:, types == t], cases[types == t], seed, n) for t in names}
     even = np.array([len(types) / (len(names) * counts[t]) for t in types])
-    return {t: seed_cell(c) for t, c in {**cells, "macro": over_seeds(right * even, cases, seed, n)}.items()}
+    return {t: seed_cell(c, -1. if minus else 0.) for t, c in {**cells, "macro": over_seeds(right * even, cases, seed, n)}.items()}
 
 def over_trainings(trainings, blind=None, seed=0, n=2000):
     "The block `seeds` of `results.json`, from the closed lines of each training and, if there is one, of the blind twin."
