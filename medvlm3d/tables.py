@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['READER', 'known_of', 'fact_table', 'architecture', 'cost', 'crossmodal_table', 'titled', 'paper_tables',
            'write_paper_tables', 'interval', 'found', 'tested', 'rows_compared', 'listing', 'sorted_out', 'trainings',
-           'seeing_line', 'types_line', 'against_paper', 'modules_line', 'probes_line', 'curve_line', 'findings']
+           'seeing_line', 'types_line', 'against_paper', 'encoders_compared', 'modules_line', 'probes_line',
+           'curve_line', 'findings']
 
 # %% ../nbs/16e_tables.ipynb #15b2d34f
 from pathlib import Path
@@ -83,7 +84,7 @@ def rows_compared(results, corpora=("phantom",)):
     "(label, corpus, difference) of the rows that are compared with another."
     return [(r["label"], c, r["versus"][c]["mean"]) for r in results.get("rows", {}).values() for c in corpora if c in r.get("versus", {})]
 
-def listing(rows): return "; ".join(f"{label} {tested(v)}" + (f" on `{c}`" if c != "phantom" else "") for label, c, v in rows) or "none"
+def listing(rows): return "; ".join(f"{label} ({tested(v)})" + (f" on `{c}`" if c != "phantom" else "") for label, c, v in rows) or "none"
 
 def sorted_out(rows):
     "What was found worse and better among `rows`, and how many are open."
@@ -129,8 +130,14 @@ def against_paper(results):
         if "cells" not in r: absent.append(r["label"])
         elif r["published"] != "accuracy: full" and (c := r.get("versus", {}).get("phantom", {}).get("mean")):
             paper = value(r["published"]) - value("accuracy: full")
-            lines.append(f"{r['label']} {paper:+.2f}, here {tested(c)}: " + ("not resolved" if not found(c) else "the same direction" if c["difference"] * paper > 0 else "the opposite direction"))
+            lines.append(f"{r['label']} ({paper:+.2f}; here {tested(c)}: " + ("not resolved)" if not found(c) else "the same direction)" if c["difference"] * paper > 0 else "the opposite direction)"))
     return ("; ".join(lines) or "no row in common") + (f"; not run here: {', '.join(absent)}" if absent else "")
+
+def encoders_compared(results):
+    "The encoders that were run, against the one they stand for."
+    rows = results["rows"]
+    said = [f"{r['label']} against {rows[r['versus row']]['label']} ({tested(r['versus']['phantom']['mean'])})" for r in rows.values() if r["group"] == "encoder" and "phantom" in r.get("versus", {})]
+    return f" Encoder: {'; '.join(said)}." if said else ""
 
 def modules_line(results):
     "Which parts matter in the ablation's instrument, and what the paper says of the same parts."
@@ -139,7 +146,7 @@ def modules_line(results):
     levels = [f"{name} {cell['phantom']['mean']['mean']:.1f}" for name, cell in (("best constant", results.get("baselines", {}).get("constant")), ("chance", results.get("baselines", {}).get("chance"))) if cell]
     start = f" Full method {', '.join([interval(full, 'mean') + ' %', *levels])}." if full else ""
     return (f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, {results['cases']['phantom']} paired test cases, {len(rows)} rows, p by Holm.{start} "
-            f"Against the row they are compared with, {sorted_out(rows)}. The paper's rows: {against_paper(results)}.")
+            f"Against the row they are compared with, {sorted_out(rows)}. The paper's rows: {against_paper(results)}.{encoders_compared(results)}")
 
 def probes_line(results):
     "Where parts matter: the probes."
