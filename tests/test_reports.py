@@ -10,7 +10,7 @@ from conftest import ROOT
 from IPython.display import Markdown
 
 from medvlm3d.core import read_json, sha256_file
-from medvlm3d.crossmodal_study import accuracy_table, agreement_table, source_table
+from medvlm3d.crossmodal_study import accuracy_table, difference_table, agreement_table, source_table
 from medvlm3d.data_study import audit_table, balance_table, scale_table, speed_table
 from medvlm3d.efficiency import COLUMNS, Finding, goal_rows
 from medvlm3d.leakage import write_audit
@@ -35,7 +35,7 @@ def note_in(runner):
 
 def crossmodal(folder, results):
     account = read_json(folder/"review.json")
-    return {"accuracy": accuracy_table(results), "agreement": agreement_table(account), "sources": source_table(account)}
+    return {"accuracy": accuracy_table(results, account), "differences": difference_table(results, account), "agreement": agreement_table(account), "sources": source_table(account)}
 
 
 def data(folder, results):
