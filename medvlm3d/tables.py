@@ -136,7 +136,7 @@ def against_paper(results):
 def encoders_compared(results):
     "The encoders that were run, against the one they stand for."
     rows = results["rows"]
-    said = [f"{r['label']} against {rows[r['versus row']]['label']} ({tested(r['versus']['phantom']['mean'])})" for r in rows.values() if r["group"] == "encoder" and "phantom" in r.get("versus", {})]
+    said = [f"{r['label']} against {rows[r['versus row']]['label']} ({tested(r['versus']['phantom']['mean'])})" for r in rows.values() if r.get("group") == "encoder" and "phantom" in r.get("versus", {})]
     return f" Encoder: {'; '.join(said)}." if said else ""
 
 def modules_line(results):
