@@ -88,7 +88,8 @@ def check_tracers(tracers, path):
     if missing: refuse(path, f"{', '.join(missing)} missing or zero")
     wrong = [name for key, (name, low, high) in LIMITS.items() if not low <= getattr(one, key) <= high]
     if wrong: refuse(path, f"{', '.join(wrong)} outside anything possible, perhaps in another unit")
-    if len({(t.units, t.decay, t.weight, t.dose, t.half_life, t.injected) for t in tracers}) > 1: refuse(path, "its images state different units, weights, doses or injections")
+    if len({(t.units, t.decay, t.weight, t.dose, t.half_life, t.injected) for t in tracers}) > 1:
+        refuse(path, "its images state different units, weights, doses or injections")
 
 def elapsed(tracers, path):
     "Seconds from the injection to the moment to which the numbers belong."

@@ -41,12 +41,15 @@ class Augment:
 
     def __post_init__(self):
         for key, limit in LIMITS.items():
-            if not 0 <= getattr(self, key) <= limit: raise MedVLM3DError("Augment", f"{key}={getattr(self, key)} is not between 0 and {limit:g}", "Stay within what keeps the text of a report true.")
+            if not 0 <= getattr(self, key) <= limit:
+                raise MedVLM3DError("Augment", f"{key}={getattr(self, key)} is not between 0 and {limit:g}",
+                                    "Stay within what keeps the text of a report true.")
 
     def values(self, epoch, sample):
         "What is drawn for a sample in an epoch, as a dict that can be recorded."
         u = (2 * torch.rand(5, generator=keyed_generator(self.seed, epoch, sample), dtype=torch.float64) - 1).tolist()
-        return {"angle": u[0] * self.angle, "zoom": 1 + u[1] * self.zoom, "shift": (u[2] * self.shift, u[3] * self.shift), "contrast": math.exp(u[4] * self.contrast)}
+        return {"angle": u[0] * self.angle, "zoom": 1 + u[1] * self.zoom,
+                "shift": (u[2] * self.shift, u[3] * self.shift), "contrast": math.exp(u[4] * self.contrast)}
 
     def move(self, x, epoch, sample, mode="bilinear"):
         "The geometry alone, of a tensor (D, H, W): slice by slice, zeros from outside; `nearest` for masks."

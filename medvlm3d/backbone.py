@@ -82,7 +82,8 @@ def transformers_tower(folder, size=None):
     cls, tokens, mean, std = families[kind]
     with quietly():
         try: model, info = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True, dtype=torch.float32)
-        except (OSError, RuntimeError, ValueError) as e: raise MedVLM3DError(folder.name, f"could not be loaded ({str(e)[:200]})", "Put a whole checkpoint there.") from e
+        except (OSError, RuntimeError, ValueError) as e:
+            raise MedVLM3DError(folder.name, f"could not be loaded ({str(e)[:200]})", "Put a whole checkpoint there.") from e
     if lost := sorted(info["missing_keys"]): raise MedVLM3DError(folder.name, f"lacks {len(lost)} weights, first {lost[0]}", "Put a whole checkpoint there.")
     trained = {"dinov2": 224}.get(kind, model.config.image_size)
     return Tower(model, tokens, size or trained, model.config.patch_size, model.config.hidden_size, mean, std)
@@ -98,14 +99,16 @@ def read_weights(folder, prefix):
         from safetensors import safe_open
         with safe_open(path, "pt") as f: return {n.removeprefix(prefix): f.get_tensor(n) for n in f.keys() if n.startswith(prefix)}
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise MedVLM3DError(path.name, f"is not a plain file of weights ({type(e).__name__})", "Convert it to safetensors where you trust it.") from e
+    except Exception as e:
+        raise MedVLM3DError(path.name, f"is not a plain file of weights ({type(e).__name__})", "Convert it to safetensors where you trust it.") from e
     return {n.removeprefix(prefix): t for n, t in state.get("state_dict", state).items() if n.startswith(prefix)}
 
 def filled(make, state, folder):
     "`make()` with the weights `state`; a missing, left-over or misshapen one is an error. No time goes into random weights first."
     with torch.device("meta"): model = make()
     try: model.load_state_dict(state, strict=True, assign=True)
-    except RuntimeError as e: raise MedVLM3DError(folder.name, f"does not fit the configuration ({str(e)[:200]})", "Take configuration and weights from one release.") from e
+    except RuntimeError as e:
+        raise MedVLM3DError(folder.name, f"does not fit the configuration ({str(e)[:200]})", "Take configuration and weights from one release.") from e
     return model
 
 def open_clip_tower(folder, size=None):

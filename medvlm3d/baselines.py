@@ -20,7 +20,8 @@ from .selection import kept_count
 class Blank:
     "A store that gives every image the features (D̂, N, C) of an empty volume, by the encoder of `store`."
     def __init__(self, store, encoder):
-        if encoder.weights_hash != store.spec["weights"]: raise MedVLM3DError(encoder.name, "is not the encoder of this store", f"Load {store.spec['encoder']}.")
+        if encoder.weights_hash != store.spec["weights"]:
+            raise MedVLM3DError(encoder.name, "is not the encoder of this store", f"Load {store.spec['encoder']}.")
         made = store.spec["preprocess"]
         slice_ = encoder(torch.zeros(1, 1, made["height"], made["width"]))[0]
         self.features = slice_.expand(kept_count(made["depth"], store.spec["rho"]), -1, -1).to(torch.bfloat16)

@@ -53,7 +53,8 @@ def draw_variant(item):
     facts = {"modality": item.variant, "contrast": item.contrast, "report": report_about(item.case, item.variant)}
     return mode_of(item.variant).unit(volume), scene.masks, facts
 
-def make_benchmark(root, modality="CT", train=840, validation=120, test=240, shape=(32, 112, 112), radius=(22., 42.), contrast=1., kinds=None, seed=0, workers=2, progress=True):
+def make_benchmark(root, modality="CT", train=840, validation=120, test=240, shape=(32, 112, 112),
+                   radius=(22., 42.), contrast=1., kinds=None, seed=0, workers=2, progress=True):
     "Draw a corpus of one modality with masks; `kinds` None: those of the modality (CT: the demonstration's four). Returns the rows of truth."
     mode, sizes = mode_of(modality), {"train": train, "validation": validation, "test": test}
     kinds = tuple(kinds or mode.kinds)

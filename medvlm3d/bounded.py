@@ -59,7 +59,8 @@ def beside(header, name):
     folder = header.parent.resolve()
     if not name or "\0" in name or len(name) > 255 or not (folder/name).resolve().is_relative_to(folder):
         raise MedVLM3DError(header, "points to a data file outside its own folder", "Put both files into one folder and name the data file without a path.")
-    if not (folder/name).is_file(): raise MedVLM3DError(header, "names a data file that is not beside it", "Copy both files into one folder, under the name that the header gives.")
+    if not (folder/name).is_file():
+        raise MedVLM3DError(header, "names a data file that is not beside it", "Copy both files into one folder, under the name that the header gives.")
     return folder/name
 
 # %% ../nbs/01a_bounded.ipynb #08999555
@@ -75,7 +76,9 @@ class Member(NamedTuple):
         "Its first `size` bytes, or all."
         try:
             with self.open() as f: return f.read(self.size if size is None else min(size, self.size))   # a larger number would be allocated
-        except (*STREAM_ERRORS, RuntimeError) as e: raise MedVLM3DError(f"{path}/{self.name}", f"is damaged, or cannot be read ({type(e).__name__})", "Copy the file again, or zip the series again.") from e
+        except (*STREAM_ERRORS, RuntimeError) as e:
+            raise MedVLM3DError(f"{path}/{self.name}", f"is damaged, or cannot be read ({type(e).__name__})",
+                                "Copy the file again, or zip the series again.") from e
 
 def zip_members(path):
     "The `Member`s of a zip, bounded in size; an encrypted one is refused."
@@ -91,7 +94,8 @@ def members(path):
     "Name → `Member` for a folder (with subfolders), a zip or a single file; bounded in number."
     if path.is_dir(): found = [Member(p.relative_to(path).as_posix(), partial(open, p, "rb"), p.stat().st_size) for p in sorted(path.rglob("*")) if p.is_file()]
     else: found = zip_members(path) if path.suffix.lower() == ".zip" else [Member(path.name, partial(open, path, "rb"), path.stat().st_size)]
-    if len(found) > MAX_FILES: raise MedVLM3DError(path, f"holds {len(found)} files, above the limit of {MAX_FILES}", "Give the one series, not the whole archive.")
+    if len(found) > MAX_FILES:
+        raise MedVLM3DError(path, f"holds {len(found)} files, above the limit of {MAX_FILES}", "Give the one series, not the whole archive.")
     return {m.name: m for m in found}
 
 # %% ../nbs/01a_bounded.ipynb #5c53ea1b
@@ -109,7 +113,8 @@ def label(volume, what, modality=None, intensity=None, dtype=None):
     if modality not in (None, "CT") and kind == "HU": kind, notes = "arbitrary", ()
     told = ", ".join(t for t in (modality, intensity) if t)
     notes = ((f"{told}: as told",) if told else ()) + (() if intensity else notes)
-    return replace(volume, modality=modality or {"HU": "CT", "SUV": "PT"}.get(intensity, "unknown" if intensity else guessed), intensity=intensity or kind, warnings=(*volume.warnings, *notes))
+    return replace(volume, modality=modality or {"HU": "CT", "SUV": "PT"}.get(intensity, "unknown" if intensity else guessed),
+                   intensity=intensity or kind, warnings=(*volume.warnings, *notes))
 
 def labelled(array, affine, files, notes=(), modality=None, intensity=None, dtype=None, **options):
     "The `Volume` of an array read from `files` (the first is named in errors), with modality and intensity told or guessed."
@@ -121,7 +126,8 @@ def letters_affine(axis_order, spacing, path):
     "(affine, notes) of an array whose axes grow towards the three letters of `axis_order`, such as RAS; `spacing` in mm, None where unknown."
     if len(axis_order) != 3 or {"RASLPI".find(c) % 3 if c in "RASLPI" else -1 for c in axis_order} != {0, 1, 2}:
         raise MedVLM3DError(path, f"{axis_order!r} is no orientation", "Give three letters such as RAS or LPS: where each axis grows to.")
-    return codes_affine(axis_order, (1, 1, 1) if spacing is None else spacing), (f"orientation {axis_order} as told", *(("spacing unknown: 1 mm assumed",) if spacing is None else ()))
+    return (codes_affine(axis_order, (1, 1, 1) if spacing is None else spacing),
+            (f"orientation {axis_order} as told", *(("spacing unknown: 1 mm assumed",) if spacing is None else ())))
 
 # %% ../nbs/01a_bounded.ipynb #44a33153
 def pick_frame(shape, frame, path):

@@ -43,7 +43,9 @@ def reliability_bins(confidence, right, bins=10):
              "accuracy": rounded(right[place == b].mean())} for b in range(bins) if (place == b).any()]
 
 def calibration(lines, bins=10, seed=0, n=2000):
-    "Brier score and risk–coverage with 95 % intervals over cases, calibration error and bins of closed lines; `left out` have no log-probabilities. None where none has."
+    """Brier score and risk–coverage with 95 % intervals over cases, calibration error and bins of closed lines; `left out` have no log-probabilities.
+
+    None where none has."""
     closed = sorted((l for l in lines if l["task"] == "closed"), key=lambda l: l["id"])
     if not (known := [l for l in closed if l.get("option_logprobs")]): return None
     p = [probabilities(l) for l in known]

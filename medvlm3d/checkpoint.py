@@ -91,7 +91,9 @@ def newest_whole(folder, tell=print):
         if (why := flaw(found)) is None: return found
         flaws.append(f"{found.name} {why}")
         tell(f"{relative(found)} {why}: passed over")
-    if flaws: raise MedVLM3DError(relative(folder), "holds no whole checkpoint: " + "; ".join(flaws), "Restore the files from a copy, or delete the folder to begin the stage anew.")
+    if flaws:
+        raise MedVLM3DError(relative(folder), "holds no whole checkpoint: " + "; ".join(flaws),
+                            "Restore the files from a copy, or delete the folder to begin the stage anew.")
     return None
 
 def tidy(folder, keep=None):

@@ -94,7 +94,8 @@ def choice_problem(s):
 
 def text_problem(s):
     "(why, remedy) if the words of a sample cannot be used, or None."
-    if any(IMAGE_TOKEN in text for text in (s.question, *s.choices, s.answer)): return f"its text contains {IMAGE_TOKEN}", "Remove the marker: it stands for the volume."
+    if any(IMAGE_TOKEN in text for text in (s.question, *s.choices, s.answer)):
+        return f"its text contains {IMAGE_TOKEN}", "Remove the marker: it stands for the volume."
     if s.task in ("closed", "open") and not s.question.strip(): return "the question is empty", "Write it, or remove the line."
     if s.task == "report" and not s.answer.strip(): return "the report is empty", "Write it, or remove the line."
     if s.task in ("closed", "open") and not s.answer.strip(): return "the answer is empty", "Write it, or remove the line."

@@ -132,8 +132,10 @@ def train(config: Config = "demo", out: Out = None, p: Changes = None,
           preset: Annotated[Optional[str], typer.Option(help="A preset (paper): write its plan to --out, say what is missing and what to type.")] = None,
           start: Annotated[bool, typer.Option("--start", help="With --preset: start the ranks at once.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the preset would take; nothing is loaded or written.")] = False,
-          gpus: int = 4, rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250., share: Annotated[float, typer.Option(help="The part of it that a training loop reaches.")] = .45,
-          data: Annotated[Optional[Path], typer.Option(help="A preset's corpus, in M3D's layout.")] = None, store: Annotated[Optional[Path], typer.Option(help="A preset's features.")] = None,
+          gpus: int = 4, rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250.,
+          share: Annotated[float, typer.Option(help="The part of it that a training loop reaches.")] = .45,
+          data: Annotated[Optional[Path], typer.Option(help="A preset's corpus, in M3D's layout.")] = None,
+          store: Annotated[Optional[Path], typer.Option(help="A preset's features.")] = None,
           llm: Annotated[Optional[Path], typer.Option(help="A preset's language model, a folder.")] = None,
           as_json: Annotated[bool, typer.Option("--json", help="Print the dry run as JSON.")] = False):
     "Train: both stages, in a launched process; continues where it stopped. Or plan and start a preset."
@@ -161,15 +163,18 @@ def begin_preset(preset, out, ranks, start, gpus, how, where):
 
 @app.command()
 def evaluate(config: Config = "demo", out: Out = None, p: Changes = None,
-             predictions: Annotated[Optional[Path], typer.Option(help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts.")] = None,
+             predictions: Annotated[Optional[Path],
+                                    typer.Option(help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts.")] = None,
              questions: Annotated[Optional[Path], typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
-             encoder: Annotated[Optional[Path], typer.Option(help="Folder of another encoder for BERTScore; published numbers are of roberta-large, --layer 17.")] = None,
+             encoder: Annotated[Optional[Path],
+                                typer.Option(help="Folder of another encoder for BERTScore; published numbers are of roberta-large, --layer 17.")] = None,
              layer: Annotated[Optional[int], typer.Option(help="Its layer; 5 where none is given.")] = None,
              ratescore: Annotated[Optional[Path], typer.Option(help="Folder with ner/ and encoder/: adds RaTEScore to reports.")] = None):
     "Predict the test set and score it; or score anybody's answers."
     from medvlm3d.core import MedVLM3DError
     if predictions is None:
-        if any(v is not None for v in (questions, encoder, layer, ratescore)): raise MedVLM3DError("--questions, --encoder, --layer, --ratescore", "are about a file of answers", "Name it with --predictions.")
+        if any(v is not None for v in (questions, encoder, layer, ratescore)):
+            raise MedVLM3DError("--questions, --encoder, --layer, --ratescore", "are about a file of answers", "Name it with --predictions.")
         return run_step("92", config, out, p)
     from medvlm3d.outputs import evaluate_file
     evaluate_file(predictions, out, questions, encoder, 5 if layer is None else layer, tell=typer.echo, ratescore=ratescore)
@@ -226,7 +231,8 @@ def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, MHA, NRRD, DICOM f
     answers = [{"question": q, **answer_dict(network.answer(features, q, options))} for q in question or []]
     found = {"answers": answers} if answers else {"report": network.say(features, report_prompt(0))}
     if overlay: draw_overlay(overlay, network, pixels, features, indices[0], *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
-    print(json.dumps({**found, "notes": notes, "scan": network.processor.preprocess.describe(volume), "notice": NOTICE}, indent=1) if as_json else readable(found))
+    print(json.dumps({**found, "notes": notes, "scan": network.processor.preprocess.describe(volume), "notice": NOTICE}, indent=1)
+          if as_json else readable(found))
 
 def note_unknown(processor, questions, options):
     "A list of notes, each said as well: which words of the questions and options the model's reader does not know."
@@ -241,7 +247,8 @@ def load_model(folder, device="auto"):
     from medvlm3d.core import MedVLM3DError, pick_device, relative
     folder = folder or demo_model()
     if not (folder/"config.json").exists():
-        raise MedVLM3DError(relative(folder), "holds no model", "In a clone of the repository lies the demo's, and `medvlm3d demo` trains it; or give --model FOLDER.")
+        raise MedVLM3DError(relative(folder), "holds no model",
+                            "In a clone of the repository lies the demo's, and `medvlm3d demo` trains it; or give --model FOLDER.")
     from medvlm3d.model import MedVLM3D
     return MedVLM3D.from_pretrained(folder).to(pick_device(device)).eval()
 
@@ -275,7 +282,8 @@ def encode(scans: Annotated[list[Path], typer.Argument(help="Scans, in any forma
            strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine", device: str = "auto",
            series: Series = None, frame: Frame = None, axis_order: AxisOrder = None, modality: Modality = None, intensity: Intensity = None,
            suv: Suv = True, non_finite: NonFinite = "error", max_voxels: MaxVoxels = None,
-           rejects: Annotated[Optional[Path], typer.Option("--rejects", help="Where scans that cannot be read are listed. [default: rejects.jsonl in the folder]")] = None):
+           rejects: Annotated[Optional[Path],
+                              typer.Option("--rejects", help="Where scans that cannot be read are listed. [default: rejects.jsonl in the folder]")] = None):
     "Features of the kept slices (bf16): one safetensors file a scan, named by the hash of its content. A bad scan is set aside (exit status 1)."
     from tqdm import tqdm
     from medvlm3d.checks import Problem, settle

@@ -53,7 +53,8 @@ class MedVLM3DConfig(PreTrainedConfig):
         self.text_config, self.llm_reference, self.lora = as_text_config(text_config), llm_reference, lora
         self.context, self.answer_style, self.image_token_id, self.seed = context, answer_style, image_token_id, seed
         if self.channels != encoder_channels and not whiten:
-            raise MedVLM3DError(f"channels={channels}", f"differs from the encoder's {encoder_channels}", "Set whiten=True to reduce them, or leave channels out.")
+            raise MedVLM3DError(f"channels={channels}", f"differs from the encoder's {encoder_channels}",
+                                "Set whiten=True to reduce them, or leave channels out.")
         super().__init__(**common)
 
     def __eq__(self, other): return type(self) is type(other) and self.to_dict() == other.to_dict()
@@ -83,7 +84,8 @@ def fit_whitening(features, channels):
     "Mean (C,) and matrix (C, c) that give features (…, C) zero mean and unit covariance in their `channels` leading directions."
     x = features.flatten(0, -2).double()
     if not channels <= min(x.shape[1], len(x) - 1):
-        raise MedVLM3DError("fit_whitening", f"{len(x)} vectors of {x.shape[1]} channels do not determine {channels} directions", "Give more training features or fewer channels.")
+        raise MedVLM3DError("fit_whitening", f"{len(x)} vectors of {x.shape[1]} channels do not determine {channels} directions",
+                            "Give more training features or fewer channels.")
     values, vectors = torch.linalg.eigh(torch.cov(x.T))
     values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
     vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
@@ -124,7 +126,8 @@ class Connector(nn.Module):
     def on_grid(self, features):
         "(B, D′, N, C) → (B, D′, H′, W′, c), whitened and in the parameters' float type."
         if features.ndim != 4 or features.shape[-1] != self.incoming or features.shape[-2] != self.grid[0] * self.grid[1]:
-            raise MedVLM3DError("features", f"have shape {tuple(features.shape)}", f"Give (B, D′, {self.grid[0] * self.grid[1]}, {self.incoming}): the kept slices of this configuration's encoder.")
+            raise MedVLM3DError("features", f"have shape {tuple(features.shape)}",
+                                f"Give (B, D′, {self.grid[0] * self.grid[1]}, {self.incoming}): the kept slices of this configuration's encoder.")
         return to_grid(self.whitening(features.to(next(self.projector.parameters()).dtype)), self.grid)
 
     def forward(self, features):

@@ -70,8 +70,11 @@ def load_studies(root, folders, reader, layout, rejects=None):
     root, studies, problems = Path(root), [], []
     for n, folder in enumerate(folders, 1):
         study, why = reader(folder)
-        if not why: why = next((f"{p.name.removeprefix(folder.name)}: {bad}" for p in [*study.images.values(), study.mask] if p and (bad := path_problem(root, p.relative_to(root).as_posix()))), None)
-        if why := why or grid_problem(study.images, study.mask): problems.append(Problem(public_name(folder) or f"study {n} (in order of path)", why, f"The layout is {layout}."))
+        if not why:
+            why = next((f"{p.name.removeprefix(folder.name)}: {bad}" for p in [*study.images.values(), study.mask]
+                        if p and (bad := path_problem(root, p.relative_to(root).as_posix()))), None)
+        if why := why or grid_problem(study.images, study.mask):
+            problems.append(Problem(public_name(folder) or f"study {n} (in order of path)", why, f"The layout is {layout}."))
         else: studies.append(study)
     if not folders: problems.append(Problem("the folder", "holds no study", f"The layout is {layout}."))
     settle(relative(root), problems, rejects)
@@ -172,17 +175,21 @@ def load_folder(root, source="", licence="", rejects=None):
         where, image, known = f"scan {n} (in order of path)", scan.relative_to(root).as_posix(), len(problems)
         case = text and text.relative_to(root).as_posix()
         bad = path_problem(root, image) or ("there is no report beside it" if not text else path_problem(root, case))
-        if bad: problems.append(Problem(where, bad, f"Give a text {'of the same name' if scan.is_file() else 'in its folder'}; `medvlm3d data folder ROOT --show {n}` names the scan."))
+        if bad:
+            problems.append(Problem(where, bad, f"Give a text {'of the same name' if scan.is_file() else 'in its folder'}; "
+                                                f"`medvlm3d data folder ROOT --show {n}` names the scan."))
         words = report_text(read_text(text, where, problems)) if not bad else ""
         if len(problems) > known: continue
         patient = image.split("/")[0] if "/" in image else case
         plane = next((p for p in PLANE_NAMES[:3] if p in stem_of(scan).lower()), "")
-        s = Sample(pseudonym(image), pseudonym(case), image, "", "report", "Report", answer=words, patient=pseudonym(patient), plane=plane, source=source, licence=licence, where=where)
+        s = Sample(pseudonym(image), pseudonym(case), image, "", "report", "Report", answer=words,
+                   patient=pseudonym(patient), plane=plane, source=source, licence=licence, where=where)
         if bad := text_problem(s): problems.append(Problem(where, *bad))
         else: samples.append(s)
     unused = sorted(set(root.rglob("*.txt")) - set(texts.values()))
     if unused: problems.append(Problem(f"{len(unused)} text files", "belong to no scan", "Name each like its scan, or move them away."))
-    if loose := loose_slices(root, scans): problems.append(Problem(f"{len(loose)} slices", "lie in the root itself", "Give the slices of each series a folder of their own, with the report."))
+    if loose := loose_slices(root, scans):
+        problems.append(Problem(f"{len(loose)} slices", "lie in the root itself", "Give the slices of each series a folder of their own, with the report."))
     if not scans: problems.append(Problem("the folder", "holds no scan", "Formats are " + ", ".join(SCANS) + ", DICOM and numbered pictures."))
     settle(relative(root), problems, rejects)
     return samples

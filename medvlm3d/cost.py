@@ -146,7 +146,9 @@ def block_bytes(config, batch, tokens, lora=None):
     return saved_bytes(llm, lambda: llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits)
 
 def connector_bytes(model):
-    "S_c: what the connector keeps for one volume, in bf16. The frequency path picks pairs by value, which has no meaning there: a product that keeps as many numbers stands for it."
+    """S_c: what the connector keeps for one volume, in bf16.
+
+    The frequency path picks pairs by value, which has no meaning there: a product that keeps as many numbers stands for it."""
     c = model.config
     connector = copy.deepcopy(model.connector).bfloat16().train()
     fusion = connector.fusion

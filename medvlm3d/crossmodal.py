@@ -65,7 +65,8 @@ def place_of(volume, mask):
     if not mask.any(): raise MedVLM3DError("the mask", "holds no lesion", "Nothing can be asked about its place.")
     middle, half = body_middle(volume)
     level, _, side = (largest_lesion(mask) - middle) / half
-    if min(abs(level), abs(side)) < NEAR: raise MedVLM3DError("the largest lesion", "lies too close to a middle plane", "Its side or level would be a matter of opinion.")
+    if min(abs(level), abs(side)) < NEAR:
+        raise MedVLM3DError("the largest lesion", "lies too close to a middle plane", "Its side or level would be a matter of opinion.")
     left = float((np.argwhere(mask)[:, 2] > middle[2]).mean())
     return ("left" if side > 0 else "right"), ("upper" if level > 0 else "lower"), (round(1 - left, 4), round(left, 4))
 
@@ -117,7 +118,9 @@ class Drafter:
     def take(self, modality, place=None, source=None):
         "The next unused volume of a modality (of `source` alone, if one is given), with the lesion at `place` if there is one."
         mine = [f for f in self.pool if f.modality == modality and source in (None, f.source)]
-        if not mine: raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{f' of {source}' if source else ''}", "is used up", "Ask for fewer volumes, or give more studies.")
+        if not mine:
+            raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{f' of {source}' if source else ''}",
+                                "is used up", "Ask for fewer volumes, or give more studies.")
         chosen = next((f for f in mine if f.location == place), mine[0])
         self.pool.remove(chosen)
         return chosen

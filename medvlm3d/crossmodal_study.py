@@ -49,8 +49,11 @@ def build(out, data, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0,
     "Draft, review, split; writes `crossmodal.jsonl` below `data` and `review.json` below `out`. Returns (pairs, account, drafter)."
     facts, refused = collect_facts(studies)
     drafter = Drafter(facts, data, seed, 0. if raters else slip)
-    if len(drafter.offered) < 2: raise MedVLM3DError("the studies", f"are all {' and '.join(drafter.offered)}: to ask for the modality would be to answer", "Give corpora of MR and of PET.")
-    vote = keeping(votes_from_sheets(Path(out)/"review", raters, seed), Path(out)/"review", drafter.facts, Path(data)) if raters else simulated_raters(drafter.facts, error, seed=seed)
+    if len(drafter.offered) < 2:
+        raise MedVLM3DError("the studies", f"are all {' and '.join(drafter.offered)}: to ask for the modality would be to answer",
+                            "Give corpora of MR and of PET.")
+    vote = (keeping(votes_from_sheets(Path(out)/"review", raters, seed), Path(out)/"review", drafter.facts, Path(data)) if raters
+            else simulated_raters(drafter.facts, error, seed=seed))
     done = review(drafter, drafter.draft(volumes), vote)
     pairs = split_by_patient(done.final, seed=seed)
     first, votes = done.first
@@ -68,7 +71,8 @@ def build(out, data, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0,
 def see(model, data, samples, progress=True):
     "Feature store of the samples' volumes, read as the modality they are listed under, as the model's own processor and encoder see them."
     config = model.config
-    how, more = (model.encoder, Preprocess.from_dict(config.preprocess), config.rho, config.selection), dict(seed=config.seed, grid=tuple(config.grid), read=read_image)
+    how, more = ((model.encoder, Preprocess.from_dict(config.preprocess), config.rho, config.selection),
+                 dict(seed=config.seed, grid=tuple(config.grid), read=read_image))
     path = Path(data)/f"features-{sha256_json(StoreSpec.of(*how, **more).to_dict())[:8]}"
     return encode_images(path, data, [s.image for s in samples], *how, **more, samples=samples, progress=progress)
 
@@ -81,7 +85,8 @@ def answer_all(out, data, asked, model, seed=0, progress=True):
 
 def asked_of(data, pairs, account):
     "What identifies the pairs of a run: their number, who accepted them, and the hash of the manifest below `data`."
-    return {"manifest": "crossmodal.jsonl", "sha256": sha256_file(Path(data)/"crossmodal.jsonl"), "pairs": len(pairs), "test": sum(p.split == "test" for p in pairs), "accepted by": who(account)}
+    return {"manifest": "crossmodal.jsonl", "sha256": sha256_file(Path(data)/"crossmodal.jsonl"),
+            "pairs": len(pairs), "test": sum(p.split == "test" for p in pairs), "accepted by": who(account)}
 
 def by_modality(results): return {name: results[name] for name in ("all", *MODALITY_WORDS.values()) if name in results}
 
@@ -92,7 +97,8 @@ def scores(systems, asked, training, seed=0, n=2000):
         def of(lines): return [l for l in lines if name in ("all", kind[l["id"]])]
         blank = of([prediction_line(p) for p in asked])
         if systems: results[name] = evaluate_systems({k: of(v) for k, v in systems.items()}, training, seed=seed, n=n)
-        else: results[name] = {"systems": {"constant": score_predictions(constant_predictions(blank, training), seed=seed, n=n), "chance": chance_scores(blank)}}
+        else:
+            results[name] = {"systems": {"constant": score_predictions(constant_predictions(blank, training), seed=seed, n=n), "chance": chance_scores(blank)}}
     holm_table({(name, system): tasks for name, r in results.items() for system, tasks in r.get("comparisons", {}).items()})
     return results
 
@@ -107,11 +113,14 @@ def score(out, data, pairs, account, model=None, seed=0, resamples=2000, progres
 # %% ../nbs/16c_crossmodal_study.ipynb #bec2c2cb
 SYSTEMS = ("model", "other image", "blank image", "slices reversed", "constant", "chance")
 PROTOCOL = "standard protocol (strict parser)"
-NOTE = "Accuracy × 100; in brackets 95 % intervals from resampling cases. constant: the most frequent answer of all training pairs, which names one modality and is therefore right in the one and wrong in the other. Published numbers are on BraTS 2023 and AutoPET, 'here' is on the sources named below."
+NOTE = ("Accuracy × 100; in brackets 95 % intervals from resampling cases. constant: the most frequent answer of all training pairs, "
+        "which names one modality and is therefore right in the one and wrong in the other. "
+        "Published numbers are on BraTS 2023 and AutoPET, 'here' is on the sources named below.")
 
 def judged_by(account):
     "The end of a note: who accepted the pairs."
-    told = " These raters are simulated: programs that know the truth and err at a known rate; no person has looked at the pairs." if account["simulated"] else ""
+    told = (" These raters are simulated: programs that know the truth and err at a known rate; no person has looked at the pairs."
+            if account["simulated"] else "")
     return f" Pairs accepted by all {len(account['raters'])} {who(account)}.{told} Research use only."
 
 def span(v, factor=1., digits=3):
@@ -129,14 +138,18 @@ def accuracy_table(results, account):
             n = next((c["n"] for c in cells if c), 0)
             paper = published_value(known, "paper", "crossmodal", name, "accuracy") if group == "micro" else "–"
             rows.append((name, "all" if group == "micro" else group, n, paper, *texts))
-    return Table(f"Cross-modal benchmark, test patients, {PROTOCOL}", ("modality", "question", f"pairs accepted by {who(account)}", "paper", *(f"here: {s}" for s in SYSTEMS)), tuple(rows), NOTE + judged_by(account))
+    return Table(f"Cross-modal benchmark, test patients, {PROTOCOL}",
+                 ("modality", "question", f"pairs accepted by {who(account)}", "paper", *(f"here: {s}" for s in SYSTEMS)), tuple(rows),
+                 NOTE + judged_by(account))
 
 def difference_table(results, account):
     "The model minus each other system, by modality and type; Holm over all rows."
-    versus = {f"{system}, {name}": {"closed": {"accuracy": {g: c for g, c in tasks["closed"]["accuracy"].items() if g != "micro"}}} for name, r in by_modality(results).items() for system, tasks in r.get("comparisons", {}).items()}
+    versus = {f"{system}, {name}": {"closed": {"accuracy": {g: c for g, c in tasks["closed"]["accuracy"].items() if g != "micro"}}}
+              for name, r in by_modality(results).items() for system, tasks in r.get("comparisons", {}).items()}
     table = comparison_table({"comparisons": versus})
     return Table(f"Cross-modal benchmark, differences in accuracy, {PROTOCOL}", (f"on pairs accepted by {who(account)}", *table.columns[1:]), table.rows,
-                 ("Points; 95 % intervals from resampling cases; macro: the mean of the three types. Holm: adjusted for all rows of this table." if versus else "Not run: no model was given.") + judged_by(account))
+                 ("Points; 95 % intervals from resampling cases; macro: the mean of the three types. Holm: adjusted for all rows of this table."
+                  if versus else "Not run: no model was given.") + judged_by(account))
 
 def agreement_table(account):
     "The first round, before any replacement, beside the paper's two numbers."
@@ -148,16 +161,21 @@ def agreement_table(account):
             *((f"Cohen's kappa, raters {name}", "–", span(v)) for name, v in account["Cohen"].items()),
             ("Fleiss' kappa", "–", span(account["Fleiss"])),
             ("error rate of a rater, % (from the votes alone)", "–", span(account["error rate"], 100, 2))]
-    if account["simulated"]: rows += [("error rate of a rater, % (as simulated)", "–", f"{100 * account['known error']:g}"), ("wrong pairs in the draft, % (as simulated)", "–", f"{100 * account['slip']:g}")]
+    if account["simulated"]:
+        rows += [("error rate of a rater, % (as simulated)", "–", f"{100 * account['known error']:g}"),
+                 ("wrong pairs in the draft, % (as simulated)", "–", f"{100 * account['slip']:g}")]
     rows += [("rounds until unanimous", "not stated", len(account["rounds"])), ("pairs replaced", "not stated", account["replaced"])]
-    return Table(f"Agreement of {len(account['raters'])} {who(account)} in the first round, before replacement", ("quantity", "paper", f"here: {who(account)}"), tuple(rows),
+    return Table(f"Agreement of {len(account['raters'])} {who(account)} in the first round, before replacement",
+                 ("quantity", "paper", f"here: {who(account)}"), tuple(rows),
                  "In brackets 95 % intervals from resampling patients." + judged_by(account))
 
 def source_table(account):
     "What the benchmark was drawn from, and what could not be used."
     rows = [(source, n, *(account["pairs of"][side].get(source, 0) for side in ("train", "test"))) for source, n in account["studies"].items()]
     left = "; ".join(f"{why}: {n}" for why, n in account["refused"].items()) or "none"
-    return Table(f"Sources of the pairs accepted by {who(account)}", ("source", "studies", *(f"pairs accepted by {who(account)}: {side}" for side in ("train", "test"))), tuple(rows), f"Studies not used: {left}.{judged_by(account)}")
+    return Table(f"Sources of the pairs accepted by {who(account)}",
+                 ("source", "studies", *(f"pairs accepted by {who(account)}: {side}" for side in ("train", "test"))), tuple(rows),
+                 f"Studies not used: {left}.{judged_by(account)}")
 
 # %% ../nbs/16c_crossmodal_study.ipynb #5295e0a9
 def agreement_figure(account):
@@ -167,10 +185,13 @@ def agreement_figure(account):
     rows = [*((f"raters {k}", v) for k, v in account["Cohen"].items()), ("mean of couples", account["mean Cohen"]), ("Fleiss", account["Fleiss"])]
     for y, (name, v) in enumerate(rows):
         if v["value"] is None: left.text(.02, y, "undefined: nobody rejected anything", va="center", fontsize=7)
-        else: left.errorbar(v["value"], y, xerr=None if v["low"] is None else [[v["value"] - v["low"]], [v["high"] - v["value"]]], fmt="o", color="C0" if y < len(rows) - 2 else "C1", capsize=3, ms=5)
+        else:
+            left.errorbar(v["value"], y, xerr=None if v["low"] is None else [[v["value"] - v["low"]], [v["high"] - v["value"]]],
+                          fmt="o", color="C0" if y < len(rows) - 2 else "C1", capsize=3, ms=5)
     paper = published_value(published(), "paper", "crossmodal", "raters", "kappa")
     left.axvline(float(paper), color=".4", ls="--", lw=1, label=f"paper: {paper}")
-    left.set(yticks=range(len(rows)), yticklabels=[n for n, _ in rows], xlim=(0, 1.02), xlabel="kappa, before replacement", title=f"{len(account['raters'])} {who(account)}, first round")
+    left.set(yticks=range(len(rows)), yticklabels=[n for n, _ in rows], xlim=(0, 1.02),
+             xlabel="kappa, before replacement", title=f"{len(account['raters'])} {who(account)}, first round")
     left.invert_yaxis()
     left.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, .86))
     for i, r in enumerate(account["rounds"]):
@@ -178,7 +199,8 @@ def agreement_figure(account):
         right.bar(i + 1, r["accepted by all"], color="C0", label="accepted by all" if not i else None)
         right.bar(i + 1, lost, bottom=r["accepted by all"], color="C3", label="discarded and replaced" if not i else None)
         right.text(i + 1, r["judged"], f"{r['accepted by all']} of {r['judged']}", ha="center", va="bottom", fontsize=8)
-    right.set(xlabel="round", ylabel="pairs", xticks=range(1, len(account["rounds"]) + 1), title="until unanimous", ylim=(0, 1.15 * account["rounds"][0]["judged"]))
+    right.set(xlabel="round", ylabel="pairs", xticks=range(1, len(account["rounds"]) + 1),
+              title="until unanimous", ylim=(0, 1.15 * account["rounds"][0]["judged"]))
     right.legend(frameon=False, fontsize=8)
     sns.despine(figure)
     figure.suptitle("Research use only", fontsize=7, color=".4")
@@ -196,14 +218,17 @@ def contact_sheet(pairs, facts, account, each=2):
     return figure
 
 # %% ../nbs/16c_crossmodal_study.ipynb #ec2bd776
-def run(out, data, corpora=("brats", "autopet", "phantom"), studies=16, shape=(40, 64, 64), volumes=8, raters=(), error=.02, slip=.03, model="", resamples=2000, seed=0, workers=2, progress=True):
+def run(out, data, corpora=("brats", "autopet", "phantom"), studies=16, shape=(40, 64, 64), volumes=8,
+        raters=(), error=.02, slip=.03, model="", resamples=2000, seed=0, workers=2, progress=True):
     "The whole study in the folder `out` with volumes below `data`, both relative to the project root; returns its tables by name."
-    config = dict(data=str(data), corpora=list(corpora), studies=studies, shape=list(shape), volumes=volumes, raters=list(raters), error=error, slip=slip, model=str(model), resamples=resamples, seed=seed)
+    config = dict(data=str(data), corpora=list(corpora), studies=studies, shape=list(shape), volumes=volumes,
+                  raters=list(raters), error=error, slip=slip, model=str(model), resamples=resamples, seed=seed)
     out, data = project_root()/out, project_root()/data
     with open_run(out, config, **({"raters": f"{len(raters)} people"} if raters else {"raters": "simulated"})) as folder:
         pairs, account, drafter = build(out, data, open_corpora(data, corpora, studies, shape, seed, workers), volumes, raters, error, slip, seed, resamples)
         results = score(out, data, pairs, account, load(project_root()/model) if model else None, seed, resamples, progress)
-        tables = {"accuracy": accuracy_table(results, account), "differences": difference_table(results, account), "agreement": agreement_table(account), "sources": source_table(account)}
+        tables = {"accuracy": accuracy_table(results, account), "differences": difference_table(results, account),
+                  "agreement": agreement_table(account), "sources": source_table(account)}
         for name, table in tables.items(): write_table(table, folder/"tables", name)
         save_figure(agreement_figure(account), folder/"figures", "agreement")
         save_figure(contact_sheet(pairs, drafter.facts, account), folder/"figures", "contact-sheet")

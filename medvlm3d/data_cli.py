@@ -54,7 +54,8 @@ def numbers(text, option, example):
     from medvlm3d.core import MedVLM3DError
     try: found = [float(part) for part in text.split(",")]
     except ValueError: found = []
-    if len(found) != example.count(",") + 1 or min(found) < 0 or sum(found) <= 0: raise MedVLM3DError(f"{option} {text}", f"is not {example.count(',') + 1} numbers", f"Write for instance {option} {example}.")
+    if len(found) != example.count(",") + 1 or min(found) < 0 or sum(found) <= 0:
+        raise MedVLM3DError(f"{option} {text}", f"is not {example.count(',') + 1} numbers", f"Write for instance {option} {example}.")
     return found
 
 @data_app.command()
@@ -67,7 +68,8 @@ def phantom(out: To = Path("data/phantom"), train: Count = 840, validation: Coun
     from medvlm3d.benchmark import make_benchmark
     from medvlm3d.core import relative
     from medvlm3d.phantom import make_phantom
-    dial = {k: v for k, v in {"modality": modality, "contrast": contrast, "radius": radius and numbers(radius, "--radius", "22,42"), "kinds": kind}.items() if v is not None}
+    dial = {k: v for k, v in {"modality": modality, "contrast": contrast,
+                              "radius": radius and numbers(radius, "--radius", "22,42"), "kinds": kind}.items() if v is not None}
     how = dict(train=train, validation=validation, test=test, shape=(depth, size, size), seed=seed, workers=workers)
     rows = make_benchmark(out, **dial, **how) if dial else make_phantom(out, **how)
     say(f"done: {len(rows)} volumes in {relative(out)}")
@@ -75,7 +77,8 @@ def phantom(out: To = Path("data/phantom"), train: Count = 840, validation: Coun
 @data_app.command()
 def probe(name: Annotated[str, typer.Argument(help="tiny (injection), texture (frequency path), slices (selection) or mirror (position).")], out: To,
           train: Count = 0, validation: Count = 0, test: Count = 96, depth: int = 32, size: int = 112,
-          scale: Annotated[float, typer.Option(help="Of the finding: 2 is twice as large.")] = 1., contrast: Contrast = 1., seed: int = 0, workers: Workers = 2):
+          scale: Annotated[float, typer.Option(help="Of the finding: 2 is twice as large.")] = 1.,
+          contrast: Contrast = 1., seed: int = 0, workers: Workers = 2):
     "Draw a probe: cases in which one part of the model must do its work."
     from medvlm3d.core import relative
     from medvlm3d.probes import make_probe
@@ -83,7 +86,8 @@ def probe(name: Annotated[str, typer.Argument(help="tiny (injection), texture (f
     say(f"done: {len(rows)} volumes in {relative(out)}")
 
 @data_app.command()
-def layout(name: Annotated[Layout, typer.Argument(help="The corpus; what is written is listed by the verb of its name. MR and PET of phantoms are drawn by `crossmodal`.")], out: To,
+def layout(name: Annotated[Layout, typer.Argument(help="The corpus; what is written is listed by the verb of its name. "
+                                                       "MR and PET of phantoms are drawn by `crossmodal`.")], out: To,
            studies: Count = 12, depth: int = 40, size: int = 64, seed: int = 0, workers: Workers = 2):
     "Generate studies as a public corpus lays them out; GENERATED.json says that they are."
     from medvlm3d.core import relative
@@ -98,7 +102,8 @@ def write_listing(root, samples, out, source="", licence="", rejects=None):
     from medvlm3d.datasets import by_image, shared_cases
     from medvlm3d.manifest import with_hashes, write_manifest
     out = out or root/"manifest.jsonl"
-    if out.resolve().parent != root.resolve(): raise MedVLM3DError(relative(out), "does not lie in the folder of the corpus, to which its paths are relative", f"Write it to {relative(root)}.")
+    if out.resolve().parent != root.resolve():
+        raise MedVLM3DError(relative(out), "does not lie in the folder of the corpus, to which its paths are relative", f"Write it to {relative(root)}.")
     listed = [replace(s, source=source or s.source, licence=licence or s.licence) for s in with_hashes(root, samples)]
     write_manifest(out, listed)
     if torn := len(shared_cases(listed)): say(f"{torn} cases stand on two sides. Run `medvlm3d data split`.")
@@ -141,7 +146,8 @@ def folder(root: Root, out: Listing = None, rejects: Rejects = None, source: Sou
 
 # %% ../nbs/16c_data_cli.ipynb #4dc16895
 @data_app.command()
-def verify(corpus: Corpus, out: Annotated[Optional[Path], typer.Option("--out", help="Folder for audit.md and audit.json. [default: audit/ beside the data]")] = None,
+def verify(corpus: Corpus,
+           out: Annotated[Optional[Path], typer.Option("--out", help="Folder for audit.md and audit.json. [default: audit/ beside the data]")] = None,
            allow: Annotated[Optional[list[Kind]], typer.Option(help="A kind of tie that is no leak here; may be repeated. It is written down.")] = None,
            images: Images = True, near_text: NearText = .8, near_image: NearImage = .95, workers: Workers = 2,
            as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
@@ -159,7 +165,8 @@ def verify(corpus: Corpus, out: Annotated[Optional[Path], typer.Option("--out", 
 def split(corpus: Corpus, by: Annotated[By, typer.Option(help="What stays together in any case.")] = By.case,
           out: Annotated[Optional[Path], typer.Option("--out", help="The manifest to write, beside the data. [default: named by-case or by-patient]")] = None,
           shares: Annotated[str, typer.Option(help="Training, validation, test.")] = "80,10,10", seed: int = 0,
-          tie: Annotated[Optional[list[Kind]], typer.Option(help="What else holds volumes together; may be repeated. [default: text, near text, bytes, near image]")] = None,
+          tie: Annotated[Optional[list[Kind]],
+                         typer.Option(help="What else holds volumes together; may be repeated. [default: text, near text, bytes, near image]")] = None,
           images: Images = True, near_text: NearText = .8, near_image: NearImage = .95, workers: Workers = 2):
     "Write a manifest whose split tears no tie, with a ledger of what moved."
     from medvlm3d.split import OPTIONAL, split_corpus

@@ -42,7 +42,8 @@ def show_slice(ax, unit, lesion, title, aspect=1., inverse=False, outline=True):
 def real_slice(ax, name):
     "Draw a real scan with its lesion in the window of its modality."
     volume, mask = real_scans(name)[name]
-    show_slice(ax, MODES[volume.modality].unit(volume.array), mask.array > 0, f"a real {MODES[volume.modality].word}\n({name})", volume.spacing[1] / volume.spacing[2])
+    show_slice(ax, MODES[volume.modality].unit(volume.array), mask.array > 0,
+               f"a real {MODES[volume.modality].word}\n({name})", volume.spacing[1] / volume.spacing[2])
 
 def modality_sheet(modality, shape=(32, 112, 112), seed=8):
     "A figure of phantoms of a modality, and real scans of it (of CT where none can be had)."
@@ -62,7 +63,8 @@ def probe_sheet(shape=(32, 112, 112), seed=16):
     for column, (name, (claim, items_of, _)) in zip(axes.T, PROBES.items()):
         for ax, item in zip(column, items_of(8, "test", 0, seed, tuple(shape), 1., 1.)):
             (unit, masks, facts), steps = item.draw(item), spacing_of(item.case.plane, shape)
-            show_slice(ax, unit, masks > 127, f"{name} ({claim})\n{facts.get('texture') or facts.get('location') or item.case.organ}", steps[1] / steps[2], outline=name != "texture")
+            show_slice(ax, unit, masks > 127, f"{name} ({claim})\n{facts.get('texture') or facts.get('location') or item.case.organ}",
+                       steps[1] / steps[2], outline=name != "texture")
             ax.axis("off")
     figure.suptitle("Research use only", fontsize=7, color=".4")
     return figure
@@ -80,7 +82,8 @@ def constant_shares(known, asked):
     rank = {a: i for i, (a, _) in enumerate(Counter(q["answer"] for q in known).most_common())}
     letter = Counter(q["letter"] for q in known).most_common(1)[0][0]
     def given(q): return min((c for c in q["choices"] if c in rank), key=rank.get)
-    shares = {"answer": [given(q) == q["answer"] for q in asked], "letter": [q["letter"] == letter for q in asked], "chance": [1 / (4 - q["choices"].count("NA")) for q in asked]}
+    shares = {"answer": [given(q) == q["answer"] for q in asked], "letter": [q["letter"] == letter for q in asked],
+              "chance": [1 / (4 - q["choices"].count("NA")) for q in asked]}
     return {k: round(100 * float(np.mean(v)), 2) for k, v in shares.items()} | {"n": len(asked)}
 
 def balance(n=720, seed=1):
@@ -117,15 +120,20 @@ def speed_table(found, workers):
 
 def audit_table(result):
     "Rows: kinds of ties; the verdict is the title."
-    rows = tuple((f["kind"], f"{f['across']}{' or more' * f['crowded']}", f["within"], f["touched"]["test"], f["touched"]["validation"]) for f in result["findings"])
+    rows = tuple((f["kind"], f"{f['across']}{' or more' * f['crowded']}", f["within"], f["touched"]["test"], f["touched"]["validation"])
+                 for f in result["findings"])
     allowed = f", allowed by whoever ran it: {', '.join(result['allowed'])}" if result["allowed"] else ""
-    return Table(f"Audit: {'passed' if result['passed'] else 'NOT passed'}{allowed}", ("kind of tie", "across sides", "within one side", "test volumes touched", "validation volumes touched"), rows,
+    return Table(f"Audit: {'passed' if result['passed'] else 'NOT passed'}{allowed}",
+                 ("kind of tie", "across sides", "within one side", "test volumes touched", "validation volumes touched"), rows,
                  f"{sum(result['samples'].values())} samples on {sum(result['volumes'].values())} volumes; problems: {result['problems']}. Research use only.")
 
 def scale_table(record):
     "Rows: steps on the generated corpus, with time and memory."
     rows = tuple((name, s["seconds"], s["processor seconds"], s["peak MB"], s["peak MB of a worker"]) for name, s in record.get("steps", {}).items())
-    note = f"{record['questions']} questions on {record['volumes']} volumes, {record['workers']} processes. Seconds by the clock include what else the machine did, those of the processor do not. Planted leaks found: {', '.join(record['manifest']['leaks'])}. The split {'passes' if record['manifest-by-case']['passed'] else 'does NOT pass'}." if rows else "Not run."
+    note = (f"{record['questions']} questions on {record['volumes']} volumes, {record['workers']} processes. "
+            "Seconds by the clock include what else the machine did, those of the processor do not. "
+            f"Planted leaks found: {', '.join(record['manifest']['leaks'])}. "
+            f"The split {'passes' if record['manifest-by-case']['passed'] else 'does NOT pass'}." if rows else "Not run.")
     note += " Research use only."
     return Table("Verifying and splitting a generated corpus", ("step", "seconds", "processor seconds", "peak MB", "peak MB of a worker"), rows, note)
 
@@ -142,23 +150,28 @@ def explain_preprocessing(out, data, store):
 def preprocessing_table(explained):
     "One row a fact, one column a split."
     keys = ("modality", "intensity", "plane", "window", "zero_one", "voxels", "spacing", "to_voxels", "to_spacing", "warnings")
-    return Table("Preprocessing of the first volume of each split", ("", *explained), tuple((k, *(str(e[k]) for e in explained.values())) for k in keys), "Research use only.")
+    return Table("Preprocessing of the first volume of each split", ("", *explained),
+                 tuple((k, *(str(e[k]) for e in explained.values())) for k in keys), "Research use only.")
 
 # %% ../nbs/16d_data_study.ipynb #8155d51d
-def run(out, data, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112, 112),), drawn=12, asked=720, volumes=600, questions=1200, seed=8, workers=2, progress=True):
+def run(out, data, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112, 112),),
+        drawn=12, asked=720, volumes=600, questions=1200, seed=8, workers=2, progress=True):
     """The whole study in the folder `out`, generated data below `data`, both relative to the project root; returns its tables by name.
 
     `corpus`: what is audited, with ties of the kinds `allow` allowed; a small one is drawn where none is named. `volumes` 0: no scale."""
-    config = dict(corpus=str(corpus), allow=list(allow), shape=list(shape), sizes=[list(s) for s in sizes], drawn=drawn, asked=asked, volumes=volumes, questions=questions, seed=seed, workers=workers)
+    config = dict(corpus=str(corpus), allow=list(allow), shape=list(shape), sizes=[list(s) for s in sizes],
+                  drawn=drawn, asked=asked, volumes=volumes, questions=questions, seed=seed, workers=workers)
     out, data = project_root()/out, project_root()/data
     if not corpus: make_benchmark(data/"corpus", train=drawn, validation=4, test=4, shape=tuple(shape), seed=seed, workers=workers, progress=progress)
     with open_run(out, config) as folder:
         for modality in MODES: save_figure(modality_sheet(modality, tuple(shape), seed), folder/"figures", f"phantom-{MODES[modality].word}")
         save_figure(probe_sheet(tuple(shape)), folder/"figures", "probes")
-        results = {"balance": balance(asked), "speed": speed(sizes, drawn, workers), "audit": audit(project_root()/corpus if corpus else data/"corpus", allow=allow, workers=workers, progress=progress),
+        results = {"balance": balance(asked), "speed": speed(sizes, drawn, workers),
+                   "audit": audit(project_root()/corpus if corpus else data/"corpus", allow=allow, workers=workers, progress=progress),
                    "scale": scale_record(data/"scale", volumes, questions, workers, progress) if volumes else {}}
         write_json(folder/"results.json", results)
         write_audit(folder/"audit", results["audit"])
-        tables = {"balance": balance_table(results["balance"]), "speed": speed_table(results["speed"], workers), "audit": audit_table(results["audit"]), "scale": scale_table(results["scale"])}
+        tables = {"balance": balance_table(results["balance"]), "speed": speed_table(results["speed"], workers),
+                  "audit": audit_table(results["audit"]), "scale": scale_table(results["scale"])}
         for name, table in tables.items(): write_table(table, folder/"tables", name)
     return tables

@@ -15,12 +15,14 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from .checks import PLANE_NAMES, SIDES, TYPES, Problem, Sample, alias, by_image, path_problem, read_text, reading, settle, shared_cases, side_problem, text_lines, text_problem
+from .checks import (PLANE_NAMES, SIDES, TYPES, Problem, Sample, alias, by_image, path_problem,
+                             read_text, reading, settle, shared_cases, side_problem, text_lines, text_problem)
 from .core import read_json, relative
 from .readers import PICTURES, check_options, read_nifti, read_volume
 from .volume import make_volume
 
-_all_ = ["PLANE_NAMES", "SIDES", "TYPES", "Problem", "Sample", "by_image", "path_problem", "read_text", "settle", "shared_cases", "side_problem", "text_lines", "text_problem"]
+_all_ = ["PLANE_NAMES", "SIDES", "TYPES", "Problem", "Sample", "by_image", "path_problem",
+         "read_text", "settle", "shared_cases", "side_problem", "text_lines", "text_problem"]
 
 # %% ../nbs/09_datasets.ipynb #690b1333
 def report_text(raw):
@@ -76,7 +78,8 @@ def read_m3d(path, modality=None, **choices):
         array = (volume := read_nifti(path, **choices)).array
         if not array.shape[0] != array.shape[1] == array.shape[2]: array = array.transpose(2, 1, 0)
     root = next((p.parent for p in path.parents if p.name.startswith("M3D_Cap")), path.parent)
-    made = make_volume(array, plane=plane if plane in PLANE_NAMES[:3] else "axial", what=path, modality=modality or corpus_modality(root), intensity=volume.intensity, source_hash=volume.source_hash)
+    made = make_volume(array, plane=plane if plane in PLANE_NAMES[:3] else "axial", what=path,
+                       modality=modality or corpus_modality(root), intensity=volume.intensity, source_hash=volume.source_hash)
     return replace(made, warnings=(*volume.warnings, *(w for w in made.warnings if w not in volume.warnings)))
 
 def read_image(path, modality=None, **choices):
@@ -117,7 +120,8 @@ def read_reports(root, problems):
     for split, n, entry in listed_reports(file, problems) if file else ():
         where, known = f"{file.name}:{split}[{n}]", len(problems)
         image, why = locate(root, entry["image"])
-        problems += [Problem(where, f"{part}: {bad}", "Correct the path, or restore the file.") for part, bad in (("image", why), ("text", path_problem(root, entry["text"]))) if bad]
+        problems += [Problem(where, f"{part}: {bad}", "Correct the path, or restore the file.")
+                     for part, bad in (("image", why), ("text", path_problem(root, entry["text"]))) if bad]
         if len(problems) > known: continue
         text = report_text(read_text(Path(root)/entry["text"], where, problems))
         s = Sample(f"{split}/report/{n}", case_of(image), image, split, "report", "Report", answer=text, modality="CT", **facts_of(image), where=where)
@@ -134,7 +138,8 @@ def table_rows(file, problems):
         return
     try:
         for row in reader:
-            if None in row or None in row.values(): problems.append(Problem(f"{file.name}:{reader.line_num}", "has too many or too few columns", "Check its commas and quotes."))
+            if None in row or None in row.values():
+                problems.append(Problem(f"{file.name}:{reader.line_num}", "has too many or too few columns", "Check its commas and quotes."))
             if len(problems) == known: yield reader.line_num, row
             known = len(problems)
     except csv.Error as e: problems.append(Problem(f"{file.name}:{reader.line_num + 1}", f"is no CSV ({e})", "Check its quotes: one may never close."))
@@ -180,13 +185,16 @@ def read_raw(root, problems):
         name = raw_case(Path(root), case)
         where = f"{name}/text.txt"
         if not (case.name.isdecimal() and len(case.name) == 6):
-            problems.append(Problem("a folder with text.txt", "is not named with six digits, as a case of M3D is", "Read other layouts with `medvlm3d data folder`."))
+            problems.append(Problem("a folder with text.txt", "is not named with six digits, as a case of M3D is",
+                                    "Read other layouts with `medvlm3d data folder`."))
             continue
         answer = report_text(read_text(text, where, problems))
         series = [p.relative_to(root).as_posix() for p in sorted(case.iterdir()) if is_series(p)]
-        made = [Sample(f"raw/report/{len(samples) + i}", name, p, "", "report", "Report", answer=answer, modality="CT", **facts_of(p), where=where) for i, p in enumerate(series)]
+        made = [Sample(f"raw/report/{len(samples) + i}", name, p, "", "report", "Report", answer=answer, modality="CT", **facts_of(p), where=where)
+                for i, p in enumerate(series)]
         if not made: problems.append(Problem(where, "has no series beside it", "Restore the folders with slices."))
-        bad = [("a series: " + why, "Copy the files themselves.") for why in (path_problem(root, p) for p in series) if why] or [b for b in map(text_problem, made[:1]) if b]
+        bad = ([("a series: " + why, "Copy the files themselves.") for why in (path_problem(root, p) for p in series) if why]
+               or [b for b in map(text_problem, made[:1]) if b])
         if len(problems) == known: problems += [Problem(where, *b) for b in bad]
         if len(problems) == known: samples += made
     return samples

@@ -24,18 +24,24 @@ def calibration_table(runs):
         for system, scores in results_of(run).get("systems", {}).items():
             if c := scores.get("calibration"):
                 wrong = [between(r["risk"], r["low"], r["high"], 1, 100) for r in c["risk_coverage"]]
-                rows.append((name if system == "model" else f"{name}: {system}", c["n"], c["left out"], between(c["brier"], c["brier_low"], c["brier_high"]), f"{c['calibration_error']:.3f}", *wrong))
-    return Table("Calibration of closed answers", ("system", "questions", "left out", "Brier", "calibration error", *(f"wrong, surest {s} %" for s in shares)), tuple(rows),
-                 "Of the likeliest option. Brier score from 0 (certain and right) to 2 (certain and wrong); calibration error: mean gap between confidence and accuracy; wrong: percent of the surest answers. "
-                 "In brackets 95 % intervals from resampling cases. Left out: questions without option probabilities, because the item failed. Research use only.")
+                rows.append((name if system == "model" else f"{name}: {system}", c["n"], c["left out"],
+                             between(c["brier"], c["brier_low"], c["brier_high"]), f"{c['calibration_error']:.3f}", *wrong))
+    return Table("Calibration of closed answers",
+                 ("system", "questions", "left out", "Brier", "calibration error", *(f"wrong, surest {s} %" for s in shares)), tuple(rows),
+                 "Of the likeliest option. Brier score from 0 (certain and right) to 2 (certain and wrong); "
+                 "calibration error: mean gap between confidence and accuracy; wrong: percent of the surest answers. "
+                 "In brackets 95 % intervals from resampling cases. "
+                 "Left out: questions without option probabilities, because the item failed. Research use only.")
 
 def strata_table(run, groups=("Plane", "Phase", "Organ", "Abnormality", "Location", "macro")):
     "The model's closed accuracy by what is in the volume and by question type, and the means of the systems in `strata_beside`."
     results = results_of(run)
     beside = results.get("strata_beside", {})
     other = lambda s, fact, value: cell_text(beside[s].get(fact, {}).get(value, {}).get("macro"))
-    rows = [(fact, value, cells["micro"]["n"], *(cell_text(cells.get(g)) for g in groups), *(other(s, fact, value) for s in beside)) for fact, values in results.get("strata", {}).items() for value, cells in values.items()]
-    return Table("Closed accuracy by what is in the volume", ("fact", "value", "questions", *groups, *(f"macro, {s}" for s in beside)), tuple(rows), HERE + " Protocol standard, its strict parser. macro: mean over types.")
+    rows = [(fact, value, cells["micro"]["n"], *(cell_text(cells.get(g)) for g in groups), *(other(s, fact, value) for s in beside))
+            for fact, values in results.get("strata", {}).items() for value, cells in values.items()]
+    return Table("Closed accuracy by what is in the volume", ("fact", "value", "questions", *groups, *(f"macro, {s}" for s in beside)),
+                 tuple(rows), HERE + " Protocol standard, its strict parser. macro: mean over types.")
 
 # %% ../nbs/16a_details.ipynb #823d94ef
 RATES = ("precision", "recall", "F1", "omitted", "hallucinated")
@@ -43,15 +49,18 @@ RATES = ("precision", "recall", "F1", "omitted", "hallucinated")
 def findings_table(run, systems=BESIDE):
     "Precision, recall, F1, omissions and inventions of each fact in reports against the truth, by system."
     found = results_of(run).get("systems", {})
-    rows = [(s, fact, *(cell_text(cells[k]) for k in RATES)) for s in systems if "facts" in found.get(s, {}) for fact, cells in sorted(found[s]["facts"].items(), key=lambda pair: pair[0] == "all")]
-    return Table("Facts of reports", ("system", "fact", *RATES), tuple(rows), HERE + " Against the phantom's truth, protocol standard. omitted: true facts that are not named; hallucinated: named facts that are not true.")
+    rows = [(s, fact, *(cell_text(cells[k]) for k in RATES)) for s in systems if "facts" in found.get(s, {})
+            for fact, cells in sorted(found[s]["facts"].items(), key=lambda pair: pair[0] == "all")]
+    return Table("Facts of reports", ("system", "fact", *RATES), tuple(rows),
+                 HERE + " Against the phantom's truth, protocol standard. omitted: true facts that are not named; hallucinated: named facts that are not true.")
 
 def clinical_table(run):
     "Findings of reports read by the clinical lexicon, prediction against reference text, by system."
     found = results_of(run).get("clinical", {})
     names = list(dict.fromkeys(k for cells in found.values() for k, c in cells.items() if c["counted"]))
     rows = [(k, *(cell_text(cells.get(k)) for cells in found.values())) for k in names]
-    return Table("Findings of reports, read by the lexicon", ("score", *found), tuple(rows), HERE + " Protocol standard. Text against text; side, location and grade (severity) of the findings that both name.")
+    return Table("Findings of reports, read by the lexicon", ("score", *found), tuple(rows),
+                 HERE + " Protocol standard. Text against text; side, location and grade (severity) of the findings that both name.")
 
 # %% ../nbs/16a_details.ipynb #cc4a2f7a
 def trainings_text(run):
@@ -59,13 +68,15 @@ def trainings_text(run):
     results = results_of(run)
     if not (made := results.get("trainings")): return ""
     seeds, n = ", ".join(map(str, made["seeds"])), len(made["seeds"])
-    blind = f" The blind twin: the same plan with {100 * made['blind']:g} % of the epochs, every volume's features replaced by the mean of the training features." if made["blind"] else ""
+    blind = (f" The blind twin: the same plan with {100 * made['blind']:g} % of the epochs, "
+             "every volume's features replaced by the mean of the training features." if made["blind"] else "")
     return (f"One training (seed {seeds})." if n == 1 else f"{n} trainings (seeds {seeds}); scores are of the first, and the table of seeds has all.") + blind
 
 def one_training(results):
     "The block `seeds` of a model that was trained once: its cells, with the interval over cases."
     cells = results.get("systems", {}).get("model", {}).get("standard", {}).get("closed", {}).get("accuracy", {})
-    return {"n": 1, "cells": {t: {"mean": c["value"], "low": c["low"], "high": c["high"], "sd": None, "values": [c["value"]]} for t, c in cells.items() if t != "micro"}}
+    return {"n": 1, "cells": {t: {"mean": c["value"], "low": c["low"], "high": c["high"], "sd": None, "values": [c["value"]]}
+                              for t, c in cells.items() if t != "micro"}}
 
 def seeds_table(run):
     "Closed accuracy of each training, their mean over seeds and cases, and the difference from the blind twin; with one training its own interval only."
@@ -76,11 +87,13 @@ def seeds_table(run):
     rows = [(t, *(f"{v:.1f}" for v in c["values"]), between(c["mean"], c["low"], c["high"], 1), "–" if c["sd"] is None else f"{c['sd']:.1f}",
              between(minus[t]["mean"], minus[t]["low"], minus[t]["high"], 1) if minus else "–") for t, c in block["cells"].items()]
     return Table("Closed accuracy over trainings", ("type", *labels, "mean", "sd over seeds", "mean minus blind"), tuple(rows),
-                 "× 100, protocol standard, its strict parser; in brackets 95 % intervals over seeds and cases. " + (trainings_text(run) or "One training.") + " Research use only.")
+                 "× 100, protocol standard, its strict parser; in brackets 95 % intervals over seeds and cases. "
+                 + (trainings_text(run) or "One training.") + " Research use only.")
 
 # %% ../nbs/16a_details.ipynb #c985cea6
 def failed_table(run):
     "Every item that could not be answered, by system; one row `none` where all were answered."
     found = results_of(run).get("systems", {})
     rows = [(s, f["id"], f["error"]) for s, scores in found.items() for f in scores.get("failed", [])]
-    return Table("Items that failed", ("system", "item", "error"), tuple(rows) or (("none", "–", "–"),), "A failed item counts as wrong and stays in every denominator. Research use only.")
+    return Table("Items that failed", ("system", "item", "error"), tuple(rows) or (("none", "–", "–"),),
+                 "A failed item counts as wrong and stays in every denominator. Research use only.")

@@ -75,10 +75,12 @@ def slice_header(name, ds, layers=(), frame=0, frames=1):
     def numbers(key, n): return None if value(key) is None else np.array(value(key), dtype=float).reshape(n)
     slope, modality = value("RescaleSlope") if "ModalityLUTSequence" not in ds else 1, str(ds.get("Modality") or "")
     series = int(ds.get("SeriesNumber") or 0), str(ds.get("SeriesInstanceUID") or ""), str(value("StackID") or ""), int(value("TemporalPositionIndex") or 0)
-    return Slice(name, frame, f"{ds.SOPInstanceUID} {frame}", series, modality if modality in ("CT", "MR", "PT") else "another modality", tracer(ds) if modality == "PT" else None,
+    return Slice(name, frame, f"{ds.SOPInstanceUID} {frame}", series,
+                 modality if modality in ("CT", "MR", "PT") else "another modality", tracer(ds) if modality == "PT" else None,
                  "LOCALIZER" in (ds.get("ImageType") or ()), (int(ds.Rows), int(ds.Columns)), frames, int(ds.get("SamplesPerPixel") or 1),
                  ds.get("PhotometricInterpretation") == "MONOCHROME1", None if slope is None else float(slope), float(value("RescaleIntercept") or 0),
-                 value("RescaleType") in (None, "", "HU"), str(ds.file_meta.TransferSyntaxUID), numbers("ImagePositionPatient", 3), numbers("ImageOrientationPatient", 6), numbers("PixelSpacing", 2))
+                 value("RescaleType") in (None, "", "HU"), str(ds.file_meta.TransferSyntaxUID),
+                 numbers("ImagePositionPatient", 3), numbers("ImageOrientationPatient", 6), numbers("PixelSpacing", 2))
 
 def frame_headers(name, ds):
     "The `Slice` of each frame of a data set; of an old multi-frame file without functional groups, one that counts its frames."
@@ -91,7 +93,8 @@ def read_headers(member, path):
     "The `Slice`s of a file; none if it is no DICOM image."
     import pydicom
     data = member.read(path, HEADER)
-    if data[128:132] == b"DICM" and DEFLATED in data: raise MedVLM3DError(f"{path}/{member.name}", "is deflated as a whole", "Convert it to an uncompressed transfer syntax.")
+    if data[128:132] == b"DICM" and DEFLATED in data:
+        raise MedVLM3DError(f"{path}/{member.name}", "is deflated as a whole", "Convert it to an uncompressed transfer syntax.")
     try:
         with silenced():
             ds = pydicom.dcmread(BytesIO(data), stop_before_pixels=True)
@@ -110,7 +113,8 @@ def image_series(path):
     found = [read_headers(member, path) for member in members(path).values()]
     images = [s for slices in found for s in slices if not s.localiser]
     counted = (sum(s.localiser for slices in found for s in slices), "localiser images"), (found.count([]), "files that are no DICOM images")
-    if not images: raise MedVLM3DError(path, "holds only localisers" if counted[0][0] else "holds no DICOM images", "Give the folder or zip of an image series.")
+    if not images:
+        raise MedVLM3DError(path, "holds only localisers" if counted[0][0] else "holds no DICOM images", "Give the folder or zip of an image series.")
     groups = [[s for s in images if s.series == key] for key in sorted({s.series for s in images})]
     return groups, tuple(f"{n} {what} left out" for n, what in counted if n)
 
@@ -125,7 +129,8 @@ def choose_series(groups, series, path):
 def check_headers(slices, path):
     "Refuse colour, multi-frame, missing or impossible geometry, and slices that do not share one grid and orientation."
     def refuse(why, remedy="Export the one image series again."): raise MedVLM3DError(path, why, remedy)
-    if any(s.frames > 1 for s in slices): refuse("is a multi-frame file that does not say where its frames lie", "Export the original series, as classic or enhanced CT or MR.")
+    if any(s.frames > 1 for s in slices):
+        refuse("is a multi-frame file that does not say where its frames lie", "Export the original series, as classic or enhanced CT or MR.")
     for syntax in {s.syntax for s in slices}: check_decoder(syntax, path)
     if any(s.samples != 1 for s in slices): refuse("holds colour images", "Give a series of grey images.")
     if any(s.position is None or s.orientation is None or s.spacing is None for s in slices):
@@ -144,7 +149,9 @@ def check_decoder(syntax, path):
     if not uid.is_transfer_syntax: raise MedVLM3DError(path, "has an unknown transfer syntax", "Export it uncompressed.")
     try: known = not uid.is_compressed or get_decoder(uid).is_available
     except NotImplementedError: known = False
-    if not known: raise MedVLM3DError(path, f"is compressed as {uid.name}, which nothing installed can decode", "Install pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg, or export it uncompressed.")
+    if not known:
+        raise MedVLM3DError(path, f"is compressed as {uid.name}, which nothing installed can decode",
+                            "Install pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg, or export it uncompressed.")
 
 def sort_slices(slices, path):
     "(the slices by position along the normal, their steps in mm, the number of exact copies dropped)."
@@ -156,11 +163,14 @@ def sort_slices(slices, path):
 def check_steps(steps, path):
     "Refuse slices at the same place, gaps and uneven spacing; `steps` in mm."
     step, same = np.median(steps), int((steps < 1e-3).sum())
-    if same: raise MedVLM3DError(path, f"holds slices at the position of another: {same} (several times, echoes or reconstructions)", "Export one of them as its own series.")
+    if same:
+        raise MedVLM3DError(path, f"holds slices at the position of another: {same} (several times, echoes or reconstructions)",
+                            "Export one of them as its own series.")
     if (np.abs(steps - step) <= 0.02 * step + 0.02).all(): return
     gaps = np.round(steps / step)
     if gaps.max() > 1 and (np.abs(steps - gaps * step) <= 0.05 * step).all():
-        raise MedVLM3DError(path, f"misses slices: {int(gaps.sum()) - len(gaps)} (steps of {step:.4g} mm, a gap after slice {int(gaps.argmax())})", "Export the series again in full.")
+        raise MedVLM3DError(path, f"misses slices: {int(gaps.sum()) - len(gaps)} (steps of {step:.4g} mm, a gap after slice {int(gaps.argmax())})",
+                            "Export the series again in full.")
     raise MedVLM3DError(path, f"has uneven slices ({steps.min():.4g} to {steps.max():.4g} mm apart)", "Resample it to even spacing, or choose another series.")
 
 def stack_affine(slices):
@@ -176,21 +186,25 @@ def intensity_kind(slices, path, suv=True):
     modality, rescaled = slices[0].modality, [s.slope is not None for s in slices]
     if any(rescaled) and not all(rescaled): raise MedVLM3DError(path, "has rescale tags in some slices only", "Export the series again.")
     if modality == "CT" and all(rescaled) and all(s.hounsfield for s in slices): return modality, "HU", 1., ()
-    if modality == "CT": return modality, "arbitrary", 1., (f"CT {'rescaled to another quantity' if all(rescaled) else 'without rescale tags'}: the numbers are not HU",)
+    if modality == "CT":
+        return modality, "arbitrary", 1., (f"CT {'rescaled to another quantity' if all(rescaled) else 'without rescale tags'}: the numbers are not HU",)
     if modality == "PT" and suv: return modality, "SUV", suv_factor([s.tracer for s in slices], path), ("SUV by body weight",)
     if modality == "PT": return modality, "arbitrary", 1., ("PET not in SUV: relative numbers only",)
     return modality if modality == "MR" else "unknown", "arbitrary", 1., ()
 
 def check_told(modality, intensity, told_modality, told_intensity, path):
     "What the user told, where the file leaves it open; a contradiction is refused."
-    if told_modality and modality != "unknown" and told_modality != modality: raise MedVLM3DError(path, f"states the modality {modality}, not {told_modality}", "Leave modality out.")
-    if told_intensity and intensity != "arbitrary" and told_intensity != intensity: raise MedVLM3DError(path, f"states its intensity in {intensity}, not {told_intensity}", "Leave intensity out.")
+    if told_modality and modality != "unknown" and told_modality != modality:
+        raise MedVLM3DError(path, f"states the modality {modality}, not {told_modality}", "Leave modality out.")
+    if told_intensity and intensity != "arbitrary" and told_intensity != intensity:
+        raise MedVLM3DError(path, f"states its intensity in {intensity}, not {told_intensity}", "Leave intensity out.")
     return told_modality or modality, told_intensity or intensity
 
 def file_bytes(slices, member, path):
     "The bytes of the file of `slices`, if there are no more than eight a pixel beside the header."
     limit = HEADER + 8 * slices[0].shape[0] * slices[0].shape[1] * (1 + max(s.frame for s in slices))
-    if member.size > limit: raise MedVLM3DError(f"{path}/{member.name}", "holds far more bytes than its header declares", "Export the scan again; do not use this file.")
+    if member.size > limit:
+        raise MedVLM3DError(f"{path}/{member.name}", "holds far more bytes than its header declares", "Export the scan again; do not use this file.")
     return member.read(path)
 
 def frame_pixels(data, slices, turn):
@@ -219,7 +233,8 @@ def read_stack(slices, factor, turn, path):
         try:
             with silenced():
                 for d, pixels in zip(ds, frame_pixels(data, own, turn), strict=True): array[d] = pixels * factor
-        except Exception as e: raise MedVLM3DError(f"{path}/{name}", f"has truncated or damaged pixels ({type(e).__name__})", "Copy or export the file again.") from None
+        except Exception as e:
+            raise MedVLM3DError(f"{path}/{name}", f"has truncated or damaged pixels ({type(e).__name__})", "Copy or export the file again.") from None
     return array, hashes
 
 def read_dicom(path, series=None, max_voxels=MAX_VOXELS, non_finite="error", suv=True, modality=None, intensity=None):
@@ -235,7 +250,8 @@ def read_dicom(path, series=None, max_voxels=MAX_VOXELS, non_finite="error", suv
     told = check_told(stated, kind, modality, intensity, path)
     if copies: notes += (f"{copies} exact copies of slices dropped",)
     turn = kind not in ("HU", "SUV")
-    if any(s.inverted for s in slices): notes += ("MONOCHROME1: turned round, so that bright is bright" if turn else f"MONOCHROME1: concerns only how {kind} are shown",)
+    if any(s.inverted for s in slices):
+        notes += ("MONOCHROME1: turned round, so that bright is bright" if turn else f"MONOCHROME1: concerns only how {kind} are shown",)
     array, hashes = read_stack(slices, factor, turn, path)
     return make_volume(array, stack_affine(slices), what=path, notes=(*notes, *kind_notes), non_finite=non_finite,
                        modality=told[0], intensity=told[1], source_hash=sha256_json(sorted(hashes)))

@@ -95,7 +95,9 @@ def peak_memory(module, case, after_building=False, **options):
     "Bytes of a case: a function of `module` that builds something and returns what is to be run."
     code = f"from medvlm3d.efficiency import weigh; weigh({module!r}, {case!r}, {options!r}, {after_building})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root())
-    if done.returncode: raise MedVLM3DError(f"{module}.{case}", f"could not be weighed: {(done.stderr.strip() or 'no message').splitlines()[-1][:300]}", "Give options that it takes, and enough memory.")
+    if done.returncode:
+        raise MedVLM3DError(f"{module}.{case}", f"could not be weighed: {(done.stderr.strip() or 'no message').splitlines()[-1][:300]}",
+                            "Give options that it takes, and enough memory.")
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 def fill(megabytes, keep=1):
@@ -128,7 +130,8 @@ def number(x): return "" if x is None else f"{x:.1e}" if 0 < abs(x) < 1e-3 else 
 def goal_rows(found):
     "Rows of texts under `COLUMNS`."
     spread = lambda f: "" if f.low is None else f"{number(f.low)} – {number(f.high)}"
-    return tuple((f.goal, f.what, number(f.value), spread(f), f"{'at least' if f.least else 'at most'} {number(f.target)}", "yes" if f.met else "MISSED") for f in found)
+    return tuple((f.goal, f.what, number(f.value), spread(f), f"{'at least' if f.least else 'at most'} {number(f.target)}",
+                  "yes" if f.met else "MISSED") for f in found)
 
 def goal_figure(found, figure=None):
     "How far each finding is from its goal: left of the line it is met."

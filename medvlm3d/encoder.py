@@ -76,9 +76,11 @@ class Known:
     wants: str
 
 KNOWN = {
-    "biomedclip": Known("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", 768, (14, 14), "open_clip_config.json and open_clip_pytorch_model.bin (or safetensors)"),
+    "biomedclip": Known("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", 768, (14, 14),
+                        "open_clip_config.json and open_clip_pytorch_model.bin (or safetensors)"),
     "pubmedclip": Known("flaviagiammarino/pubmed-clip-vit-base-patch32", 768, (7, 7), "config.json and pytorch_model.bin (or model.safetensors)"),
-    "clip-vit-l-14": Known("timm/vit_large_patch14_clip_224.openai", 1024, (16, 16), "open_clip_config.json and open_clip_model.safetensors; or config.json and model.safetensors"),
+    "clip-vit-l-14": Known("timm/vit_large_patch14_clip_224.openai", 1024, (16, 16),
+                           "open_clip_config.json and open_clip_model.safetensors; or config.json and model.safetensors"),
 }
 NAMES = (*KNOWN, "dinov2-s", "tiny")
 
@@ -114,7 +116,8 @@ def load_encoder(name_or_path, size=None, device="cpu", dtype=torch.float32, chu
         if not any((folder/f).is_file() for f in ("open_clip_config.json", "config.json")):
             raise MedVLM3DError(folder.name, "holds neither open_clip_config.json nor config.json", "Put the checkpoint's own configuration there.")
         tower = (open_clip_tower if (folder/"open_clip_config.json").is_file() else transformers_tower)(folder, size)
-    if tower.size % tower.patch: raise MedVLM3DError(name, f"has patches of {tower.patch} px, size {tower.size} is no multiple", f"Use {tower.size // tower.patch * tower.patch}.")
+    if tower.size % tower.patch:
+        raise MedVLM3DError(name, f"has patches of {tower.patch} px, size {tower.size} is no multiple", f"Use {tower.size // tower.patch * tower.patch}.")
     if name in KNOWN and tower.channels != KNOWN[name].channels:
         raise MedVLM3DError(name, f"should have {KNOWN[name].channels} channels, the folder's model has {tower.channels}", "Check which checkpoint lies there.")
     return SliceEncoder(tower, name if name in NAMES else Path(name).name, chunk).to(device, dtype)

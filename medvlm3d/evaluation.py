@@ -14,7 +14,8 @@ import numpy as np
 
 from .calibration import calibration
 from .core import MedVLM3DError
-from .metrics import bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, extract_facts, fact_scores, normalise, offered, parse_choice, rouge1, text_scores
+from .metrics import (bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, extract_facts,
+                              fact_scores, normalise, offered, parse_choice, rouge1, text_scores)
 from .prediction import other_images, predict_items, prediction_line, read_predictions
 from .uncertainty import bootstrap_sums, cluster_bootstrap, holm, mcnemar, paired_permutation, percentile_interval
 
@@ -119,7 +120,8 @@ def score_predictions(lines, truth=None, lexicon=None, meteor=None, bertscore=No
     lines, boot = sorted(lines, key=lambda l: l["id"]), {"seed": seed, "n": n}
     by_task = {task: [l for l in lines if l["task"] == task] for task in ("closed", "open", "report")}
     failed = [{"id": l["id"], "error": l["error"]} for l in lines if l.get("error")]
-    scores = {"items": {**{t: len(ls) for t, ls in by_task.items()}, "answered": len(lines) - len(failed), "failed": len(failed), "cases": len({l["case"] for l in lines})},
+    scores = {"items": {**{t: len(ls) for t, ls in by_task.items()}, "answered": len(lines) - len(failed),
+                        "failed": len(failed), "cases": len({l["case"] for l in lines})},
               "m3d": {}, "standard": {}, "failed": failed, "signatures": {"bootstrap": f"{n} resamples of cases, seed {seed}, 95 % percentile"}}
     for task, ls in by_task.items():
         if not ls: continue
@@ -178,8 +180,8 @@ def paired(a, b, task):
     "Lines of `task` of two systems in one order; refused unless both answered the same items."
     a, b = ({l["id"]: l for l in lines if l["task"] == task} for lines in (a, b))
     if a.keys() != b.keys() or any(a[i]["answer"] != b[i]["answer"] for i in a):
-        raise MedVLM3DError(task, f"was answered on different items ({len(a.keys() - b.keys())} only by the first, {len(b.keys() - a.keys())} only by the second)",
-                            "Predict both systems on the same samples.")
+        raise MedVLM3DError(task, f"was answered on different items ({len(a.keys() - b.keys())} only by the first, "
+                                  f"{len(b.keys() - a.keys())} only by the second)", "Predict both systems on the same samples.")
     return [a[i] for i in sorted(a)], [b[i] for i in sorted(b)]
 
 # %% ../nbs/13_evaluation.ipynb #c61457aa

@@ -108,7 +108,8 @@ class FeatureStore:
 
     def __getitem__(self, image):
         "(features (D̂, N, C) bf16, indices (D̂,)) of one image."
-        if image not in self: raise MedVLM3DError(f"volume {alias(image)}", "is not in the feature store", "Encode the corpus into it first: what is there is kept.")
+        if image not in self:
+            raise MedVLM3DError(f"volume {alias(image)}", "is not in the feature store", "Encode the corpus into it first: what is there is kept.")
         key = self.key(image)
         file, digest = self.rows[key]
         try: row = {kind: self.shard(file).get_tensor(f"{key}.{kind}").clone() for kind in KINDS}
@@ -183,7 +184,8 @@ def encode_images(path, root, images, encoder, preprocess, rho=28, strategy="cos
         def begin(): return held.enter_context(only_writer(path)), open_or_create(path, spec, verify)
         for name in ranks.lead(begin)[1]: print(f"{name}: damaged, its volumes are encoded again", file=sys.stderr)
         store = FeatureStore(path, spec)
-        found = {image: v for part in ranks.gather(volume_keys(root, ranks.share(images), store.known, samples, verify, workers, places)) for image, v in part.items()}
+        found = {image: v for part in ranks.gather(volume_keys(root, ranks.share(images), store.known, samples, verify, workers, places))
+                 for image, v in part.items()}
         problems = [v for v in found.values() if isinstance(v, Problem)]
         store.known = {name: v for name, v in {**store.known, **{alias(image): v for image, v in found.items()}}.items() if not isinstance(v, Problem)}
         ranks.lead(lambda: write_json(path/"images.json", store.known))
@@ -208,11 +210,13 @@ def bytes_per_volume(kept, tokens, channels):
 # %% ../nbs/10_features.ipynb #b3662654
 def main(arguments=None):
     "`python -m medvlm3d.features DATA STORE`: encode a corpus, alone or under torchrun."
-    parser = argparse.ArgumentParser(prog="python -m medvlm3d.features", description="Encode the volumes of a corpus into a feature store; start it with torchrun to use several processes.")
+    parser = argparse.ArgumentParser(prog="python -m medvlm3d.features",
+                                     description="Encode the volumes of a corpus into a feature store; start it with torchrun to use several processes.")
     parser.add_argument("data", type=Path, help="a folder in M3D's layout, or a manifest (.jsonl)")
     parser.add_argument("store", type=Path)
     parser.add_argument("--encoder", default="dinov2-s", help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder")
-    for name, value in dict(depth=50, size=224, rho=28, shard_size=40, workers=1, seed=0).items(): parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
+    for name, value in dict(depth=50, size=224, rho=28, shard_size=40, workers=1, seed=0).items():
+        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
     parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"), help="in HU; without it the volume's own range")
     parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="resample the patches of a slice to this grid")
     for name, value in dict(strategy="cosine", device="auto", rejects=None).items(): parser.add_argument("--" + name, default=value)

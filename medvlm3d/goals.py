@@ -32,7 +32,8 @@ from .volume import Preprocess
 # %% ../nbs/15a_goals.ipynb #3a9e1eaf
 @dataclass(frozen=True)
 class Sizes:
-    "What is measured; the defaults are the paper's shapes and M3D's, except for the language model of the packing test, whose ratio does not depend on its size."
+    """What is measured; the defaults are the paper's shapes and M3D's, except for the language model of the packing test,
+    whose ratio does not depend on its size."""
     channels: int = 768
     heads: int = 12
     blocks: int = 12
@@ -55,7 +56,8 @@ def frequency_findings(sizes, rounds):
     weights = [torch.randn(C, C).mul_(C ** -.5).requires_grad_() for _ in range(2)] + [torch.randn(C, requires_grad=True)]
     def forward(path): return lambda: path(x.detach(), *(w.detach() for w in weights))
     def both(path): return lambda: torch.autograd.grad(path(x, *weights).sum(), [x, *weights])
-    times = interleave({f"{name} {kind}": make(path) for name, path in (("fast", even_odd_path), ("fft", fourier_path)) for kind, make in (("forward", forward), ("both", both))}, rounds)
+    times = interleave({f"{name} {kind}": make(path) for name, path in (("fast", even_odd_path), ("fft", fourier_path))
+                        for kind, make in (("forward", forward), ("both", both))}, rounds)
     exact = forward(fourier_path)()
     error = ((forward(even_odd_path)() - exact).abs().max() / exact.abs().max()).item()
     return [measured("G1", "frequency path, forward, over the transform", .45, times, "fast forward", "fft forward"),
@@ -91,7 +93,8 @@ def encoder_findings(sizes, rounds, blocks=2):
     times = interleave({"encoder": encode(**case), "floor": products(sizes, 10, blocks), "bf16": encode(**case, dtype=torch.bfloat16),
                         "chunks": encode(sizes, D, 1), "at once": encode(sizes, D, 1, chunk=D)}, rounds)
     weight = {chunk: peak_memory("medvlm3d.goals", "encode", after_building=True, sizes=asdict(sizes), slices=D, blocks=1, chunk=chunk) for chunk in (10, D)}
-    return [measured("G2", "encoder over its own matrix products", 1.25, times, "encoder", "floor"), Finding("G2", "peak memory, chunks of 10 over all slices at once", weight[10] / weight[D], .5),
+    return [measured("G2", "encoder over its own matrix products", 1.25, times, "encoder", "floor"),
+            Finding("G2", "peak memory, chunks of 10 over all slices at once", weight[10] / weight[D], .5),
             measured("G2", "time of the same", 1.1, times, "chunks", "at once"), measured("G2", "bf16 over float32", .65, times, "bf16", "encoder")]
 
 # %% ../nbs/15a_goals.ipynb #3176a1ae
@@ -103,7 +106,8 @@ def paper_connector(sizes):
 
 def tower(sizes, explicit):
     "The yardstick and a volume."
-    return Tower3D(sizes.scan, width=sizes.channels, depth=sizes.blocks, heads=sizes.heads, hidden=sizes.hidden, explicit=explicit, patch=(4, 16, 16) if sizes.scan[1] > 64 else (2, 8, 8)), torch.rand(1, 1, *sizes.scan)
+    return (Tower3D(sizes.scan, width=sizes.channels, depth=sizes.blocks, heads=sizes.heads, hidden=sizes.hidden, explicit=explicit,
+                    patch=(4, 16, 16) if sizes.scan[1] > 64 else (2, 8, 8)), torch.rand(1, 1, *sizes.scan))
 
 def reader(features):
     "A function that reads these features from a file, as (1, D̂, N, C)."
@@ -140,14 +144,16 @@ def vision_findings(sizes, rounds):
     times = interleave({**{name: forward_of(sizes, name) for name in ("cached", "explicit", "fused")}, "ten slices": encode(sizes)}, rounds)
     times["uncached"] = [c + e * sizes.depth / 10 for c, e in zip(times["cached"], times["ten slices"])]
     return [measured("G3", "stored features to tokens over the 3D tower, explicit attention", .15, times, "cached", "explicit"),
-            measured("G3", "the same, fused attention", .25, times, "cached", "fused"), measured("G3", "uncached over the 3D tower, explicit attention", 2.2, times, "uncached", "explicit")]
+            measured("G3", "the same, fused attention", .25, times, "cached", "fused"),
+            measured("G3", "uncached over the 3D tower, explicit attention", 2.2, times, "uncached", "explicit")]
 
 def step_findings(sizes, rounds):
     "A training step: time, and peak memory in processes of their own."
     times = interleave({name: step_of(sizes, name) for name in ("cached", "explicit")}, rounds)
     peak = {name: peak_memory("medvlm3d.goals", "step_of", sizes=asdict(sizes), name=name) for name in ("cached", "explicit", "fused")}
     return [measured("G4", "training step from stored features over the trained 3D tower", .12, times, "cached", "explicit"),
-            Finding("G4", "its peak memory, explicit attention", peak["cached"] / peak["explicit"], .2), Finding("G4", "its peak memory, fused attention (no goal was set: the same)", peak["cached"] / peak["fused"], .2)]
+            Finding("G4", "its peak memory, explicit attention", peak["cached"] / peak["explicit"], .2),
+            Finding("G4", "its peak memory, fused attention (no goal was set: the same)", peak["cached"] / peak["fused"], .2)]
 
 # %% ../nbs/15a_goals.ipynb #4677c254
 def store_gap():
@@ -169,7 +175,8 @@ def store_findings(sizes):
             Finding("G5", "difference in loss, stored features over the volume itself", store_gap(), 0.)]
 
 # %% ../nbs/15a_goals.ipynb #862c8b41
-FAMILIES = {"LLaMA": dict(kind="llama"), "SmolLM": dict(kind="llama", num_key_value_heads=1, tie_word_embeddings=True), "Qwen": dict(kind="qwen3", num_key_value_heads=2)}
+FAMILIES = {"LLaMA": dict(kind="llama"), "SmolLM": dict(kind="llama", num_key_value_heads=1, tie_word_embeddings=True),
+            "Qwen": dict(kind="qwen3", num_key_value_heads=2)}
 
 def language_model(sizes, kind, **options):
     "A frozen random language model of a family, with SDPA."
@@ -188,7 +195,8 @@ def question_batches(sizes):
     rows = [pack_examples(prefix, [s], sizes.context) for s in segments]
     def batch(packs, length):
         pad = lambda v, fill: list(v) + [fill] * (length - len(v))
-        made = {k: torch.tensor([pad(getattr(p, k), fill) for p in packs]) for k, fill in (("input_ids", 0), ("labels", -100), ("loss_weights", 0.), ("position_ids", 0), ("segments", -1))}
+        made = {k: torch.tensor([pad(getattr(p, k), fill) for p in packs])
+                for k, fill in (("input_ids", 0), ("labels", -100), ("loss_weights", 0.), ("position_ids", 0), ("segments", -1))}
         return {**made, "attention_mask": (made["segments"] >= 0).long()}
     together = pack_examples(prefix, segments, sizes.context)
     return batch([together], len(together.input_ids)), batch(rows, sizes.context), visual
@@ -233,7 +241,8 @@ def reuse_findings(sizes):
         logits = [model(input_ids=ids(p, t), features=features[None], use_cache=True).logits[0, -2] for p, t in rows]
         return [x.log_softmax(-1)[t[0]].item() for x, (_, t) in zip(logits, rows)]
     gap = max(abs(a - b) for a, b in zip(once(), anew()))
-    return [Finding("G7", "prefill work without reuse over with", count_flops(anew) / count_flops(once), 2.5, least=True), Finding("G7", "largest difference in a log-likelihood", gap, 1e-4)]
+    return [Finding("G7", "prefill work without reuse over with", count_flops(anew) / count_flops(once), 2.5, least=True),
+            Finding("G7", "largest difference in a log-likelihood", gap, 1e-4)]
 
 # %% ../nbs/15a_goals.ipynb #68b181ef
 def measure_all(sizes, rounds, tell=print):
@@ -241,7 +250,8 @@ def measure_all(sizes, rounds, tell=print):
     seed_everything(0)
     torch.set_num_threads(1)
     found = []
-    for name, part in (("frequency path", frequency_findings), ("encoder", encoder_findings), ("towers", vision_findings), ("training steps", step_findings), ("packing", packing_findings)):
+    for name, part in (("frequency path", frequency_findings), ("encoder", encoder_findings),
+                       ("towers", vision_findings), ("training steps", step_findings), ("packing", packing_findings)):
         tell(name)
         found += part(sizes, rounds)
     return found + store_findings(sizes) + reuse_findings(sizes)

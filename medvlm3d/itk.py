@@ -41,7 +41,8 @@ NRRD_TYPES = {name: code for code, names in {
     "i1": "signed char,int8,int8_t", "u1": "uchar,unsigned char,uint8,uint8_t",
     "i2": "short,short int,signed short,signed short int,int16,int16_t", "u2": "ushort,unsigned short,unsigned short int,uint16,uint16_t",
     "i4": "int,signed int,int32,int32_t", "u4": "uint,unsigned int,uint32,uint32_t",
-    "i8": "longlong,long long,long long int,signed long long,signed long long int,int64,int64_t", "u8": "ulonglong,unsigned long long,unsigned long long int,uint64,uint64_t",
+    "i8": "longlong,long long,long long int,signed long long,signed long long int,int64,int64_t",
+    "u8": "ulonglong,unsigned long long,unsigned long long int,uint64,uint64_t",
     "f4": "float", "f8": "double"}.items() for name in names.split(",")}
 NRRD_SPACES = {"left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1), "right-anterior-superior": (1, 1, 1), "ras": (1, 1, 1),
                "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1)}
@@ -71,7 +72,8 @@ def nrrd_axes(header, path):
     if len(shape) != 4: return shape, steps, None
     extra = [j for j in range(4) if steps is None or steps.shape != (4, 3) or np.isnan(steps[j]).all()]
     kinds = header.get("kinds") or ["domain"] * 4
-    if len(extra) != 1 or kinds[extra[0]] not in ("list", "time", "domain", "none", "???"): raise MedVLM3DError(path, f"has shape {shape} with colours or vectors, or without directions", "Save one volume of real numbers.")
+    if len(extra) != 1 or kinds[extra[0]] not in ("list", "time", "domain", "none", "???"):
+        raise MedVLM3DError(path, f"has shape {shape} with colours or vectors, or without directions", "Save one volume of real numbers.")
     return shape, np.delete(steps, extra, axis=0), extra[0]
 
 def nrrd_affine(header, steps, axis_order, path):
@@ -80,7 +82,8 @@ def nrrd_affine(header, steps, axis_order, path):
         lengths = np.linalg.norm(steps, axis=1) if steps is not None else header.get("spacings")
         return letters_affine(axis_order, lengths if lengths is not None and np.shape(lengths) == (3,) else None, path)
     origin, sign = np.asarray(header.get("space origin", np.zeros(3)), dtype=float), NRRD_SPACES.get(str(header.get("space")).lower())
-    if sign is None or steps is None or (steps.shape, origin.shape) != ((3, 3), (3,)): raise MedVLM3DError(path, "states no usable space (LPS, RAS or LAS) with directions", "If you know it, pass axis_order, such as 'LPS'.")
+    if sign is None or steps is None or (steps.shape, origin.shape) != ((3, 3), (3,)):
+        raise MedVLM3DError(path, "states no usable space (LPS, RAS or LAS) with directions", "If you know it, pass axis_order, such as 'LPS'.")
     affine = np.eye(4)
     affine[:3] = np.c_[steps.T, origin]
     return np.diag([*sign, 1.]) @ affine, ()
@@ -106,13 +109,15 @@ def read_nrrd(path, axis_order=None, frame=None, max_voxels=MAX_VOXELS, **option
         order = shape if extra is None else (*np.delete(shape, extra).tolist(), shape[extra])
         index, (affine, notes) = pick_frame(order, frame, path), nrrd_affine(header, steps, axis_order, path)
         name = header["data file"]
-        if name is not None and (not isinstance(name, str) or "%" in name or name.startswith("LIST")): raise MedVLM3DError(path, "is spread over several data files", "Save it as one .nrrd file.")
+        if name is not None and (not isinstance(name, str) or "%" in name or name.startswith("LIST")):
+            raise MedVLM3DError(path, "is spread over several data files", "Save it as one .nrrd file.")
         f, files = opened(stack, f, name, path)
         array = voxels(nrrd_stream(f, header, size, path), shape, dtype, slice(None), path)
     return labelled((array if extra is None else np.moveaxis(array, extra, -1))[index], affine, files, notes, dtype=dtype, **options)
 
 # %% ../nbs/01a_itk.ipynb #afca20fe
-META_TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4",
+META_TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
+              "MET_INT": "i4", "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4",
               "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 
 def meta_header(f, path):
@@ -149,16 +154,19 @@ def meta_voxels(fields, path):
     kind = META_TYPES.get(fields.get("elementtype", "").upper())
     if kind is None: refuse("holds voxels of an unknown type")
     if meta_flag(fields, "BinaryData") is False: refuse("keeps its voxels as text", "Save it with binary voxels.")
-    if [meta_numbers(fields, [f"ElementToIntensityFunction{k}"], 1, path) for k in ("Slope", "Offset")] not in ([None, None], [[1.], [0.]], [[1.], None], [None, [0.]]):
+    if ([meta_numbers(fields, [f"ElementToIntensityFunction{k}"], 1, path) for k in ("Slope", "Offset")]
+            not in ([None, None], [[1.], [0.]], [[1.], None], [None, [0.]])):
         refuse("states an intensity function, which programs apply differently", "Save the numbers as they are meant.")
     msb = meta_flag(fields, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
     return tuple(shape), np.dtype((">" if msb else "<") + kind), ("byte order not stated: little-endian assumed",) if msb is None and kind[1] != "1" else ()
 
 def meta_affine(fields, n, axis_order, path):
     "(affine (4, 4) in RAS mm, notes); without a matrix, `axis_order` must say. Eq. (V8)."
-    spacing, matrix = meta_numbers(fields, ["ElementSpacing", "ElementSize"], n, path), meta_numbers(fields, ["TransformMatrix", "Orientation", "Rotation"], n * n, path)
+    spacing, matrix = (meta_numbers(fields, ["ElementSpacing", "ElementSize"], n, path),
+                       meta_numbers(fields, ["TransformMatrix", "Orientation", "Rotation"], n * n, path))
     if axis_order: return letters_affine(axis_order, spacing and spacing[:3], path)
-    if n < 3 or matrix is None or spacing is None: raise MedVLM3DError(path, "states no orientation or no spacing", "If you know it, pass axis_order; 'LPS' is what most programs assume.")
+    if n < 3 or matrix is None or spacing is None:
+        raise MedVLM3DError(path, "states no orientation or no spacing", "If you know it, pass axis_order; 'LPS' is what most programs assume.")
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(matrix, (n, n))[:3, :3].T * spacing[:3]
     affine[:3, 3] = (meta_numbers(fields, ["Offset", "Position", "Origin"], n, path) or [0.] * n)[:3]
@@ -177,7 +185,8 @@ def read_meta(path, axis_order=None, frame=None, max_voxels=MAX_VOXELS, **option
         size = check_size(shape, path, max_voxels) * dtype.itemsize
         index, (affine, notes) = pick_frame(shape, frame, path), meta_affine(fields, len(shape), axis_order, path)
         name = None if fields["elementdatafile"].upper() == "LOCAL" else fields["elementdatafile"]
-        if name and (name.upper().startswith("LIST") or "%" in name): raise MedVLM3DError(path, "is spread over several data files", "Save it as one .mha file.")
+        if name and (name.upper().startswith("LIST") or "%" in name):
+            raise MedVLM3DError(path, "is spread over several data files", "Save it as one .mha file.")
         f, files = opened(stack, f, name, path)
         compressed, (count,) = meta_flag(fields, "CompressedData"), meta_numbers(fields, ["HeaderSize"], 1, path, int) or [0]
         if compressed and count == -1: raise MedVLM3DError(path, "skips -1 bytes of compressed voxels", "Save it without a skip.")

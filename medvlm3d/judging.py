@@ -60,7 +60,9 @@ def pair_picture(judged, outline=True):
 def widgets():
     "ipywidgets; MedVLM3DError where it is not installed."
     try: import ipywidgets
-    except ImportError as e: raise MedVLM3DError("ipywidgets", "is not installed, and a review is opened as a widget", "pip install 'medvlm3d[notebooks]', or fill the sheet in a spreadsheet.") from e
+    except ImportError as e:
+        raise MedVLM3DError("ipywidgets", "is not installed, and a review is opened as a widget",
+                            "pip install 'medvlm3d[notebooks]', or fill the sheet in a spreadsheet.") from e
     return ipywidgets
 
 def review_widget(sheet, judged, outline=True):
@@ -84,11 +86,15 @@ def review_widget(sheet, judged, outline=True):
 
 # %% ../nbs/14a_judging.ipynb #fcca3969
 def open_review(folder, rater, data=None, outline=True):
-    "The widget of the last round that put a sheet to `rater`, in the run `folder` of a review that waits; `data`: its data root, where the run does not say it."
+    """The widget of the last round that put a sheet to `rater`, in the run `folder` of a review that waits;
+    `data`: its data root, where the run does not say it."""
     folder = project_root()/folder
     rounds = [p for p in (folder/"review").glob("round-*") if (p/f"{rater}.csv").exists()]
-    if not rounds: raise MedVLM3DError(relative(folder), f"holds no sheet of {rater}", "Run `medvlm3d data crossmodal` with this name in `raters` first, and spell it as there.")
+    if not rounds:
+        raise MedVLM3DError(relative(folder), f"holds no sheet of {rater}",
+                            "Run `medvlm3d data crossmodal` with this name in `raters` first, and spell it as there.")
     last = max(rounds, key=lambda p: int(p.name.split("-")[1]))
-    if data is None and not (folder/"config.yaml").exists(): raise MedVLM3DError(relative(folder), "does not say where its volumes lie", "Give `data`, the folder of the corpora.")
+    if data is None and not (folder/"config.yaml").exists():
+        raise MedVLM3DError(relative(folder), "does not say where its volumes lie", "Give `data`, the folder of the corpora.")
     root = project_root()/(data or yaml.safe_load((folder/"config.yaml").read_text(encoding="utf-8"))["data"])
     return review_widget(last/f"{rater}.csv", read_round(last/"pairs.jsonl", root), outline)

@@ -47,7 +47,8 @@ class Learning:
         return self
 
 # %% ../nbs/06d_keeping.ipynb #97f4a6f1
-WITHOUT_EFFECT = {"adapter_kwargs", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage"}   # what the Auto classes hand on: remote code never runs, all else is so anyway
+# what the Auto classes hand on: remote code never runs, all else is so anyway
+WITHOUT_EFFECT = {"adapter_kwargs", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage"}
 
 def write_hash(file):
     "Write the SHA-256 of a file beside it, as `sha256sum` does."
@@ -57,7 +58,8 @@ def vouched(file):
     "A file, or an error if it is not what the hash beside it says; without one (older models) it is taken as it is."
     beside = Path(f"{file}.sha256")
     if beside.exists() and beside.read_text().split()[:1] != [sha256_file(file)]:
-        raise MedVLM3DError(f"{file.parent.name}/{file.name}", f"is not the file that was saved ({beside.name} holds another hash)", "Copy the folder again from its source.")
+        raise MedVLM3DError(f"{file.parent.name}/{file.name}", f"is not the file that was saved ({beside.name} holds another hash)",
+                            "Copy the folder again from its source.")
     return file
 
 class Keeping:
@@ -70,7 +72,8 @@ class Keeping:
         return {name: t for name, t in (state or self.state_dict()).items() if kept(name)}
 
     def save_pretrained(self, folder, everything=False, merged=False, state_dict=None, is_main_process=True, **_):
-        "Write `config.json`, `model.safetensors` with its hash, and the processor's files into `folder`; `merged` adds the adapters into the language model and saves it whole."
+        """Write `config.json`, `model.safetensors` with its hash, and the processor's files into `folder`;
+        `merged` adds the adapters into the language model and saves it whole."""
         from safetensors.torch import save_file
         if not is_main_process: return
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,8 @@ class Keeping:
         config.architectures, config.llm_reference = [type(self).__name__], None if everything or merged else config.llm_reference
         config.lora = None if merged else config.lora
         config.save_pretrained(folder)
-        if merged: state_dict = {n: t for n, t in self.state_dict().items() if not n.startswith("llm.")} | {f"llm.{n}": t for n, t in merged_state(self.llm).items()}
+        if merged:
+            state_dict = {n: t for n, t in self.state_dict().items() if not n.startswith("llm.")} | {f"llm.{n}": t for n, t in merged_state(self.llm).items()}
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.own_state(everything or merged, state_dict).items()}
         file = Path(folder)/"model.safetensors"
         Path(f"{file}.sha256").unlink(missing_ok=True)   # first: a new file beside an old hash would be refused
@@ -93,7 +97,8 @@ class Keeping:
         `dtype` is of the whole model, or of what learns if the base has an `llm_dtype`: it is then never held in another one."""
         from safetensors.torch import load_file
         if wrong := sorted({*other} - WITHOUT_EFFECT):
-            raise MedVLM3DError("from_pretrained", f"does not know {', '.join(wrong)}", "It takes llm, config, dtype, revision and local_files_only; the rest is done with the model itself.")
+            raise MedVLM3DError("from_pretrained", f"does not know {', '.join(wrong)}",
+                                "It takes llm, config, dtype, revision and local_files_only; the rest is done with the model itself.")
         folder, dtype = saved_folder(folder, revision=revision, local_files_only=local_files_only), dtype or torch_dtype
         config, state = config or MedVLM3DConfig.from_pretrained(folder), load_file(vouched(folder/"model.safetensors"))
         model = cls(config, reference_llm(config.llm_reference, llm, llm_dtype or torch.float32) if config.llm_reference else None)
@@ -110,6 +115,7 @@ def check_state(name, state, wanted):
     "An error unless the tensors of a file are those `wanted`, in name and shape."
     if "connector" not in {n.split(".")[0] for n in state}:
         raise MedVLM3DError(name, "holds weights without the connector they were trained with", "Load a folder written by MedVLM3D.save_pretrained.")
-    if lost := sorted(set(wanted) - set(state)): raise MedVLM3DError(name, f"lacks {len(lost)} weights, first {lost[0]}", "Copy the folder again from its source.")
+    if lost := sorted(set(wanted) - set(state)):
+        raise MedVLM3DError(name, f"lacks {len(lost)} weights, first {lost[0]}", "Copy the folder again from its source.")
     other = sorted(n for n in state if n not in wanted or wanted[n].shape != state[n].shape)
     if other: raise MedVLM3DError(name, f"does not fit its configuration, first at {other[0]}", "Restore the config.json that belongs to it.")

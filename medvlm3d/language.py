@@ -36,7 +36,8 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(locate(name), trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise MedVLM3DError(name, "has no tokenizer that can be read", "Place tokenizer_config.json, and tokenizer.json or tokenizer.model, beside its weights.") from e
+        raise MedVLM3DError(name, "has no tokenizer that can be read",
+                            "Place tokenizer_config.json, and tokenizer.json or tokenizer.model, beside its weights.") from e
 
 # %% ../nbs/06b_language.ipynb #ae9b8fe8
 def base_state(llm):
@@ -63,7 +64,8 @@ def saved_folder(folder, **hub):
         try: folder = snapshot_download(str(folder), allow_patterns=["*.json", "*.safetensors", "*.sha256", "*.txt", "*.model"], **hub)
         except Exception as e: raise MedVLM3DError(folder, f"is neither a folder nor within reach on the hub ({type(e).__name__})", "Check the path.") from e
     for name, role in (("config.json", "configuration"), ("model.safetensors", "connector")):
-        if not (Path(folder)/name).exists(): raise MedVLM3DError(Path(folder).name, f"holds no {name}, so there is no {role}", "Give a folder written by MedVLM3D.save_pretrained.")
+        if not (Path(folder)/name).exists():
+            raise MedVLM3DError(Path(folder).name, f"holds no {name}, so there is no {role}", "Give a folder written by MedVLM3D.save_pretrained.")
     return Path(folder)
 
 # %% ../nbs/06b_language.ipynb #bb3ddba0
@@ -83,7 +85,8 @@ def has_lora(llm):
 def merged_state(llm):
     "The state of a language model with its adapters added into its weights, under the names it has without them."
     adapted = {name: layer for name, layer in llm.named_modules() if hasattr(layer, "get_delta_weight")}
-    return base_state(llm) | {f"{name}.weight": layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach() for name, layer in adapted.items()}
+    return base_state(llm) | {f"{name}.weight": layer.base_layer.weight.detach() + layer.get_delta_weight("default").detach()
+                              for name, layer in adapted.items()}
 
 # %% ../nbs/06b_language.ipynb #8eb6e272
 def word_tokenizer(texts):
@@ -145,7 +148,8 @@ class MedVLM3DProcessor:
     def save_pretrained(self, folder, **_):
         "Write tokenizer files and `processor_config.json`."
         self.tokenizer.save_pretrained(folder)
-        write_json(Path(folder)/"processor_config.json", {"processor_class": type(self).__name__, "visual_tokens": self.visual_tokens, "preprocess": self.preprocess.to_dict()})
+        write_json(Path(folder)/"processor_config.json",
+                   {"processor_class": type(self).__name__, "visual_tokens": self.visual_tokens, "preprocess": self.preprocess.to_dict()})
 
     @classmethod
     def from_pretrained(cls, folder, **_):

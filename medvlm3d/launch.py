@@ -92,10 +92,12 @@ def leave_word(folder, error, ranks=None):
     ranks = ranks or Ranks.here()
     said = str(error) if isinstance(error, MedVLM3DError) else f"{type(error).__name__}: {error}"
     with suppress(OSError):   # a full disk must not hide the error itself
-        write_json(Path(folder)/f"failed-rank-{ranks.rank}.json", {"time": time.time(), "error": (f"rank {ranks.rank}: " if ranks.world > 1 else "") + said[:500]})
+        write_json(Path(folder)/f"failed-rank-{ranks.rank}.json",
+                   {"time": time.time(), "error": (f"rank {ranks.rank}: " if ranks.world > 1 else "") + said[:500]})
 
 def first_cause(folder, said="", status=1):
-    "Why a launched training stopped: the rank that was killed, else what the first rank to fail left, else what the run folder says, else the last lines of `said`."
+    """Why a launched training stopped: the rank that was killed, else what the first rank to fail left, else what the run folder says,
+    else the last lines of `said`."""
     found = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.S)
     if found and int(found[2]) < 0: return f"rank {found[1]} was killed by signal {-int(found[2])}, and the others were ended"
     if status < 0: return f"it was killed by signal {-status}"
@@ -130,7 +132,8 @@ def begin(words, folder):
     for old in Path(folder).glob("failed-rank-*.json"): old.unlink()
     asked = {"PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "1", "COLUMNS": str(shutil.get_terminal_size().columns)}
     with open(Path(folder)/"launch.log", "wb") as said:
-        return subprocess.Popen(words, cwd=project_root(), env={**os.environ, **asked}, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+        return subprocess.Popen(words, cwd=project_root(), env={**os.environ, **asked},
+                                stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
 
 def launch(folder, plan, launcher=(sys.executable, "-m"), progress=True, allow_changes=False, allow_shared=False):
     """Write the plan into `folder` and train in a process of its own; a failure raises with its first cause.

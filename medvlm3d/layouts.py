@@ -128,7 +128,8 @@ def autopet_jobs(root, n, seed, shape):
     rng, jobs, patient = np.random.default_rng((seed, 12)), [], ""
     for i, case in enumerate(body_cases(n, seed + 1)):
         if i % 6 != 5: patient = f"PETCT_{rng.integers(2**40):010x}"
-        jobs.append((Path(root)/patient/f"01-01-2000-generated-{i:05d}", case, {"CT": "CTres.nii.gz", "PT": "SUV.nii.gz"}, "SEG.nii.gz", float(i % 4 != 3), shape))
+        jobs.append((Path(root)/patient/f"01-01-2000-generated-{i:05d}", case,
+                     {"CT": "CTres.nii.gz", "PT": "SUV.nii.gz"}, "SEG.nii.gz", float(i % 4 != 3), shape))
     return jobs
 
 def phantom_jobs(root, n, seed, shape):
@@ -146,7 +147,8 @@ def write_layout(root, layout, studies=12, shape=(40, 64, 64), seed=0, workers=1
     config, mark = {"layout": layout, "studies": studies, "shape": list(shape), "seed": seed, "generated": True}, root/"GENERATED.json"
     if root.exists() and not mark.exists() and any(root.iterdir()):
         raise MedVLM3DError(relative(root), "holds files that were not generated", "Choose an empty folder: nothing real is ever written over.")
-    if mark.exists() and read_json(mark) != config: raise MedVLM3DError(relative(root), "holds a layout with other parameters", "Choose a new folder, or delete this one.")
+    if mark.exists() and read_json(mark) != config:
+        raise MedVLM3DError(relative(root), "holds a layout with other parameters", "Choose a new folder, or delete this one.")
     write_json(mark, config)
     if layout == "brats": draw, jobs = write_brain, [(root, case, tuple(shape)) for case in sample_brains(studies, seed)]
     else: draw, jobs = write_body, (autopet_jobs if layout == "autopet" else phantom_jobs)(root, studies, seed, tuple(shape))

@@ -52,14 +52,16 @@ def take_census(samples):
         if v == len(rows):
             side.append(0)
             patient = ("patient", s.patient) if s.patient else ("case", s.case)
-            rows.append((s.where, s.sha256, told.setdefault(how := tuple(reading(s).items()), how), cases.setdefault(s.case, len(cases)), patients.setdefault(patient, len(patients)), SOURCES.get(s.case.split("/")[0], 0)))
+            rows.append((s.where, s.sha256, told.setdefault(how := tuple(reading(s).items()), how), cases.setdefault(s.case, len(cases)),
+                         patients.setdefault(patient, len(patients)), SOURCES.get(s.case.split("/")[0], 0)))
         bit = BIT.get(SIDES.get(s.split), 0)
         if side[v] and bit & ~side[v]: rows[v] = (f"{rows[v][0]} with {s.where}", *rows[v][1:])
         side[v] |= bit
         if s.task == "report": of_text[v, texts.setdefault(" ".join(re.findall(r"\w+", s.answer.lower())), len(texts))] = None
     where, sha256, how, *numbers = zip(*rows) if rows else [()] * 6
     case, patient, source = (np.array(n, int) for n in numbers)
-    return Census(list(images), list(where), list(sha256), list(how), np.array(side, int), case, patient, source, list(texts), np.array(list(of_text), int).reshape(-1, 2), counts)
+    return Census(list(images), list(where), list(sha256), list(how), np.array(side, int), case,
+                  patient, source, list(texts), np.array(list(of_text), int).reshape(-1, 2), counts)
 
 # %% ../nbs/09d_leakage.ipynb #c6c7177f
 @dataclass
@@ -90,7 +92,8 @@ def look_at_volumes(census, root, workers=2, progress=True):
     hashes, sha256, problems = np.zeros((len(census.images), KEPT**3 - 1), np.float16), [], []
     work = partial(look, root=root)
     with ProcessPoolExecutor(workers) if workers > 1 else NoPool() as pool:
-        for v, (digest, seen, warnings, bad) in enumerate(tqdm(pool.map(work, census.images, census.reading, chunksize=32), total=len(hashes), desc="volumes", disable=not progress)):
+        for v, (digest, seen, warnings, bad) in enumerate(tqdm(pool.map(work, census.images, census.reading, chunksize=32),
+                                                               total=len(hashes), desc="volumes", disable=not progress)):
             sha256.append(digest)
             if seen is not None: hashes[v] = seen
             problems += seen_problems(census.where[v], census.sha256[v], digest, warnings, bad)
@@ -187,12 +190,14 @@ def audit(path, root=None, images=True, allow=(), text=.8, image=.95, workers=2,
     problems += looks.problems if looks else []
     ties = find_ties(census, looks, text, image)
     findings = [finding(tie, census) for tie in ties.values()]
-    sources = {kind: len(across(tie, census.source)[1]) for kind, tie in ties.items() if kind not in ("case", "patient")} if {1, 2} <= set(census.source.tolist()) else {}
+    sources = ({kind: len(across(tie, census.source)[1]) for kind, tie in ties.items() if kind not in ("case", "patient")}
+               if {1, 2} <= set(census.source.tolist()) else {})
     reached = np.bitwise_or.reduce([across(t, census.side)[0] for t in ties.values()]) if ties else census.side
     tied = {side: int(((census.side & BIT[side]) != 0)[(reached & 1) != 0].sum()) for side in ("test", "validation")}
     leaks = [f["kind"] for f in findings if f["across"]]
     return {"passed": not problems and not set(leaks) - set(allow), "leaks": leaks, "allowed": sorted(allow), "images_read": images,
-            "thresholds": {"near text": text, "near image": image}, "samples": {f"{split or 'not split'}: {task}": n for (split, task), n in sorted(census.counts.items())},
+            "thresholds": {"near text": text, "near image": image},
+            "samples": {f"{split or 'not split'}: {task}": n for (split, task), n in sorted(census.counts.items())},
             "volumes": {name: int(((census.side & bit) != 0).sum()) for name, bit in BIT.items()} | {"not split": int((census.side == 0).sum())},
             "cases": len(np.unique(census.case)), "patients": len(np.unique(census.patient)), "texts": len(census.texts), "tied to training": tied,
             "findings": findings, "ct_case and ct_quizze": sources, "problems": len(problems),
@@ -202,17 +207,27 @@ def audit(path, root=None, images=True, allow=(), text=.8, image=.95, workers=2,
 def audit_page(result):
     "The audit as Markdown."
     r, yes = result, {True: "yes", False: "no"}
-    lines = ["# Audit of a corpus", "", f"**{'Passed' if r['passed'] else 'NOT passed'}.** Leaks: {', '.join(r['leaks']) or 'none found'}. Allowed by whoever ran it: {', '.join(r['allowed']) or 'none'}. "
-             f"Problems: {r['problems']}. Volumes read: {yes[r['images_read']]}.", "", "Places are lines or entries of the lists; no name, path or word of a report is repeated here. What is not found is not proved absent. Research use only.", "",
-             "| | " + " | ".join(r["volumes"]) + " |", "|---" * (1 + len(r["volumes"])) + "|", "| volumes | " + " | ".join(map(str, r["volumes"].values())) + " |", "",
-             f"{sum(r['samples'].values())} samples, {r['cases']} cases, {r['patients']} patients, {r['texts']} distinct reports. Tied to training in some way: {r['tied to training']['test']} volumes for testing, {r['tied to training']['validation']} for validation.", "",
+    lines = ["# Audit of a corpus", "",
+             f"**{'Passed' if r['passed'] else 'NOT passed'}.** Leaks: {', '.join(r['leaks']) or 'none found'}. "
+             f"Allowed by whoever ran it: {', '.join(r['allowed']) or 'none'}. Problems: {r['problems']}. Volumes read: {yes[r['images_read']]}.", "",
+             "Places are lines or entries of the lists; no name, path or word of a report is repeated here. "
+             "What is not found is not proved absent. Research use only.", "",
+             "| | " + " | ".join(r["volumes"]) + " |", "|---" * (1 + len(r["volumes"])) + "|",
+             "| volumes | " + " | ".join(map(str, r["volumes"].values())) + " |", "",
+             f"{sum(r['samples'].values())} samples, {r['cases']} cases, {r['patients']} patients, {r['texts']} distinct reports. Tied to training "
+             f"in some way: {r['tied to training']['test']} volumes for testing, {r['tied to training']['validation']} for validation.", "",
              "| kind of tie | across sides | within one side | test volumes touched | validation volumes touched |", "|---|---|---|---|---|"]
-    lines += [f"| {f['kind']}{' ≥ ' + str(r['thresholds'][f['kind']]) if f['kind'] in r['thresholds'] else ''} | {f['across']}{' or more' * f['crowded']} | {f['within']} | {f['touched']['test']} | {f['touched']['validation']} |" for f in r["findings"]]
-    if r["ct_case and ct_quizze"]: lines += ["", "Ties between `ct_case` and `ct_quizze`: " + ", ".join(f"{n} by {kind}" for kind, n in r["ct_case and ct_quizze"].items()) + "."]
+    lines += [f"| {f['kind']}{' ≥ ' + str(r['thresholds'][f['kind']]) if f['kind'] in r['thresholds'] else ''} | {f['across']}{' or more' * f['crowded']} "
+              f"| {f['within']} | {f['touched']['test']} | {f['touched']['validation']} |" for f in r["findings"]]
+    if r["ct_case and ct_quizze"]:
+        lines += ["", "Ties between `ct_case` and `ct_quizze`: " + ", ".join(f"{n} by {kind}" for kind, n in r["ct_case and ct_quizze"].items()) + "."]
     for f in (f for f in r["findings"] if f["examples"]):
         lines += ["", f"**{f['kind']}**, {len(f['examples'])} of {f['across']}:", ""]
-        lines += [f"- {' and '.join(dict.fromkeys(f'{place} ({side})' for place, side in zip(e['places'], e['sides'])))}" + (f", likeness {e['likeness']}" if "likeness" in e else "") for e in f["examples"]]
-    if r["problems"]: lines += ["", "| problem | places |", "|---|---|", *(f"| {why} | {n} |" for why, n in r["problems by reason"].items()), "", *(f"- {p}" for p in r["first problems"])]
+        lines += [f"- {' and '.join(dict.fromkeys(f'{place} ({side})' for place, side in zip(e['places'], e['sides'])))}"
+                  + (f", likeness {e['likeness']}" if "likeness" in e else "") for e in f["examples"]]
+    if r["problems"]:
+        lines += ["", "| problem | places |", "|---|---|", *(f"| {why} | {n} |" for why, n in r["problems by reason"].items()),
+                  "", *(f"- {p}" for p in r["first problems"])]
     return "\n".join(lines) + "\n"
 
 def write_audit(folder, result):

@@ -55,4 +55,5 @@ def look(model, features, asked):
 # %% ../nbs/16a_looking.ipynb #e6ce7865
 def look_figure(model, pixels, features, indices, question, answer, title=""):
     "A picture of where the words of `answer` looked: kept slices of `pixels` (D, H, W) with the map over them. Question None: a report."
-    return overlay(pixels.cpu().numpy(), look(model, features, [(question, answer)])[0].numpy(), indices.tolist(), title=title or f"where the words looked: {answer[:60]}")
+    return overlay(pixels.cpu().numpy(), look(model, features, [(question, answer)])[0].numpy(),
+                   indices.tolist(), title=title or f"where the words looked: {answer[:60]}")

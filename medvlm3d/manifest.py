@@ -16,11 +16,13 @@ from pathlib import Path
 
 from .core import MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, write_json
 from .datasets import is_m3d, load_m3d
-from .checks import OTHER_VOLUME, PLANE_NAMES, SIDES, Problem, Sample, alias, by_image, path_problem, reading, settle, shared_cases, side_problem, text_lines, text_problem
+from .checks import (OTHER_VOLUME, PLANE_NAMES, SIDES, Problem, Sample, alias, by_image, path_problem,
+                             reading, settle, shared_cases, side_problem, text_lines, text_problem)
 from .tokenization import target_ids
 
 # %% ../nbs/09a_manifest.ipynb #57c8db40
-FIELDS = ("id", "case", "patient", "image", "sha256", "series", "frame", "axis_order", "modality", "plane", "phase", "task", "type", "question", "choices", "answer", "letter", "report", "split", "source", "licence")
+FIELDS = ("id", "case", "patient", "image", "sha256", "series", "frame", "axis_order", "modality", "plane", "phase",
+          "task", "type", "question", "choices", "answer", "letter", "report", "split", "source", "licence")
 NEEDED = ("id", "case", "image", "task", "split")
 
 def to_record(s):
@@ -81,13 +83,17 @@ def form_problems(r):
     "What is wrong with the form of a record: pairs (why, remedy)."
     if absent := [k for k in NEEDED if k not in r]: yield f"lacks {', '.join(absent)}", f"Every line needs {', '.join(NEEDED)}."
     if unknown := set(r) - set(FIELDS): yield f"has {len(unknown)} unknown field{'s' * (len(unknown) > 1)}", f"Fields are {', '.join(FIELDS)}."
-    if wrong := [k for k in FIELDS if k in r and k not in NUMBERS and not is_text(k, r[k])]: yield f"{', '.join(wrong)} is no text", "Write texts in quotes, and choices as a list of texts."
-    if wrong := [k for k in NUMBERS if k in r and not (type(r[k]) is int and r[k] >= 0)]: yield f"{', '.join(wrong)} is no number", "Write 0, 1, 2 and so on without quotes, or leave it out."
-    if isinstance(r.get("axis_order"), str) and not re.fullmatch("([CDHW]{3,4}|[RASLPI]{3})?", r["axis_order"]): yield "axis_order is not known", "Write the axes, such as DHW, or where they grow to, such as RAS."
+    if wrong := [k for k in FIELDS if k in r and k not in NUMBERS and not is_text(k, r[k])]:
+        yield f"{', '.join(wrong)} is no text", "Write texts in quotes, and choices as a list of texts."
+    if wrong := [k for k in NUMBERS if k in r and not (type(r[k]) is int and r[k] >= 0)]:
+        yield f"{', '.join(wrong)} is no number", "Write 0, 1, 2 and so on without quotes, or leave it out."
+    if isinstance(r.get("axis_order"), str) and not re.fullmatch("([CDHW]{3,4}|[RASLPI]{3})?", r["axis_order"]):
+        yield "axis_order is not known", "Write the axes, such as DHW, or where they grow to, such as RAS."
     for key, known in KINDS.items():
         if isinstance(r.get(key), str) and r[key] not in known: yield f"{key} is not known", f"Write {', '.join(k or 'an empty text' for k in known)}."
     if empty := [k for k in ("id", "case", "image") if r.get(k) == ""]: yield f"{', '.join(empty)} is empty", "Fill it in."
-    if isinstance(r.get("sha256"), str) and not re.fullmatch("([0-9a-f]{64})?", r["sha256"]): yield "sha256 is no hash", "Write 64 hexadecimal digits in lower case, or leave it out."
+    if isinstance(r.get("sha256"), str) and not re.fullmatch("([0-9a-f]{64})?", r["sha256"]):
+        yield "sha256 is no hash", "Write 64 hexadecimal digits in lower case, or leave it out."
 
 def to_sample(r, where=""):
     "A record of sound form as a sample."
@@ -165,9 +171,11 @@ def check_lengths(samples, tokenizer, room, policy="error"):
     if policy not in ("error", "truncate"): raise MedVLM3DError(repr(policy), "is no truncation policy", "Use 'error' or 'truncate'.")
     words = {text: len(target_ids(tokenizer, text)) for text in {s.answer for s in samples if s.task != "image"}}
     long = [s for s in samples if words.get(s.answer, 0) > room]
-    if policy == "error": settle("the manifest", [Problem(s.where or s.id, f"its {'report' if s.task == 'report' else 'answer'} has {words[s.answer]} tokens, room is for {room}",
-                                                          "Allow policy='truncate', or raise the context.") for s in long], remedy="Nothing was cut.")
-    return len(long), f"{len(long)} of {len(samples)} answers and reports have more than {room} tokens{' and will be cut' * bool(long)} (longest {max(words.values(), default=0)})"
+    if policy == "error":
+        settle("the manifest", [Problem(s.where or s.id, f"its {'report' if s.task == 'report' else 'answer'} has {words[s.answer]} tokens, room is for {room}",
+                                        "Allow policy='truncate', or raise the context.") for s in long], remedy="Nothing was cut.")
+    return len(long), (f"{len(long)} of {len(samples)} answers and reports have more than {room} tokens{' and will be cut' * bool(long)} "
+                       f"(longest {max(words.values(), default=0)})")
 
 # %% ../nbs/09a_manifest.ipynb #2d03f4ae
 def words_hash(samples): return sha256_json([[s.id, s.case, s.split, s.task, s.question, list(s.choices), s.answer, s.letter] for s in samples])[:16]
@@ -178,7 +186,8 @@ def image_state(path):
     return [sum(s.st_size for s in stats), max(s.st_mtime_ns for s in stats)]
 
 def pin_data(record, root, samples, thorough=False):
-    "Write to the file `record` what the data of a run are; raise MedVLM3DError with every volume that is not the listed one or, if `record` exists, has since changed."
+    """Write to the file `record` what the data of a run are; raise MedVLM3DError with every volume that is not the listed one or,
+    if `record` exists, has since changed."""
     groups, root = by_image(samples), Path(root)
     old = read_json(record) if Path(record).exists() else None
     now, problems = {}, []
@@ -192,6 +201,7 @@ def pin_data(record, root, samples, thorough=False):
         why = "its volume is new" if not was else "its volume is gone" if not state else "its volume has changed" if now[key]["sha256"] != was["sha256"] else \
               "its words have changed" if words != was["words"] else None
         if why: problems.append(Problem(place, f"{why} since this run began", "Restore the data, or begin a new run."))
-    if old and (lost := len(set(old) - set(now))): problems.append(Problem(f"{lost} volumes", "are no longer asked about since this run began", "Restore the data, or begin a new run."))
+    if old and (lost := len(set(old) - set(now))):
+        problems.append(Problem(f"{lost} volumes", "are no longer asked about since this run began", "Restore the data, or begin a new run."))
     settle("the data of this run", problems, remedy=f"Nothing was {'begun' if old is None else 'continued'}.")
     write_json(record, now)

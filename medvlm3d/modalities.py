@@ -124,11 +124,13 @@ class Mode:
 MODES = {m.name: m for m in (
     Mode("CT", "CT", PHASES, KINDS, draw_ct, to_unit, "HU", ("What is the contrast phase of this scan?", "Which contrast phase is shown?"),
          ("Technique: {phase} CT of the chest and abdomen in the {plane} plane.", "CT of the chest and abdomen, {plane} plane, {phase} phase.")),
-    Mode("MR", "MRI", tuple(SEQUENCES), ("cyst", "mass", "abscess", "nodule"), draw_mr, unit_mr, "arbitrary", ("Which MR sequence is this?", "What is the weighting of this scan?"),
+    Mode("MR", "MRI", tuple(SEQUENCES), ("cyst", "mass", "abscess", "nodule"), draw_mr, unit_mr, "arbitrary",
+         ("Which MR sequence is this?", "What is the weighting of this scan?"),
          ("Technique: {phase} MRI of the chest and abdomen in the {plane} plane.", "MRI of the chest and abdomen, {plane} plane, {phase} sequence.")),
     Mode("PT", "PET", MINUTES, ("mass", "abscess", "nodule"), draw_pet, unit_pet, "SUV",
          ("How long after the injection was this scan acquired?", "At what time after the tracer's injection does the scan begin?"),
-         ("Technique: FDG PET of the chest and abdomen in the {plane} plane, {phase} after injection.", "FDG PET of the chest and abdomen, {plane} plane, {phase} after injection.")),
+         ("Technique: FDG PET of the chest and abdomen in the {plane} plane, {phase} after injection.",
+          "FDG PET of the chest and abdomen, {plane} plane, {phase} after injection.")),
 )}
 
 def mode_of(name):
@@ -139,6 +141,7 @@ def mode_of(name):
 def draw_mode(case, modality, shape=(32, 112, 112), contrast=1., **how):
     "(volume in the modality's unit, scene) of a case whose phase is one of the mode's; `how` goes to `draw_scene`."
     mode = mode_of(modality)
-    if case.phase not in mode.phases: raise MedVLM3DError(f"case {case.id}", f"has the phase {case.phase!r}, which {mode.word} has not", f"Choose one of {', '.join(mode.phases)}.")
+    if case.phase not in mode.phases:
+        raise MedVLM3DError(f"case {case.id}", f"has the phase {case.phase!r}, which {mode.word} has not", f"Choose one of {', '.join(mode.phases)}.")
     scene = draw_scene(case, shape, **how)
     return mode.draw(scene, contrast).astype(np.float32, copy=False), scene

@@ -72,7 +72,8 @@ class Speaking:
     "From scans and questions to words, likelihoods and a record of the way."
     def need_processor(self):
         "The processor, or an error that says how to get one."
-        if self.processor is None: raise MedVLM3DError("the model", "has no processor", "Call model.attach(MedVLM3DProcessor(...)), or load a folder that holds one.")
+        if self.processor is None:
+            raise MedVLM3DError("the model", "has no processor", "Call model.attach(MedVLM3DProcessor(...)), or load a folder that holds one.")
         return self.processor
 
     def features_of(self, scan):
@@ -176,7 +177,8 @@ class MedVLM3D(Seeing, Learning, Keeping, Speaking, PreTrainedModel, GenerationM
         "The block mask of packed questions in the form which the language model's attention takes."
         kind = self.llm.config._attn_implementation
         if kind not in ("sdpa", "eager"):
-            raise MedVLM3DError(f"attention {kind!r}", "cannot take the block mask of packed questions", "Load the language model with attn_implementation='sdpa'.")
+            raise MedVLM3DError(f"attention {kind!r}", "cannot take the block mask of packed questions",
+                                "Load the language model with attn_implementation='sdpa'.")
         return packed_mask(segments, torch.bool if kind == "sdpa" else dtype)
 
     def forward(self, input_ids=None, pixel_values=None, features=None, attention_mask=None, position_ids=None, segments=None, labels=None,
@@ -184,7 +186,8 @@ class MedVLM3D(Seeing, Learning, Keeping, Speaking, PreTrainedModel, GenerationM
         "Logits, the cache, and the loss if there are `labels`; `segments` (B, T) marks packed questions, `loss_weights` (B, T) weighs targets."
         cache = past_key_values if cache is None else cache
         started = cache is not None and cache.get_seq_length() > 0
-        if labels is not None and inputs_embeds is None and (pixel_values is not None or features is not None) and not (input_ids == self.config.image_token_id).any():
+        if (labels is not None and inputs_embeds is None and (pixel_values is not None or features is not None)
+            and not (input_ids == self.config.image_token_id).any()):
             raise MedVLM3DError("input_ids", "hold no image place although an image is given", "Begin the prompt with image_prefix(tokenizer, visual_tokens).")
         if inputs_embeds is None: inputs_embeds = self.embed(input_ids, pixel_values, features)
         if segments is not None: attention_mask = self.mask(segments, inputs_embeds.dtype)
@@ -195,7 +198,8 @@ class MedVLM3D(Seeing, Learning, Keeping, Speaking, PreTrainedModel, GenerationM
                        use_cache=use_cache, logits_to_keep=logits_to_keep, **{**kwargs, "return_dict": True})
         loss = None if labels is None else target_loss(out.logits, labels, loss_weights)
         if loss is not None and num_items_in_batch is not None: loss = loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss, logits=out.logits, hidden_states=out.hidden_states, attentions=out.attentions, **{CACHE: out[CACHE] if CACHE in out else None})
+        return CausalLMOutputWithPast(loss=loss, logits=out.logits, hidden_states=out.hidden_states,
+                                      attentions=out.attentions, **{CACHE: out[CACHE] if CACHE in out else None})
 
 # %% ../nbs/07_model.ipynb #0b077259
 AutoConfig.register("medvlm3d", MedVLM3DConfig, exist_ok=True)
@@ -229,7 +233,8 @@ def paper(**changes):
     text = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                 num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5)
     return MedVLM3DConfig(**{**dict(encoder="biomedclip", encoder_channels=768, grid=(14, 14), preprocess=Preprocess(50, 224, 224).to_dict(), text_config=text,
-        llm_reference={"name": "meta-llama/Llama-2-7b-hf", "sha256": None}, lora={"r": 16, "alpha": 32, "dropout": .1, "targets": "all-linear"}, dtype="bfloat16"), **changes})
+        llm_reference={"name": "meta-llama/Llama-2-7b-hf", "sha256": None},
+        lora={"r": 16, "alpha": 32, "dropout": .1, "targets": "all-linear"}, dtype="bfloat16"), **changes})
 
 def demo_config(llm="reader", channels=96, **changes):
     "The main job's: DINOv2-S over 32 slices of 112 × 112, 8 kept, 64 visual tokens; with `smollm2`, or a `reader` that is given to `assemble`."
@@ -241,5 +246,7 @@ def demo_config(llm="reader", channels=96, **changes):
 def demo(folder=None):
     "The trained demo model that comes with the repository."
     folder = Path(folder or project_root()/"reports"/"demo"/"model")
-    if not (folder/"config.json").exists(): raise MedVLM3DError("reports/demo/model", "is not there", "Work in a clone of the repository, where it lies; `make demo` trains it anew. Or give the folder of another model.")
+    if not (folder/"config.json").exists():
+        raise MedVLM3DError("reports/demo/model", "is not there",
+                            "Work in a clone of the repository, where it lies; `make demo` trains it anew. Or give the folder of another model.")
     return MedVLM3D.from_pretrained(folder)

@@ -19,7 +19,8 @@ def nifti_affine(header, axis_order, path):
     "(affine in mm, notes) of a NIfTI header: the sform, else the qform; with neither, `axis_order` must say."
     s, q = (int(header[f"{k}form_code"]) for k in "sq")
     if axis_order: return letters_affine(axis_order, header.get_zooms()[:3], path)
-    if not s and not q: raise MedVLM3DError(path, "states no orientation (qform and sform codes are 0)", "If you know it, pass axis_order, such as 'RAS' or 'LAS'.")
+    if not s and not q:
+        raise MedVLM3DError(path, "states no orientation (qform and sform codes are 0)", "If you know it, pass axis_order, such as 'RAS' or 'LAS'.")
     affine = header.get_sform() if s else header.get_qform()
     unit = {"meter": 1000., "micron": 1e-3}.get(header.get_xyzt_units()[0], 1.)
     return np.diag([unit, unit, unit, 1]) @ affine, disagreement(affine, header.get_qform()) if s and q else ()

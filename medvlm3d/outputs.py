@@ -36,25 +36,33 @@ def type_name(value, where):
 
 def written_number(row, name, where):
     try: return float(row[name])
-    except ValueError as e: raise MedVLM3DError(where, f"has {row[name][:40]!r} where the score {name} should be", "Repair this row, or write the file again.") from e
+    except ValueError as e:
+        raise MedVLM3DError(where, f"has {row[name][:40]!r} where the score {name} should be", "Repair this row, or write the file again.") from e
 
 def csv_line(task, row, where):
     "One prediction line of one CSV row (a mapping); scores that the row holds stand under `written`."
     keep = {"id": where.rsplit(":", 1)[1].zfill(7), "case": where, "task": task, "letter": "", "choices": [], "option_logprobs": None, "error": None}
     written = {k: written_number(row, k, where) for k in ("bleu", "rouge1", "meteor", "bert_f1", "Correct") if k in row}
-    if task == "report": return {**keep, "type": "Report", "question": plain_question(row["Question"]), "answer": row["Ground Truth"], "prediction": row["pred"], "written": written}
-    line = {**keep, "type": type_name(row["Question Type"], where), "question": plain_question(row["Question"]), "answer": row["Answer"], "prediction": row["Pred"], "written": written}
+    if task == "report":
+        return {**keep, "type": "Report", "question": plain_question(row["Question"]),
+                "answer": row["Ground Truth"], "prediction": row["pred"], "written": written}
+    line = {**keep, "type": type_name(row["Question Type"], where), "question": plain_question(row["Question"]),
+            "answer": row["Answer"], "prediction": row["Pred"], "written": written}
     if task == "open": return line
-    if not (found := ASKED.fullmatch(line["question"])): raise MedVLM3DError(where, "holds no options", "A closed question ends with `Choices: A. … B. … C. … D. …`.")
+    if not (found := ASKED.fullmatch(line["question"])):
+        raise MedVLM3DError(where, "holds no options", "A closed question ends with `Choices: A. … B. … C. … D. …`.")
     question, *choices = found.groups()
-    return check_closed({**line, "question": question, "choices": choices, "letter": row["Answer Choice"], "answer": re.sub(r"^[A-D]\. ", "", row["Answer"])}, where)
+    return check_closed({**line, "question": question, "choices": choices, "letter": row["Answer Choice"],
+                         "answer": re.sub(r"^[A-D]\. ", "", row["Answer"])}, where)
 
 def check_closed(line, where):
     "`line`, if its letter is one of the options offered, and its answer that option."
     options = offered(line["choices"])
-    if line["letter"] not in options: raise MedVLM3DError(where, f"has the key {line['letter']!r}, which is not offered", f"The options are {', '.join(options) or 'none'}.")
+    if line["letter"] not in options:
+        raise MedVLM3DError(where, f"has the key {line['letter']!r}, which is not offered", f"The options are {', '.join(options) or 'none'}.")
     if options[line["letter"]].strip() != line["answer"].strip():
-        raise MedVLM3DError(where, f"has the answer {line['answer'][:60]!r}, but option {line['letter']} is {options[line['letter']][:60]!r}", "Key and answer must agree.")
+        raise MedVLM3DError(where, f"has the answer {line['answer'][:60]!r}, but option {line['letter']} is {options[line['letter']][:60]!r}",
+                            "Key and answer must agree.")
     return line
 
 # %% ../nbs/13a_outputs.ipynb #a3b810eb
@@ -63,13 +71,17 @@ def csv_lines(path, text):
     reader, lines, last = csv.reader(io.StringIO(text, newline=""), strict=True), [], 1
     try:
         header = tuple(next(reader))
-        if header not in HEADERS: raise MedVLM3DError(f"{relative(path)}:1", f"has the columns {', '.join(header)[:120]}", "Known are: " + "; ".join(", ".join(h) for h in HEADERS) + ".")
+        if header not in HEADERS:
+            raise MedVLM3DError(f"{relative(path)}:1", f"has the columns {', '.join(header)[:120]}",
+                                "Known are: " + "; ".join(", ".join(h) for h in HEADERS) + ".")
         for cells in reader:
             where, last = f"{relative(path)}:{last + 1}", reader.line_num
             if not cells: continue
-            if len(cells) != len(header): raise MedVLM3DError(where, f"has {len(cells)} cells under {len(header)} columns", "Is the file cut, or a quotation mark missing?")
+            if len(cells) != len(header):
+                raise MedVLM3DError(where, f"has {len(cells)} cells under {len(header)} columns", "Is the file cut, or a quotation mark missing?")
             lines.append(csv_line(HEADERS[header], dict(zip(header, cells)), where))
-    except csv.Error as e: raise MedVLM3DError(f"{relative(path)}:{last + 1}", f"begins a row that is not CSV ({e})", "Is the file cut, or a quotation mark missing?") from e
+    except csv.Error as e:
+        raise MedVLM3DError(f"{relative(path)}:{last + 1}", f"begins a row that is not CSV ({e})", "Is the file cut, or a quotation mark missing?") from e
     return lines
 
 NEEDED = {"id": str, "case": str, "task": str, "type": str, "question": str, "answer": str, "prediction": str}
@@ -80,7 +92,8 @@ def json_line(text, where):
     except json.JSONDecodeError as e: raise MedVLM3DError(where, f"is not JSON ({e.msg})", "Is the file cut? Repair or write it again.") from e
     needed = {**NEEDED, **({"letter": str, "choices": list} if isinstance(line, dict) and line.get("task") == "closed" else {})}
     if bad := [k for k, kind in needed.items() if not isinstance(line, dict) or not isinstance(line.get(k), kind)]:
-        raise MedVLM3DError(where, f"has no {', no '.join(bad)} of the right kind", "Needed: " + ", ".join(f"{k} ({kind.__name__})" for k, kind in needed.items()) + ".")
+        raise MedVLM3DError(where, f"has no {', no '.join(bad)} of the right kind",
+                            "Needed: " + ", ".join(f"{k} ({kind.__name__})" for k, kind in needed.items()) + ".")
     if line["task"] not in HEADERS.values(): raise MedVLM3DError(where, f"has the task {line['task']!r}", "Tasks are closed, open and report.")
     line = {"letter": "", "choices": [], "option_logprobs": None, "error": None, **line}
     return check_closed(line, where) if line["task"] == "closed" else line
@@ -91,11 +104,13 @@ def json_lines(path, text):
     for n, one in enumerate(text.split("\n"), 1):
         if not one.strip(): continue
         lines.append(json_line(one, f"{relative(path)}:{n}"))
-        if (before := first.setdefault(lines[-1]["id"], n)) != n: raise MedVLM3DError(f"{relative(path)}:{n}", f"repeats the id of line {before} ({lines[-1]['id']!r})", "Keep one answer per item.")
+        if (before := first.setdefault(lines[-1]["id"], n)) != n:
+            raise MedVLM3DError(f"{relative(path)}:{n}", f"repeats the id of line {before} ({lines[-1]['id']!r})", "Keep one answer per item.")
     return lines
 
 def read_outputs(path, questions=None):
-    "Prediction lines of a file written by M3D's or Med3DVLM's scripts or by this library; `questions` is the M3D_VQA CSV that was asked, which names each row's volume."
+    """Prediction lines of a file written by M3D's or Med3DVLM's scripts or by this library;
+    `questions` is the M3D_VQA CSV that was asked, which names each row's volume."""
     path = Path(path)
     if not path.is_file(): raise MedVLM3DError(relative(path), "is not a file", "Give the CSV or JSONL that holds the answers.")
     try: text = path.read_bytes().decode("utf-8-sig")
@@ -107,7 +122,8 @@ def read_outputs(path, questions=None):
 def with_cases(lines, questions):
     "`lines` of a CSV with the case of each row, from the list of questions in the same order; refused where they are not the same questions."
     with open(questions, encoding="utf-8-sig", newline="") as f: asked = list(csv.DictReader(f))
-    if len(asked) != len(lines): raise MedVLM3DError(relative(questions), f"asks {len(asked)} questions, answered were {len(lines)}", "Give the file that was asked.")
+    if len(asked) != len(lines):
+        raise MedVLM3DError(relative(questions), f"asks {len(asked)} questions, answered were {len(lines)}", "Give the file that was asked.")
     for n, (row, line) in enumerate(zip(asked, lines), 1):
         if row["Question"].strip() not in line["question"] or row["Answer"].strip() != line["answer"].strip():
             raise MedVLM3DError(line["case"], f"is not question {n} of {relative(questions)}", "Give the file that was asked, in the same order.")
@@ -115,8 +131,11 @@ def with_cases(lines, questions):
 
 # %% ../nbs/13a_outputs.ipynb #9f973e3e
 def agreement(lines, meteor=None):
-    "Score → what the file's script wrote and what is computed here: means × 100 and the largest difference of a row. BERTScore needs the same encoder, so it is not compared."
-    mine = {"bleu": lambda l: bleu1(l["prediction"], l["answer"]), "rouge1": lambda l: rouge1(l["prediction"], l["answer"]), "Correct": lambda l: float(closed_m3d(l["prediction"], l["letter"]))}
+    """Score → what the file's script wrote and what is computed here: means × 100 and the largest difference of a row.
+
+    BERTScore needs the same encoder, so it is not compared."""
+    mine = {"bleu": lambda l: bleu1(l["prediction"], l["answer"]), "rouge1": lambda l: rouge1(l["prediction"], l["answer"]),
+            "Correct": lambda l: float(closed_m3d(l["prediction"], l["letter"]))}
     if meteor and meteor.name == "METEOR": mine["meteor"] = lambda l: meteor(l["prediction"], l["answer"])
     out = {}
     for name, score in mine.items():
@@ -126,11 +145,13 @@ def agreement(lines, meteor=None):
     return out
 
 def clinical(lines, seed=0, n=2000, ratescore=None):
-    "Score → cell of the findings in reports (see the notebook on findings), and of `ratescore` where given, 95 % intervals clustered by case; {} without reports."
+    """Score → cell of the findings in reports (see the notebook on findings), and of `ratescore` where given, 95 % intervals clustered by case;
+    {} without reports."""
     if not (reports := sorted((l for l in lines if l["task"] == "report"), key=lambda l: l["id"])): return {}
     texts, cases = [[l[k] for l in reports] for k in ("prediction", "answer")], [l["case"] for l in reports]
     rows = finding_rows(*texts) | ({"RaTEScore": np.stack([ratescore(*texts), np.ones(len(reports))], 1)} if ratescore else {})
-    return {name: {**grouped_cells(values, ["Report"] * len(reports), cases, seed=seed, n=n)["all"], "counted": int(values[:, 1].sum())} for name, values in rows.items()}
+    return {name: {**grouped_cells(values, ["Report"] * len(reports), cases, seed=seed, n=n)["all"], "counted": int(values[:, 1].sum())}
+            for name, values in rows.items()}
 
 def shown(cell):
     if not cell or cell["value"] is None: return "–"
@@ -143,9 +164,14 @@ def outputs_table(results):
         found = {f"{name} ({protocol})": cells for protocol in ("m3d", "standard") for name, cells in model[protocol].get(task, {}).items()}
         if found:
             groups = list(next(iter(found.values())))
-            blocks.append([[f"{task}, n = {results['systems']['model']['items'][task]}", *groups], *([name, *(shown(cells.get(g)) for g in groups)] for name, cells in found.items())])
-    if results["clinical"]: blocks.append([["findings of reports", "all", "counted"], *([name, shown(c), str(c["counted"])] for name, c in results["clinical"].items() if c["counted"])])
-    if results["agreement"]: blocks.append([["as written by the file's script", "written", "here", "largest difference of a row"], *([k, *(f"{v[c]:.2f}" for c in ("written", "here", "largest difference"))] for k, v in results["agreement"].items())])
+            blocks.append([[f"{task}, n = {results['systems']['model']['items'][task]}", *groups],
+                           *([name, *(shown(cells.get(g)) for g in groups)] for name, cells in found.items())])
+    if results["clinical"]:
+        blocks.append([["findings of reports", "all", "counted"],
+                       *([name, shown(c), str(c["counted"])] for name, c in results["clinical"].items() if c["counted"])])
+    if results["agreement"]:
+        blocks.append([["as written by the file's script", "written", "here", "largest difference of a row"],
+                       *([k, *(f"{v[c]:.2f}" for c in ("written", "here", "largest difference"))] for k, v in results["agreement"].items())])
     def block(rows):
         widths = [max(map(len, column)) for column in zip(*rows)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows)
@@ -153,13 +179,16 @@ def outputs_table(results):
 
 # %% ../nbs/13a_outputs.ipynb #db52a410
 def evaluate_file(path, out=None, questions=None, encoder=None, layer=5, seed=0, n=2000, tell=print, ratescore=None):
-    "Score anybody's answers in `path` under both protocols with intervals; tells the table, writes `results.json` and `table.txt` to `out`. `encoder` is a folder for BERTScore at `layer` (the embedded MiniLM when None), `ratescore` one for RaTEScore of reports. Returns the results."
+    """Score anybody's answers in `path` under both protocols with intervals; tells the table, writes `results.json` and `table.txt` to `out`.
+
+    `encoder` is a folder for BERTScore at `layer` (the embedded MiniLM when None), `ratescore` one for RaTEScore of reports. Returns the results."""
     lines, meteor, bertscore = read_outputs(path, questions), None, None
     if any(l["task"] != "closed" for l in lines):
         with quietly(): bertscore = BERTScore(encoder or fetch("minilm"), layer, Path(encoder).name if encoder else "MiniLM-L6")
         meteor = METEOR(fetch("wordnet"))
     named = any(l["case"] != f"{relative(path)}:{int(l['id'])}" if l["id"].isdigit() else True for l in lines)
-    results = evaluate_systems({"model": lines}, meteor=meteor, bertscore=bertscore, seed=seed, n=n, source={"file": Path(path).name, "sha256": sha256_file(path)}, versions=versions(),
+    results = evaluate_systems({"model": lines}, meteor=meteor, bertscore=bertscore, seed=seed, n=n,
+                               source={"file": Path(path).name, "sha256": sha256_file(path)}, versions=versions(),
                                resampled="cases" if named else "rows, because the file names no case (too narrow where a volume was asked several times)")
     results |= {"agreement": agreement(lines, meteor), "clinical": clinical(lines, seed, n, load_ratescore(ratescore) if ratescore else None)}
     tell(outputs_table(results))

@@ -41,7 +41,8 @@ def drawn_batch(config, stage, words, batch, device, seed=0):
     draw, image = torch.Generator().manual_seed(seed), config.image_token_id
     ids = lambda n: torch.randint(3, image, (n,), generator=draw).tolist()
     lengths = [words.report] * ("report" in stage.tasks) + [words.question] * (words.questions if {"closed", "open"} & {*stage.tasks} else 0)
-    row = lambda: pack_examples(ids(1) + [image] * config.visual_tokens + ids(words.prefix - 1), [(ids(n // 2), ids(n - n // 2)) for n in lengths], config.context, "truncate")
+    row = lambda: pack_examples(ids(1) + [image] * config.visual_tokens + ids(words.prefix - 1),
+                                [(ids(n // 2), ids(n - n // 2)) for n in lengths], config.context, "truncate")
     features = torch.randn(batch, config.kept, config.grid[0] * config.grid[1], config.encoder_channels, generator=draw)
     return {name: t.to(device) for name, t in {**collate([row() for _ in range(batch)], 0), "features": features.bfloat16()}.items()}
 
@@ -56,31 +57,38 @@ def take_step(model, optimiser, batch, bf16=True):
 
 def measured_steps(config, stage, steps=5, batch=None, words=Words(), rate=None, checkpointing=True, dtype=torch.bfloat16, device="auto", warm=1):
     "`steps` steps of a `Stage` after `warm` that do not count, on one device: what was measured, as plain values; `rate` in TFLOP/s."
-    if steps < 1 or (rate is not None and rate <= 0): raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s", "Give at least one step and a positive rate.")
+    if steps < 1 or (rate is not None and rate <= 0):
+        raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s", "Give at least one step and a positive rate.")
     device, batch = pick_device(device), batch or stage.batch
     model = drawn_model(config, device, dtype).set_stage(stage.stage).train()
-    if checkpointing: (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})   # the older name
+    if checkpointing:
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})   # the older name
     learn, given = [p for p in model.parameters() if p.requires_grad], drawn_batch(config, stage, words, batch, device)
     optimiser, seconds, losses = torch.optim.AdamW(learn, lr=stage.lr, weight_decay=stage.weight_decay), [], []
     for _ in range(warm + steps):
         since = time.perf_counter()
         losses.append(take_step(model, optimiser, given, dtype == torch.bfloat16))
         seconds.append(time.perf_counter() - since)
-    return {"stage": stage.stage, "batch": batch, "steps": steps, "losses": [round(x, 4) for x in losses], **pace_of(model, seconds[warm:], given["input_ids"].shape, rate, checkpointing)}
+    return {"stage": stage.stage, "batch": batch, "steps": steps, "losses": [round(x, 4) for x in losses],
+            **pace_of(model, seconds[warm:], given["input_ids"].shape, rate, checkpointing)}
 
 def pace_of(model, seconds, shape, rate, checkpointing=True):
     "What steps of `seconds` on a batch of `shape` (B, T) come to."
     (batch, tokens), typical = shape, median(seconds)
     flops = batch * (llm_step_flops(model.llm, tokens, checkpointing) + connector_step_flops(model.config, model.llm.config.hidden_size))
     peak = torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda" else None
-    return {"tokens a sequence": tokens, "seconds a step": round(typical, 4), "volumes a second": round(batch / typical, 3), "tokens a second": round(batch * tokens / typical, 1),
-            "TFLOP a step": round(flops / 1e12, 6), "TFLOP/s": round(flops / typical / 1e12, 6), "share of the rate": rate and round(flops / typical / (rate * 1e12), 4), "peak memory, GB": peak and round(peak, 2)}
+    return {"tokens a sequence": tokens, "seconds a step": round(typical, 4),
+            "volumes a second": round(batch / typical, 3), "tokens a second": round(batch * tokens / typical, 1),
+            "TFLOP a step": round(flops / 1e12, 6), "TFLOP/s": round(flops / typical / 1e12, 6),
+            "share of the rate": rate and round(flops / typical / (rate * 1e12), 4), "peak memory, GB": peak and round(peak, 2)}
 
 # %% ../nbs/11d_pace.ipynb #e7b427d4
 PARTS = ("stage", "batch", "tokens a sequence", "seconds a step", "volumes a second", "tokens a second", "TFLOP/s", "share of the rate", "peak memory, GB")
 
 def pace_run(out, steps, batch, rate, text, words, dtype="bfloat16", checkpointing=True, **sizes):
-    "Measure both stages of the paper's preset with random weights; `text` changes the language model's configuration, `sizes` the preset's. Written to `out/results.json` and returned."
+    """Measure both stages of the paper's preset with random weights; `text` changes the language model's configuration, `sizes` the preset's.
+
+    Written to `out/results.json` and returned."""
     plain = {k: v for k, v in paper().text_config.to_dict().items() if k != "head_dim"}     # follows from width and heads
     config = paper(**{"llm_reference": None, **sizes, "text_config": {**plain, **text}})
     config.image_token_id = config.text_config.vocab_size - 1

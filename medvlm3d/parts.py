@@ -27,7 +27,8 @@ class Part:
     found: bool
     where: str
 
-LLAMA = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "tokenizer.json", "tokenizer_config.json")
+LLAMA = ("config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+         "model-00002-of-00002.safetensors", "tokenizer.json", "tokenizer_config.json")
 M3D = ("M3D_Cap.json", "M3D_VQA_train.csv", "M3D_VQA_val.csv", "M3D_VQA_test.csv")
 
 def cut_short(path):
@@ -68,7 +69,8 @@ def llm_parts(name):
         return [Part("language model", file, False, "as above" if i else put) for i, file in enumerate(LLAMA)]
     index = folder/"model.safetensors.index.json"
     shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    names = [("config.json",), *([(index.name,)] if index.is_file() else []), *((s,) for s in shards), ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
+    names = [("config.json",), *([(index.name,)] if index.is_file() else []), *((s,) for s in shards),
+             ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
     return [part("language model", folder, n) for n in names]
 
 # %% ../nbs/11_parts.ipynb #86e9ee1f
@@ -76,7 +78,8 @@ def data_parts(root):
     "What the corpus needs, and its samples: (parts, samples)."
     root = Path(root)
     files = {name: find(root, name, "M3D_Cap_npy", "M3D_Cap_nii", "M3D_Cap", "M3D-VQA", "M3D_VQA") for name in M3D}
-    parts = [Part("data", name, bool(path), shown(path.parent if path else root) + "/" if path else f"missing in {shown(root)}/") for name, path in files.items()]
+    parts = [Part("data", name, bool(path), shown(path.parent if path else root) + "/" if path else f"missing in {shown(root)}/")
+             for name, path in files.items()]
     if not files["M3D_Cap.json"]: return [*parts, Part("data", "volumes and texts below M3D_Cap_npy/ or M3D_Cap_nii/", False, f"missing in {shown(root)}/")], []
     problems = []
     samples = scan_m3d(root, problems)

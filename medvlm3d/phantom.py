@@ -20,11 +20,12 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from .anatomy import (ANATOMY, FAT, FIELD, KINDS, LEVELS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, SIDES, Case, balanced, build_patient, coordinates, draw_scene,
-                              inside, sample_cases)
+from .anatomy import (ANATOMY, FAT, FIELD, KINDS, LEVELS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, SIDES, Case,
+                              balanced, build_patient, coordinates, draw_scene, inside, sample_cases)
 from .core import MedVLM3DError, atomic_path, read_json, relative, write_json, write_text
 
-_all_ = ["ANATOMY", "FIELD", "KINDS", "LEVELS", "LOCATIONS", "ORGANS", "PHASES", "PLANES", "SIDES", "Case", "build_patient", "coordinates", "inside", "sample_cases"]
+_all_ = ["ANATOMY", "FIELD", "KINDS", "LEVELS", "LOCATIONS", "ORGANS", "PHASES", "PLANES",
+         "SIDES", "Case", "build_patient", "coordinates", "inside", "sample_cases"]
 
 # %% ../nbs/08_phantom.ipynb #dc12dbbf
 def paint_lesion(hu, q, case, coarse):
@@ -200,6 +201,8 @@ def read_truth(root):
 def read_masks(root, row):
     "(tissues (D, H, W) as indices into TISSUES, lesion (D, H, W) bool) of a row of truth."
     path = (Path(root)/row["image"]).with_name("masks.npz")
-    if not path.exists(): raise MedVLM3DError(relative(path), "is missing: the phantom was drawn before masks were stored", "Make the phantom again in the same folder: it adds what is missing.")
+    if not path.exists():
+        raise MedVLM3DError(relative(path), "is missing: the phantom was drawn before masks were stored",
+                            "Make the phantom again in the same folder: it adds what is missing.")
     with np.load(path, allow_pickle=False) as f: masks = f["masks"]
     return masks & 127, masks > 127

@@ -40,8 +40,10 @@ def stations(config):
     ahead = indices_ahead(depth, k.rho, k.selection) is not None   # a rule that looks at no features comes before the encoder
     encode = (f"2D encoder\n{k.encoder}", join(kept if ahead else depth, h * w, k.encoder_channels), FROZEN)
     select = (f"selection\n{k.selection}, {k.rho:g} %", join(kept, made["height"], made["width"]) if ahead else join(kept, h * w, k.encoder_channels), RULE)
-    return [("volume", join(depth, made["height"], made["width"]), "white"), *((select, encode) if ahead else (encode, select)), (f"fusion\n{k.fusion}", join(kept, h, w, k.channels), LEARNED),
-            (f"injection\n{k.attention}, s = {k.scale}", join(*low, k.channels), LEARNED), ("projector", join(k.visual_tokens, k.text_config.hidden_size), LEARNED),
+    return [("volume", join(depth, made["height"], made["width"]), "white"),
+            *((select, encode) if ahead else (encode, select)), (f"fusion\n{k.fusion}", join(kept, h, w, k.channels), LEARNED),
+            (f"injection\n{k.attention}, s = {k.scale}", join(*low, k.channels), LEARNED),
+            ("projector", join(k.visual_tokens, k.text_config.hidden_size), LEARNED),
             ("language model" + ("\n+ LoRA" if k.lora else ""), "answer, report", FROZEN)]
 
 def way_figure(config, title="The way of the data"):
@@ -92,13 +94,15 @@ def answers_figure(out, data, store, cases=3, slices=4, seed=0):
         for ax, i in zip(row, best): draw_slice(ax, pixels[kept[i]], looked[i] / looked.max(), None if lesion is None else lesion[kept[i]], kept[i])
         for ax in row[len(best):]: ax.set_axis_off()
         said = [*wrap(line["question"], 34), "", *wrap(f"truth: {line['answer']}", 34), *wrap(f"answer: {shorten(line['prediction'], 90)}", 34)]
-        row[-1].text(0, .5, "\n".join(said), fontsize=7, va="center", color="#00613F" if line["prediction"] == line["answer"] else "#A3370B").set_in_layout(False)
+        row[-1].text(0, .5, "\n".join(said), fontsize=7, va="center",
+                     color="#00613F" if line["prediction"] == line["answer"] else "#A3370B").set_in_layout(False)
     figure.suptitle("Where the words of the answer looked; blue: the lesion. Cases by the hash of their ids. Research use only.", fontsize=8)
     return figure
 
 def paper_figures(out, data, store, cases=3):
     "Write Figures 1 and 2 of a study below its `figures/`; returns them."
     folder = project_root()/out
-    figures = {"paper-figure-1": way_figure(load(folder/"model")["model"].config, f"{Path(out).name}: the way of the data"), "paper-figure-2": answers_figure(out, data, store, cases)}
+    figures = {"paper-figure-1": way_figure(load(folder/"model")["model"].config, f"{Path(out).name}: the way of the data"),
+               "paper-figure-2": answers_figure(out, data, store, cases)}
     for name, figure in figures.items(): save_figure(figure, folder/"figures", name)
     return figures

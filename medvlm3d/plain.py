@@ -22,7 +22,8 @@ def declared_axes(array, axis_order, path):
     if axis_order is None: raise MedVLM3DError(path, f"has shape {array.shape} and no declared axis order", "Pass axis_order, such as 'DHW', 'HWD' or 'RAS'.")
     if array.ndim == 3 and set(axis_order) <= set("RASLPI"): return array, *letters_affine(axis_order, None, path)
     if sorted(axis_order) != sorted("CDHW"[4 - array.ndim:]):
-        raise MedVLM3DError(path, f"axis_order {axis_order!r} does not name the axes of shape {array.shape}", "Name D, H and W once each, and C for an axis of one.")
+        raise MedVLM3DError(path, f"axis_order {axis_order!r} does not name the axes of shape {array.shape}",
+                            "Name D, H and W once each, and C for an axis of one.")
     array = array.transpose([axis_order.index(c) for c in "CDHW" if c in axis_order])
     if array.ndim == 4 and array.shape[0] != 1: raise MedVLM3DError(path, f"has {array.shape[0]} channels", "Give one channel.")
     return array.reshape(array.shape[-3:]), None, ()
@@ -44,7 +45,8 @@ def npy_array(f, path, max_voxels):
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(f, max_header_size=4096)
     except Exception as e: raise MedVLM3DError(path, "has no readable .npy header", "Save the array again with numpy.save.") from e
-    if dtype.kind not in "fiub": raise MedVLM3DError(path, "holds objects, records, text or complex values", "Save one real number a voxel; pickles are never loaded.")
+    if dtype.kind not in "fiub":
+        raise MedVLM3DError(path, "holds objects, records, text or complex values", "Save one real number a voxel; pickles are never loaded.")
     raw = read_exactly(f, check_size(shape, path, max_voxels) * dtype.itemsize, path)
     drain(f, path, allowed=0)
     return np.frombuffer(raw, dtype).reshape(shape, order="F" if fortran else "C")
@@ -100,8 +102,10 @@ def read_pictures(path, max_voxels=MAX_VOXELS, modality=None, intensity=None, **
     shape = picture_shape(files[0])
     check_size((len(files), *shape), path, max_voxels)
     for file in files[1:]:
-        if (other := picture_shape(file)) != shape: raise MedVLM3DError(file, f"is {other[0]}×{other[1]}, the first slice {shape[0]}×{shape[1]}", "Give slices of one size.")
+        if (other := picture_shape(file)) != shape:
+            raise MedVLM3DError(file, f"is {other[0]}×{other[1]}, the first slice {shape[0]}×{shape[1]}", "Give slices of one size.")
     array = np.stack([read_picture(f) for f in files])
     plane = next((p for p in PLANES if path.name.lower().startswith(p)), "axial")
-    volume = make_volume(array, plane=plane, what=path, notes=(*notes, *slice_order(array)), source_hash=sha256_json(sorted(map(sha256_file, files))), **options)
+    volume = make_volume(array, plane=plane, what=path, notes=(*notes, *slice_order(array)),
+                         source_hash=sha256_json(sorted(map(sha256_file, files))), **options)
     return label(volume, path, modality, intensity, array.dtype)

@@ -104,7 +104,8 @@ def hold_to(folder, plan, ranks=1, allow=False, **facts):
     now = {**old, **conditions(plan, ranks), **plain(facts)}
     changed = differences(old, {k: now[k] for k in old})
     if plan.deepspeed and (other := [c for c in changed if c.startswith("ranks")]):
-        raise MedVLM3DError(relative(folder), f"was divided by DeepSpeed among other ranks ({other[0]})", "Continue with as many ranks, or begin the stage anew from its saved model.")
+        raise MedVLM3DError(relative(folder), f"was divided by DeepSpeed among other ranks ({other[0]})",
+                            "Continue with as many ranks, or begin the stage anew from its saved model.")
     if changed and not allow:
         raise MedVLM3DError(relative(folder), "holds a run with another config (differs in " + "; ".join(c.removeprefix("plan.") for c in changed) + ")",
                             "Choose a new folder, delete this one, or continue with allow_changes=True.")
@@ -132,7 +133,8 @@ def agree(spec, config):
     wants = {"encoder": made["encoder"] if known else Path(config.encoder).name, "weights": config.encoder_hash if known else made.get("weights"),
              "preprocess": Preprocess.from_dict(config.preprocess).to_dict(), "rho": config.rho, "strategy": config.selection, "grid": config.grid}
     if changed := changed_keys(plain(made), plain({k: wants[k] for k in made})):
-        raise MedVLM3DError("the feature store", f"was made with other settings than the model's: {', '.join(changed)}", "Use the store that belongs to the model, or encode into a new one.")
+        raise MedVLM3DError("the feature store", f"was made with other settings than the model's: {', '.join(changed)}",
+                            "Use the store that belongs to the model, or encode into a new one.")
 
 def hold_volumes(store, root, samples):
     "Refuse volumes of `samples` below `root` whose bytes are not those that were encoded into `store`; each is named by where it is listed."
@@ -142,7 +144,8 @@ def hold_volumes(store, root, samples):
         if image not in store: return "is not in the feature store"
         if isinstance(now[image], Problem): return now[image].why
         return None if bytes_of(now[image]["key"]) == bytes_of(store.key(image)) else "has changed since it was encoded"
-    settle(relative(store.path), [Problem(places[image], found, "Encode it again, or restore it.") for image in images if (found := why(image))], remedy="Nothing was begun.")
+    settle(relative(store.path), [Problem(places[image], found, "Encode it again, or restore it.") for image in images if (found := why(image))],
+           remedy="Nothing was begun.")
 
 # %% ../nbs/11_plan.ipynb #6820a41a
 def plan_llm(plan):
@@ -153,6 +156,7 @@ def require(plan):
     "An error that lists everything a plan needs and does not find, and where to place it."
     name, root = plan_llm(plan) or (plan.model.get("llm_reference") or {}).get("name"), project_root()
     lost = [f"{plan.data}: the data, a folder in M3D's layout or a manifest"] * (not (root/plan.data).exists())
-    lost += [f"{plan.store}: the features of its volumes, which `python -m medvlm3d.features` or runner 90 writes"] * (not (root/plan.store/"store.json").exists())
+    lost += [f"{plan.store}: the features of its volumes, which `python -m medvlm3d.features` or runner 90 writes"] * (
+        not (root/plan.store/"store.json").exists())
     lost += [told] if name and (told := llm_lost(name)) else []
     if lost: raise MedVLM3DError("the plan", f"needs {len(lost)} things that are not there:\n  " + "\n  ".join(lost), "Nothing was begun.")

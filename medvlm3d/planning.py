@@ -80,7 +80,8 @@ class DryRun:
         lines = []
         for title, columns, rows, note in self.tables:
             widths = [max(len(r[i]) for r in (columns, *rows)) for i in range(len(columns))]
-            lines += [title, *("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in (columns, *rows)), *([f"  {note}"] if note else []), ""]
+            lines += [title, *("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in (columns, *rows)),
+                      *([f"  {note}"] if note else []), ""]
         return "\n".join([*lines, self.verdict])
     __repr__ = __str__
 
@@ -88,7 +89,8 @@ class DryRun:
     def verdict(self): return "Ready." if self.ready else "Not ready: see what is missing. Research use only."
     def _repr_markdown_(self):
         table = lambda columns, rows: "\n".join("| " + " | ".join(r) + " |" for r in (columns, ["---"] * len(columns), *rows))
-        return "\n\n".join([*(f"**{title}**\n\n{table(columns, rows)}" + (f"\n\n{note}" if note else "") for title, columns, rows, note in self.tables), self.verdict])
+        return "\n\n".join([*(f"**{title}**\n\n{table(columns, rows)}" + (f"\n\n{note}" if note else "") for title, columns, rows, note in self.tables),
+                            self.verdict])
     def to_dict(self):
         "Plain values for JSON."
         return {"ready": self.ready, "tables": {title: [dict(zip(columns, r)) for r in rows] for title, columns, rows, _ in self.tables}}
@@ -105,8 +107,10 @@ def work_table(stages, corpus, config, gpus):
     for packed in (True, False):
         for s in stages:
             x = load_of(s, corpus, config, gpus, packed)
-            rows.append((f"{s.stage}, {'packed by volume (here)' if packed else 'a pair a sequence (paper)'}", f"{x.sequences:,}", f"{x.tokens:,}", f"{x.tokens * x.batch:,}", f"{s.epochs:g}", f"{x.steps:,}"))
-    note = f"{corpus.name}: {corpus.volumes:,} volumes, {corpus.questions:.2f} questions a volume; lengths {'measured' if corpus.measured else 'assumed'}: report {corpus.report:.0f}, question {corpus.question:.0f} tokens; before them {config.visual_tokens} visual and {corpus.prefix} of the prefix."
+            rows.append((f"{s.stage}, {'packed by volume (here)' if packed else 'a pair a sequence (paper)'}",
+                         f"{x.sequences:,}", f"{x.tokens:,}", f"{x.tokens * x.batch:,}", f"{s.epochs:g}", f"{x.steps:,}"))
+    note = (f"{corpus.name}: {corpus.volumes:,} volumes, {corpus.questions:.2f} questions a volume; lengths {'measured' if corpus.measured else 'assumed'}: "
+            f"report {corpus.report:.0f}, question {corpus.question:.0f} tokens; before them {config.visual_tokens} visual and {corpus.prefix} of the prefix.")
     return "Work", ("stage", "sequences an epoch", "tokens a sequence", "tokens a step", "epochs", "steps"), rows, note
 
 def memory_table(model, stages, loads, gpus):
@@ -114,17 +118,21 @@ def memory_table(model, stages, loads, gpus):
     rows = parameter_rows(model, encoder_shape(model.config))
     found = [memory_bytes(model, rows, s.stage, s.batch, x.tokens, gpus, s.lora) for s, x in zip(stages, loads)]
     lines = [(name, *(f"{m[name] / GB:.2f}" for m in found)) for name in found[0]] + [("sum", *(f"{sum(m.values()) / GB:.1f}" for m in found))]
-    return "Memory on each GPU, GB", ("part", *(f"stage {s.stage}" for s in stages)), lines, f"{stages[0].batch} packed volumes a GPU, {gpus} GPUs: {NEEDS}. Features come from the store. Each rank first fills {host_bytes(rows) / GB:.1f} GB of the machine's own memory: the language model in bfloat16, what learns in float32."
+    return ("Memory on each GPU, GB", ("part", *(f"stage {s.stage}" for s in stages)), lines,
+            f"{stages[0].batch} packed volumes a GPU, {gpus} GPUs: {NEEDS}. Features come from the store. "
+            f"Each rank first fills {host_bytes(rows) / GB:.1f} GB of the machine's own memory: the language model in bfloat16, what learns in float32.")
 
 def time_table(model, stages, loads, corpus, gpus, rate, share):
     "Operations and hours of encoding once and of each stage."
     config, hidden = model.config, model.llm.config.hidden_size
     work = [("encode all volumes once", 1, corpus.volumes * config.preprocess["depth"] * encoder_shape(config).flops)]
-    work += [(f"stage {s.stage}", x.steps, x.steps * x.batch * (llm_step_flops(model.llm, x.tokens) + connector_step_flops(config, hidden))) for s, x in zip(stages, loads)]
+    work += [(f"stage {s.stage}", x.steps, x.steps * x.batch * (llm_step_flops(model.llm, x.tokens) + connector_step_flops(config, hidden)))
+             for s, x in zip(stages, loads)]
     work.append(("all", sum(w[1] for w in work[1:]), sum(w[2] for w in work)))
     hours = lambda flops, part: f"{flops / (rate * 1e12 * gpus * part) / 3600:.1f}"
     rows = [(name, f"{steps:,}" if i else "–", f"{flops / 1e18:.2f}", hours(flops, 1.), hours(flops, share)) for i, (name, steps, flops) in enumerate(work)]
-    return "Time", ("work", "steps", "EFLOP", "hours, floor", f"hours at {share:.0%}"), rows, f"{gpus} GPUs with a matrix rate of {rate:g} TFLOP/s each, packed, blocks recomputed (checkpointing)."
+    return ("Time", ("work", "steps", "EFLOP", "hours, floor", f"hours at {share:.0%}"), rows,
+            f"{gpus} GPUs with a matrix rate of {rate:g} TFLOP/s each, packed, blocks recomputed (checkpointing).")
 
 def missing_table(parts):
     "What the run needs, and what is there."
@@ -139,9 +147,12 @@ def store_parts(store, config):
 def dry_run(preset="paper", gpus=4, rate=250., share=.45, data=None, llm=None, corpus=None, stages=None, store=None, **changes):
     """The `DryRun` of a preset: parameters, work, memory, time, and the files that are missing; nothing is loaded and no network is asked.
 
-    `rate` in TFLOP/s of one GPU; `data` a folder in M3D's layout (default `data/m3d`), `llm` a folder, `store` the features if they are made; `changes` go to the preset's configuration."""
+    `rate` in TFLOP/s of one GPU; `data` a folder in M3D's layout (default `data/m3d`), `llm` a folder, `store` the features if they are made;
+    `changes` go to the preset's configuration."""
     if preset not in PRESETS: raise MedVLM3DError(preset, "is no preset that can be planned", f"Choose one of {', '.join(PRESETS)}.")
-    if gpus < 1 or rate <= 0 or not 0 < share <= 1: raise MedVLM3DError("dry_run", f"cannot plan for {gpus} GPUs at {rate} TFLOP/s and a share of {share}", "Give at least one GPU, a positive rate and a share up to 1.")
+    if gpus < 1 or rate <= 0 or not 0 < share <= 1:
+        raise MedVLM3DError("dry_run", f"cannot plan for {gpus} GPUs at {rate} TFLOP/s and a share of {share}",
+                            "Give at least one GPU, a positive rate and a share up to 1.")
     make, default = PRESETS[preset]
     config, stages = make(**changes), stages or default()
     name, (in_data, samples) = str(llm or config.llm_reference["name"]), data_parts(data or home()/"m3d")

@@ -132,7 +132,8 @@ def check_lines(path, samples, by):
         if asked.get(line["id"]) != (line["question"], line["answer"], line["choices"]):
             raise MedVLM3DError(relative(path), f"holds an answer to another question ({line['id']!r})", "Delete the file or choose another one.")
         if line.get("by", by) != by:
-            raise MedVLM3DError(relative(path), f"was answered by another model or with other settings ({line['by']} → {by})", "Delete the file or choose another one.")
+            raise MedVLM3DError(relative(path), f"was answered by another model or with other settings ({line['by']} → {by})",
+                                "Delete the file or choose another one.")
     return lines
 
 def collected(out, samples, by):
@@ -187,8 +188,10 @@ def predict_items(model, processor, samples, features, batch_size, out_path, ima
 def main(arguments=None):
     "`python -m medvlm3d.prediction MODEL DATA STORE OUT`: answer a split, alone or under torchrun."
     from medvlm3d.model import MedVLM3D
-    parser = argparse.ArgumentParser(prog="python -m medvlm3d.prediction", description="Answer the questions of a split; start it with torchrun to use several processes.")
-    for name, told in dict(model="a model folder", data="a folder in M3D's layout, or a manifest (.jsonl)", store="its feature store", out="the file of predictions").items():
+    parser = argparse.ArgumentParser(prog="python -m medvlm3d.prediction",
+                                     description="Answer the questions of a split; start it with torchrun to use several processes.")
+    for name, told in dict(model="a model folder", data="a folder in M3D's layout, or a manifest (.jsonl)",
+                           store="its feature store", out="the file of predictions").items():
         parser.add_argument(name, type=Path, help=told)
     parser.add_argument("--split", default="test")
     parser.add_argument("--by", choices=("words", "options"), help="how closed questions are answered; as the model was trained when not given")

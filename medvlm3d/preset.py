@@ -27,9 +27,9 @@ def placed(path):
 
 def paper_plan(data=None, store=None, llm=None, stages=None, **changes):
     "The `Plan` of the paper's run; `llm` is a folder (None: by its name on the hub), `changes` go to the preset's configuration."
-    return Plan.of(dict(data=placed(data or home()/"m3d"), store=placed(store or home()/"m3d-features"), llm=llm and placed(llm), model=paper(**changes).to_dict(),
-                        stages=[asdict(s) for s in stages or paper_stages()], policy="truncate", precision="bf16", checkpointing=True, workers=4, save_every=200,
-                        deepspeed="runs/zero2.json"))
+    return Plan.of(dict(data=placed(data or home()/"m3d"), store=placed(store or home()/"m3d-features"), llm=llm and placed(llm),
+                        model=paper(**changes).to_dict(), stages=[asdict(s) for s in stages or paper_stages()], policy="truncate",
+                        precision="bf16", checkpointing=True, workers=4, save_every=200, deepspeed="runs/zero2.json"))
 
 # %% ../nbs/11c_preset.ipynb #5dbb7568
 def commands(folder, plan, gpus=4):
@@ -48,10 +48,12 @@ def write_plan(folder, gpus=4, data=None, store=None, llm=None, preset="paper", 
     "Write the plan of a preset to `FOLDER/plan.yaml`; returns it, its dry run, and what a person is told: what is missing, and what to type."
     if preset not in PRESETS: raise MedVLM3DError(preset, "is no preset that can be planned", f"Choose one of {', '.join(PRESETS)}.")
     plan = paper_plan(data, store, llm, stages)
-    dry = dry_run(preset, gpus, data=project_root()/plan.data, llm=plan.llm and project_root()/plan.llm, stages=plan.stages, store=project_root()/plan.store, **how)
+    dry = dry_run(preset, gpus, data=project_root()/plan.data, llm=plan.llm and project_root()/plan.llm,
+                  stages=plan.stages, store=project_root()/plan.store, **how)
     write_text(Path(folder)/"plan.yaml", yaml.safe_dump(plan.to_dict(), sort_keys=False))
     lost = [f"  {row['for']}: {row['file']}: {row['where']}" for row in dry.to_dict()["tables"]["Files"] if row["there"] == "NO"]
-    lines = [f"{shown(Path(folder)/'plan.yaml')} is written: {len(plan.stages)} stages, {plan.stages[0].batch} × {plan.stages[0].accumulation} × {gpus} volumes a step.", "",
+    lines = [f"{shown(Path(folder)/'plan.yaml')} is written: {len(plan.stages)} stages, "
+             f"{plan.stages[0].batch} × {plan.stages[0].accumulation} × {gpus} volumes a step.", "",
              *(["Missing:", *lost] if lost else ["Nothing is missing."]), "", "From the project's folder:"]
     return plan, dry, "\n".join([*lines, *(f"  # {what}\n  {command}" for what, command in commands(shown(folder), plan, gpus).items())])
 

@@ -64,7 +64,8 @@ def draw_texture(item):
     hu, scene = draw_mode(item.case, "CT", item.shape)
     lesion = scene.lesion
     hu[lesion] = arranged(pattern(item.variant, hu.shape, scene.rng)[lesion], TEXTURE_MEAN, TEXTURE_SPREAD * item.contrast)
-    return to_unit(hu), scene.masks, {"texture": item.variant, "report": f"There is a mass in the {item.case.level} part of the {item.case.organ}. Its texture is {item.variant}."}
+    return to_unit(hu), scene.masks, {"texture": item.variant,
+                                      "report": f"There is a mass in the {item.case.level} part of the {item.case.organ}. Its texture is {item.variant}."}
 
 def texture_items(n, split, first, seed, shape, size, contrast):
     cases = sample_findings(n, seed, (28. * size, 40. * size), first, kinds=TEXTURES, planes=("axial", "coronal"))
@@ -134,8 +135,10 @@ PROBES = {  # name: claim, items, questions
 def make_probe(root, name, train=0, validation=0, test=96, shape=(32, 112, 112), size=1., contrast=1., seed=0, workers=2, progress=True):
     "Draw a probe as a corpus in M3D's layout; `size` and `contrast` turn the dial (1: as described). Returns the rows of truth."
     if name not in PROBES: raise MedVLM3DError(name, "is no probe", f"Choose one of {', '.join(PROBES)}.")
-    if name == "mirror" and (train % 2 or validation % 2 or test % 2): raise MedVLM3DError("mirror", "comes in pairs, which stand on one side of a split", "Ask for even numbers of cases.")
+    if name == "mirror" and (train % 2 or validation % 2 or test % 2):
+        raise MedVLM3DError("mirror", "comes in pairs, which stand on one side of a split", "Ask for even numbers of cases.")
     _, items_of, asked = PROBES[name]
     sizes = {"train": train, "validation": validation, "test": test}
     items = [i for split, n, first in numbered(sizes) if n for i in items_of(n, split, first, seed, tuple(shape), size, contrast)]
-    return write_corpus(root, items, dict(probe=name, **sizes, shape=list(shape), size=size, contrast=contrast, seed=seed, version=1), seed, asked, workers, progress)
+    return write_corpus(root, items, dict(probe=name, **sizes, shape=list(shape), size=size, contrast=contrast, seed=seed, version=1),
+                        seed, asked, workers, progress)

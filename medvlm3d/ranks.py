@@ -27,7 +27,8 @@ BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt
 def meeting():
     "The gloo group of all ranks, opened at the first meeting."
     if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ: raise MedVLM3DError("RANK and WORLD_SIZE", "are set without MASTER_ADDR: the processes cannot meet", "Start them with torchrun.")
+        if "MASTER_ADDR" not in os.environ:
+            raise MedVLM3DError("RANK and WORLD_SIZE", "are set without MASTER_ADDR: the processes cannot meet", "Start them with torchrun.")
         dist.init_process_group("gloo", timeout=PATIENCE)
     return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -53,7 +54,8 @@ class Ranks:
         found = [None] * self.world
         try: dist.all_gather_object(found, value, group=meeting())
         except RuntimeError as e:
-            raise MedVLM3DError(f"rank {self.rank}", "lost another rank, which stopped or was killed", "Look for the first message of the others. What is done is kept: start again.") from e
+            raise MedVLM3DError(f"rank {self.rank}", "lost another rank, which stopped or was killed",
+                                "Look for the first message of the others. What is done is kept: start again.") from e
         return found
 
     def lead(self, act):
@@ -102,7 +104,8 @@ def only_writer(folder, patience=0.):
     place, until = os.open(folder, os.O_RDONLY), time.monotonic() + patience
     try:
         while taken(place):
-            if time.monotonic() >= until: raise MedVLM3DError(relative(folder), "is being written by another process", "Wait for its end, or choose another folder.")
+            if time.monotonic() >= until:
+                raise MedVLM3DError(relative(folder), "is being written by another process", "Wait for its end, or choose another folder.")
             time.sleep(.2)
         yield
     finally: os.close(place)

@@ -43,8 +43,11 @@ def read_rows(path):
     "The rows of a sheet as dicts; MedVLM3DError if it is none."
     try:
         with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f, strict=True))
-    except UnicodeDecodeError as e: raise MedVLM3DError(relative(path), "is not UTF-8", "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas.") from e
-    except csv.Error as e: raise MedVLM3DError(relative(path), f"is no CSV file ({e})", "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas.") from e
+    except UnicodeDecodeError as e:
+        raise MedVLM3DError(relative(path), "is not UTF-8", "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas.") from e
+    except csv.Error as e:
+        raise MedVLM3DError(relative(path), f"is no CSV file ({e})",
+                            "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas.") from e
     if any(set(r) != {*SHEET} for r in rows): raise MedVLM3DError(relative(path), "does not have a sheet's columns", f"They are {', '.join(SHEET)}.")
     return rows
 
@@ -77,7 +80,9 @@ def votes_from_sheets(folder, raters, seed=0):
         for path, rater in zip(paths, raters):
             if not path.exists(): write_rows(path, sheet_rows(pairs, rater, seed))
         waiting = [p.stem for p in paths if any(not r["verdict"].strip() for r in read_rows(p))]
-        if waiting: raise MedVLM3DError(relative(Path(folder)/f"round-{round}"), f"awaits the verdicts of {', '.join(waiting)}", "Fill the column `verdict` of each sheet, or click through it with `open_review` (14a_judging), and run again.")
+        if waiting:
+            raise MedVLM3DError(relative(Path(folder)/f"round-{round}"), f"awaits the verdicts of {', '.join(waiting)}",
+                                "Fill the column `verdict` of each sheet, or click through it with `open_review` (14a_judging), and run again.")
         found = [read_sheet(p, pairs) for p in paths]
         return np.array([[v[p.id] for v in found] for p in pairs], bool)
     return vote
@@ -145,4 +150,5 @@ def agreement(votes, patients, names, seed=0, n=2000):
     return {"pairs": len(columns), "raters": list(names), "simulated": any(name.startswith("simulated") for name in names),
             "accepted by all": share([2**raters - 1]), "same verdict": share([0, 2**raters - 1]), "rejected by all": share([0]),
             "Cohen": {f"{i + 1} and {j + 1}": value(lambda c: cohen_kappa(c, i, j)) for i, j in couples}, "mean Cohen": value(mean_cohen),
-            "Fleiss": value(fleiss_kappa), "error rate": value(error_rate), "patterns": {"".join("-+"[int(b)] for b in p): int(t) for p, t in zip(patterns(raters), total)}}
+            "Fleiss": value(fleiss_kappa), "error rate": value(error_rate),
+            "patterns": {"".join("-+"[int(b)] for b in p): int(t) for p, t in zip(patterns(raters), total)}}

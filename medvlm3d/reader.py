@@ -171,14 +171,18 @@ def gate(scores, least=.95):
 
 # %% ../nbs/10a_reader.ipynb #42144704
 def reader_run(out, steps, votes, batch, lr, slots, hidden, layers, heads, least, held_out, seed):
-    "Train a reader in the run folder `out`, `steps` on words and `votes` on words and votes, pass the gate, and save it in `out/model`; returns its scores (kept if it is done)."
-    config = dict(steps=steps, votes=votes, batch=batch, lr=lr, slots=slots, hidden=hidden, layers=layers, heads=heads, least=least, held_out=held_out, seed=seed)
+    """Train a reader in the run folder `out`, `steps` on words and `votes` on words and votes, pass the gate, and save it in `out/model`;
+    returns its scores (kept if it is done)."""
+    config = dict(steps=steps, votes=votes, batch=batch, lr=lr, slots=slots, hidden=hidden,
+                  layers=layers, heads=heads, least=least, held_out=held_out, seed=seed)
     if RunFolder(out).is_done(config): return RunFolder(out).results["scores"]
     with open_run(out, config, seed=seed, data="text of phantoms, drawn as needed") as run:
         tokenizer = reader_tokenizer()
         llm = make_reader(tokenizer, hidden, layers, heads, seed)
         train_reader(llm, tokenizer, steps, batch, slots, lr, seed, on_step=lambda step, loss, lr: run.log(stage="words", step=step, loss=loss, lr=lr))
-        if votes: train_reader(llm, tokenizer, votes, batch, slots, lr / 2, seed + 1, votes=.5, on_step=lambda step, loss, lr: run.log(stage="votes", step=steps + step, loss=loss, lr=lr))
+        if votes:
+            train_reader(llm, tokenizer, votes, batch, slots, lr / 2, seed + 1, votes=.5,
+                         on_step=lambda step, loss, lr: run.log(stage="votes", step=steps + step, loss=loss, lr=lr))
         scores = gate(reading_score(llm, tokenizer, sample_cases(held_out, seed=seed + 5, first=950_000), slots), least)
         llm.to(torch.bfloat16).save_pretrained(run/"model")
         tokenizer.save_pretrained(run/"model")

@@ -32,7 +32,8 @@ def kind_of_folder(path):
     "pictures or dicom; a folder that holds both is refused."
     files = [p for p in path.iterdir() if p.is_file()]
     pictures = [p for p in files if p.suffix.lower() in PICTURES]
-    if pictures and any(map(begins_as_dicom, set(files) - set(pictures))): raise MedVLM3DError(path, "holds pictures beside DICOM files", "Give a folder with files of one kind.")
+    if pictures and any(map(begins_as_dicom, set(files) - set(pictures))):
+        raise MedVLM3DError(path, "holds pictures beside DICOM files", "Give a folder with files of one kind.")
     return "pictures" if pictures else "dicom"
 
 def kind_of(path):
@@ -40,7 +41,8 @@ def kind_of(path):
     name = path.name.lower()
     if not path.exists(): raise MedVLM3DError(path, "does not exist", "Check the path.")
     if path.is_dir(): return kind_of_folder(path)
-    for kind, ends in {"nifti": (".nii", ".nii.gz"), "nrrd": (".nrrd", ".nhdr"), "meta": (".mha", ".mhd"), "numpy": (".npy", ".npz"), "dicom": (".zip", ".dcm")}.items():
+    for kind, ends in {"nifti": (".nii", ".nii.gz"), "nrrd": (".nrrd", ".nhdr"), "meta": (".mha", ".mhd"),
+                       "numpy": (".npy", ".npz"), "dicom": (".zip", ".dcm")}.items():
         if name.endswith(ends): return kind
     if begins_as_dicom(path): return "dicom"
     raise MedVLM3DError(path, "has a format that is not read", f"Give {FORMATS}.")
@@ -50,13 +52,15 @@ TAKES = {**dict.fromkeys(("nifti", "nrrd", "meta"), ("axis_order", "frame")), "n
 def check_options(path, kind, **given):
     "Refuse an option that was given and that a kind of file does not have: it would be ignored without a word."
     if idle := [name for name, value in given.items() if value is not None and name not in TAKES[kind]]:
-        raise MedVLM3DError(path, f"has nothing to choose by {', '.join(idle)}", f"Leave it out; for this kind of file there is {' and '.join(TAKES[kind]) or 'no choice'}.")
+        raise MedVLM3DError(path, f"has nothing to choose by {', '.join(idle)}",
+                            f"Leave it out; for this kind of file there is {' and '.join(TAKES[kind]) or 'no choice'}.")
 
 def read_volume(path, axis_order=None, series=None, frame=None, non_finite="error", max_voxels=MAX_VOXELS, modality=None, intensity=None, suv=True):
     """A `Volume` in the canonical orientation of its plane of acquisition, from a file, a DICOM folder or zip, or a folder of pictures.
 
-    `axis_order` declares the axes of arrays, or the orientation a header lacks; `series` and `frame` choose among several; `non_finite` is `error` or `replace`;
-    `modality` and `intensity` tell what a file leaves open; `suv=False` reads a PET series whose tags do not suffice. Raises `MedVLM3DError` with path, reason and remedy."""
+    `axis_order` declares the axes of arrays, or the orientation a header lacks; `series` and `frame` choose among several;
+    `non_finite` is `error` or `replace`; `modality` and `intensity` tell what a file leaves open;
+    `suv=False` reads a PET series whose tags do not suffice. Raises `MedVLM3DError` with path, reason and remedy."""
     if modality not in (None, *MODALITIES): raise MedVLM3DError(path, f"is given the modality {modality!r}", f"Use one of {', '.join(MODALITIES)}.")
     path, options = Path(path), dict(non_finite=non_finite, max_voxels=max_voxels, modality=modality, intensity=intensity)
     kind = kind_of(path)

@@ -22,35 +22,45 @@ def real_table(found):
     "One row a scan: what was kept, and what was said."
     rows = tuple((name, f["modality"], len(f["lesion"]), f"{f['lesion slices kept']} of {len(f['kept'])}", f["report"],
                   "; ".join(a["text"] for a in f["answers"].values())) for name, f in found.items())
-    return Table("Real scans", ("scan", "modality", "lesion slices", "kept slices that show it", "report", "answers: plane; organ; kind; place"), rows, STATEMENT)
+    return Table("Real scans", ("scan", "modality", "lesion slices", "kept slices that show it", "report", "answers: plane; organ; kind; place"),
+                 rows, STATEMENT)
 
 def trace_table(found):
     "One row a stage of each scan's way."
-    return Table("The way of each real scan, stage by stage", ("scan", "stage", "equation", "notebook", "shape"), tuple((name, *line[:4]) for name, f in found.items() for line in f["trace"][1:]), STATEMENT)
+    return Table("The way of each real scan, stage by stage", ("scan", "stage", "equation", "notebook", "shape"),
+                 tuple((name, *line[:4]) for name, f in found.items() for line in f["trace"][1:]), STATEMENT)
 
 def study_tables(folder, name):
     "Stem → table of a study's folder; how it was trained stands in the notes of its scores."
     run, results = RunFolder(folder), RunFolder(folder).results
     real = {p.stem: read_json(p) for p in sorted((folder/"real").glob("*.json"))}
-    said = {task: tuple(s for s, scores in results["systems"].items() if task in scores["m3d"]) for task in ("open", "report")}    # not every system is asked everything
-    scores = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open", said["open"]), "reports": report_table({name: run}, said["report"])}
+    # not every system is asked everything
+    said = {task: tuple(s for s, scores in results["systems"].items() if task in scores["m3d"]) for task in ("open", "report")}
+    scores = {"closed": vqa_table({name: run}, "closed"), "open": vqa_table({name: run}, "open", said["open"]),
+              "reports": report_table({name: run}, said["report"])}
     return {**{stem: replace(t, note=f"{t.note} {trainings_text(results)}".strip()) for stem, t in scores.items()},
             "findings": findings_table(run), "clinical": clinical_table(run), "seeds": seeds_table(run),
-            "differences": comparison_table(run), "differences-open": comparison_table(run, "open", "ROUGE-1"), "differences-reports": comparison_table(run, "report", "ROUGE-1"),
-            "calibration": calibration_table({name: run}), "strata": strata_table(run), "failed": failed_table(run), "examples": examples_table(folder/"predictions"/"model.jsonl", 1), "real-scans": real_table(real), "real-traces": trace_table(real)}
+            "differences": comparison_table(run), "differences-open": comparison_table(run, "open", "ROUGE-1"),
+            "differences-reports": comparison_table(run, "report", "ROUGE-1"),
+            "calibration": calibration_table({name: run}), "strata": strata_table(run), "failed": failed_table(run),
+            "examples": examples_table(folder/"predictions"/"model.jsonl", 1), "real-scans": real_table(real), "real-traces": trace_table(real)}
 
 # %% ../nbs/16b_rendering.ipynb #f5f274d7
 def model_card(out, results):
     "The card of a trained model, filled from its results and its training manifest."
     made, prepared = read_json(project_root()/out/"training.json"), read_json(project_root()/out/"prepared.json")
-    scores = "\n".join(f"| {g} | {c['value']:.1f} | {c['low']:.1f} to {c['high']:.1f} |" for g, c in results["systems"]["model"]["standard"]["closed"]["accuracy"].items())
+    scores = "\n".join(f"| {g} | {c['value']:.1f} | {c['low']:.1f} to {c['high']:.1f} |"
+                       for g, c in results["systems"]["model"]["standard"]["closed"]["accuracy"].items())
     way = results["systems"]["model"]["signatures"].get("closed", "")
     return (f"---\nlicense: apache-2.0\nlibrary_name: medvlm3d\ntags: [medical, 3d, vision-language, research-only]\n---\n# medvlm3d {Path(out).name}\n\n"
             f"**Research use only, not a medical device.** Trained on procedural phantoms; it knows no patient.\n\n"
-            f"Encoder {prepared['encoder']} (frozen, not included), {prepared['selection']} of {prepared['volume'][0]} slices, {made['plan']['model']['channels']} channels, "
+            f"Encoder {prepared['encoder']} (frozen, not included), "
+            f"{prepared['selection']} of {prepared['volume'][0]} slices, {made['plan']['model']['channels']} channels, "
             f"language model {made['plan']['llm'] or made['plan']['model']['llm_reference']['name']}, LoRA in stage 2.\n\n{trainings_text(results)}\n\n"
-            f"Closed questions of the {results['split']} split, accuracy in percent (protocol standard, strict parser), 95 % interval over cases:\n\n| type | accuracy | interval |\n|---|---|---|\n{scores}\n\n"
-            + (f"Closed answers are {way}.\n\n" if way else "") + f"Load it with `MedVLM3D.from_pretrained(folder)`. Made at commit {str(made['commit'])[:12]}.\n")
+            f"Closed questions of the {results['split']} split, accuracy in percent (protocol standard, strict parser), 95 % interval over cases:\n\n"
+            f"| type | accuracy | interval |\n|---|---|---|\n{scores}\n\n"
+            + (f"Closed answers are {way}.\n\n" if way else "")
+            + f"Load it with `MedVLM3D.from_pretrained(folder)`. Made at commit {str(made['commit'])[:12]}.\n")
 
 # %% ../nbs/16b_rendering.ipynb #0117c361
 def render(out):

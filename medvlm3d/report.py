@@ -64,7 +64,8 @@ class Table:
     def latex(self):
         body = "\n".join(" & ".join(map(escape_latex, r)) + r" \\" for r in self.rows)
         head = " & ".join(map(escape_latex, self.columns)) + r" \\"
-        return "\n".join([r"\begin{table}", rf"\caption{{{escape_latex(self.title)}. {escape_latex(self.note)}}}", rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
+        return "\n".join([r"\begin{table}", rf"\caption{{{escape_latex(self.title)}. {escape_latex(self.note)}}}",
+                          rf"\begin{{tabular}}{{l{'r' * (len(self.columns) - 1)}}}",
                           r"\hline", head, r"\hline", body, r"\hline", r"\end{tabular}", r"\end{table}", ""])
 
     def html(self):
@@ -118,7 +119,8 @@ def groups_of(results, task):
 
 def system_columns(results, systems):
     "(heading, results, system) of each column: the systems asked for, or all that a run holds."
-    return [(name if system == "model" else f"{name}: {system}", r, system) for name, r in results.items() for system in (systems or r.get("systems") or ["model"])]
+    return [(name if system == "model" else f"{name}: {system}", r, system)
+            for name, r in results.items() for system in (systems or r.get("systems") or ["model"])]
 
 # %% ../nbs/16_report.ipynb #824dc505
 PUBLISHED = ("RadFM", "M3D-LaMed", "Med3DVLM", "MedM-VL-CT-3B", "paper")
@@ -131,7 +133,8 @@ def report_table(runs, systems=("model",)):
     results, known = {k: results_of(v) for k, v in runs.items()}, published()
     here_columns = system_columns(results, systems)
     names = list(dict.fromkeys(["BLEU-1", "ROUGE-1", "METEOR", "BERTScore", *metric_names(results.values(), "m3d", "report")]))
-    rows = [(f"{m} (m3d)", *(published_value(known, p, "report", "all", m) for p in PUBLISHED), *(here(r, s, "m3d", "report", m, "all") for _, r, s in here_columns)) for m in names]
+    rows = [(f"{m} (m3d)", *(published_value(known, p, "report", "all", m) for p in PUBLISHED),
+             *(here(r, s, "m3d", "report", m, "all") for _, r, s in here_columns)) for m in names]
     rows += [(f"{m} (standard)", *["–"] * len(PUBLISHED), *(here(r, s, "standard", "report", m, "all") for _, r, s in here_columns))
              for m in metric_names(results.values(), "standard", "report")]
     return Table("Report generation", ("score", *PUBLISHED, *(name for name, _, _ in here_columns)), tuple(rows), RESEARCH + PROTOCOLS + SHORT)
@@ -148,11 +151,14 @@ def vqa_table(runs, task="closed", systems=None):
             for g in groups:
                 old = [published_value(known, p, task, g, m) if protocol == "m3d" else "–" for p in PUBLISHED]
                 rows.append((f"{m} ({protocol})", g, *old, *(here(r, s, protocol, task, m, g) for _, r, s in here_columns)))
-    return Table(f"{task.capitalize()} questions", ("score", "type", *PUBLISHED, *(name for name, _, _ in here_columns)), tuple(rows), RESEARCH + PROTOCOLS + (SHORT if task == "open" else "") + " macro: mean over types, the literature's mean; micro: mean over questions." + closed_note(results, task))
+    return Table(f"{task.capitalize()} questions", ("score", "type", *PUBLISHED, *(name for name, _, _ in here_columns)), tuple(rows),
+                 RESEARCH + PROTOCOLS + (SHORT if task == "open" else "")
+                 + " macro: mean over types, the literature's mean; micro: mean over questions." + closed_note(results, task))
 
 def closed_note(results, task="closed"):
     "How the model of each run answered closed questions, for the note of a table."
-    ways = {k: r["systems"]["model"]["signatures"]["closed"] for k, r in results.items() if task == "closed" and "closed" in r.get("systems", {}).get("model", {}).get("signatures", {})}
+    ways = {k: r["systems"]["model"]["signatures"]["closed"] for k, r in results.items()
+            if task == "closed" and "closed" in r.get("systems", {}).get("model", {}).get("signatures", {})}
     return "".join(f" Closed answers of {name}: {way}." for name, way in ways.items())
 
 def p_text(p): return f"{p:.4f}" if p >= .0001 else "< 0.0001"
@@ -166,7 +172,8 @@ def comparison_table(run, task="closed", metric="accuracy"):
             rows.append((f"model − {name}", g, signed(c), *(p_text(c.get(f"{k}_holm", c[k])) + (" (Holm)" if f"{k}_holm" in c else "") for k in tests)))
     protocol = "standard (strict parser)" if metric == "accuracy" else "m3d"
     return Table(f"Differences in {task} {metric}", ("systems", "type", "difference", *tests.values()), tuple(rows),
-                 f"Points; 95 % intervals from resampling cases; protocol {protocol}. Holm: adjusted for all rows of this table but those of micro, which repeat them. Research use only.")
+                 f"Points; 95 % intervals from resampling cases; protocol {protocol}. "
+                 "Holm: adjusted for all rows of this table but those of micro, which repeat them. Research use only.")
 
 def signed(c):
     return f"{c['difference']:+.1f}" + ("" if c["low"] is None else f" [{c['low']:.1f}, {c['high']:.1f}]")
@@ -197,7 +204,8 @@ def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", 
     import seaborn as sns
     results = results_of(run)
     groups, systems = [*groups_of([results], task), "macro"], results.get("systems", {})
-    names = sorted((s for s in systems if s != "chance" and metric in systems[s].get(protocol, {}).get(task, {})), key=lambda s: (SYSTEM_ORDER.index(s) if s in SYSTEM_ORDER else 9, s))
+    names = sorted((s for s in systems if s != "chance" and metric in systems[s].get(protocol, {}).get(task, {})),
+                   key=lambda s: (SYSTEM_ORDER.index(s) if s in SYSTEM_ORDER else 9, s))
     if not names: raise MedVLM3DError(str(getattr(run, "name", "results")), f"holds no {task} {metric}", "Evaluate the run first.")
     figure, ax = new_figure(6 + .3 * len(names), 2.9)
     width = .8 / len(names)
@@ -206,9 +214,11 @@ def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", 
         x, y = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, np.array([c["value"] for c in cells])
         ax.bar(x, y, width * .92, color=colour, label=name)
         if all(c["low"] is not None for c in cells):
-            ax.errorbar(x, y, [y - [c["low"] for c in cells], [c["high"] for c in cells] - y], fmt="none", ecolor=".2", elinewidth=.8, capsize=0 if len(names) > 4 else 2)
+            ax.errorbar(x, y, [y - [c["low"] for c in cells], [c["high"] for c in cells] - y],
+                        fmt="none", ecolor=".2", elinewidth=.8, capsize=0 if len(names) > 4 else 2)
     for k, g in enumerate(groups):
-        if chance := lookup(results, "chance", protocol, task, metric, g): ax.plot([k - .45, k + .45], [chance["value"]] * 2, "k--", lw=1, label="chance" if k == 0 else None)
+        if chance := lookup(results, "chance", protocol, task, metric, g):
+            ax.plot([k - .45, k + .45], [chance["value"]] * 2, "k--", lw=1, label="chance" if k == 0 else None)
     ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "mean"], ylabel=f"{metric} (%)", ylim=(0, 100), title=title or "")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     sns.despine(ax=ax)

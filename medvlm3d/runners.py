@@ -61,7 +61,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def scrub(text, out="."):
     "`text` with paths relative to the project root, and other folders of this machine by their role; `out` is the run's."
     root = project_root()
-    roles = {root: "", Path(out).resolve(): "out", Path(sys.prefix): "python", Path(sys.base_prefix): "python", home(): "home", Path(tempfile.gettempdir()): "tmp", Path.home(): "~"}
+    roles = {root: "", Path(out).resolve(): "out", Path(sys.prefix): "python", Path(sys.base_prefix): "python",
+             home(): "home", Path(tempfile.gettempdir()): "tmp", Path.home(): "~"}
     roles = {folder: word for folder, word in roles.items() if len(folder.parts) > 1 and (folder == root or not folder.is_relative_to(root))}
     for folder, word in sorted(roles.items(), key=lambda role: -len(str(role[0]))):
         text = re.sub(re.escape(str(folder)) + "/", f"{word}/" if word else "", text)
@@ -181,7 +182,8 @@ def step_key(name, given):
 
 def made_in(folder):
     "File → hash of the results and the weights in a folder of a run or of a model; {} where there are none."
-    return {name: sha256_file(project_root()/folder/name) for name in ("results.json", "model.safetensors") if folder and (project_root()/folder/name).is_file()}
+    return {name: sha256_file(project_root()/folder/name)
+            for name in ("results.json", "model.safetensors") if folder and (project_root()/folder/name).is_file()}
 
 # %% ../nbs/16a_runners.ipynb #1afe4d0a
 def execute(path, timeout=600):

@@ -23,21 +23,31 @@ from .split import split_corpus
 
 # %% ../nbs/09f_scale.ipynb #f9ba0f55
 PLACES = {"liver": ("segment {s}", "the dome of the right lobe", "the left lateral section", "the caudate lobe", "the gallbladder fossa"),
-          "lungs": ("the apical segment of the right upper lobe", "the lingula", "the posterior basal segment of the left lower lobe", "the middle lobe", "the right hilum"),
+          "lungs": ("the apical segment of the right upper lobe", "the lingula",
+                    "the posterior basal segment of the left lower lobe", "the middle lobe", "the right hilum"),
           "kidneys": ("the upper pole of the right kidney", "the left interpolar region", "the lower pole of the left kidney", "the right renal sinus"),
-          "pancreas": ("the head of the pancreas", "the uncinate process", "the tail of the pancreas"), "bones": ("the body of L{s}", "the left iliac wing", "the seventh rib on the right"),
-          "bowel": ("the terminal ileum", "the sigmoid colon", "the hepatic flexure"), "spleen": ("the lower pole of the spleen", "the splenic hilum"), "adrenals": ("the left adrenal gland", "the body of the right adrenal")}
-LOOKS = ("hypodense", "hyperdense", "enhancing", "partly calcified", "ill-defined", "well-circumscribed", "cystic", "lobulated", "spiculated", "fat-containing", "peripherally enhancing", "heterogeneous")
+          "pancreas": ("the head of the pancreas", "the uncinate process", "the tail of the pancreas"),
+          "bones": ("the body of L{s}", "the left iliac wing", "the seventh rib on the right"),
+          "bowel": ("the terminal ileum", "the sigmoid colon", "the hepatic flexure"),
+          "spleen": ("the lower pole of the spleen", "the splenic hilum"), "adrenals": ("the left adrenal gland", "the body of the right adrenal")}
+LOOKS = ("hypodense", "hyperdense", "enhancing", "partly calcified", "ill-defined", "well-circumscribed",
+         "cystic", "lobulated", "spiculated", "fat-containing", "peripherally enhancing", "heterogeneous")
 THINGS = ("lesion", "nodule", "focus", "mass", "collection", "area of soft-tissue thickening", "lymph node", "calcification")
-SINCE = ("unchanged", "slightly larger than before", "smaller than on the previous examination", "new", "not seen previously", "of uncertain age", "without restricted margins", "suspicious", "most likely benign")
+SINCE = ("unchanged", "slightly larger than before", "smaller than on the previous examination", "new",
+         "not seen previously", "of uncertain age", "without restricted margins", "suspicious", "most likely benign")
 NORMAL = {"liver": ("Hepatic contours are smooth.", "No focal liver lesion.", "The biliary tree is not dilated.", "Portal and hepatic veins are patent."),
           "lungs": ("Both lungs are clear.", "No pleural effusion on either side.", "Central airways are open.", "There is no consolidation."),
           "kidneys": ("Kidneys enhance symmetrically.", "No hydronephrosis.", "No urinary stone is seen.", "Renal cortices are of normal thickness."),
-          "pancreas": ("The pancreatic duct is of normal calibre.", "Pancreas unremarkable.", "No peripancreatic stranding."), "bones": ("No aggressive bone lesion.", "Mild degenerative change of the spine.", "Vertebral heights are kept."),
-          "bowel": ("Bowel loops are of normal calibre.", "No free air or fluid.", "The appendix is normal."), "spleen": ("Spleen not enlarged.", "The spleen is homogeneous."), "adrenals": ("Adrenal glands are slender.", "No adrenal nodule."),
-          "vessels": ("The aorta is not dilated.", "Scattered atheroma of the abdominal aorta.", "No filling defect in the pulmonary arteries."), "nodes": ("No enlarged lymph nodes.", "Small nodes in the mesentery, not enlarged by size.")}
-SAYS = ("In {place} there is {look} {thing} of {a} x {b} mm, {since}.", "{look} {thing} in {place} measures {a} mm ({since}).", "{a} mm {thing} in {place}; {since}.", "{place} shows {look} {thing}, {since}, up to {a} mm across.")
-CLOSES = ("No urgent finding.", "Follow-up in {s} months is suggested.", "Comparison with earlier examinations is recommended.", "Please correlate with laboratory values.", "Tissue sampling may be considered.", "Findings were discussed by telephone.")
+          "pancreas": ("The pancreatic duct is of normal calibre.", "Pancreas unremarkable.", "No peripancreatic stranding."),
+          "bones": ("No aggressive bone lesion.", "Mild degenerative change of the spine.", "Vertebral heights are kept."),
+          "bowel": ("Bowel loops are of normal calibre.", "No free air or fluid.", "The appendix is normal."),
+          "spleen": ("Spleen not enlarged.", "The spleen is homogeneous."), "adrenals": ("Adrenal glands are slender.", "No adrenal nodule."),
+          "vessels": ("The aorta is not dilated.", "Scattered atheroma of the abdominal aorta.", "No filling defect in the pulmonary arteries."),
+          "nodes": ("No enlarged lymph nodes.", "Small nodes in the mesentery, not enlarged by size.")}
+SAYS = ("In {place} there is {look} {thing} of {a} x {b} mm, {since}.", "{look} {thing} in {place} measures {a} mm ({since}).",
+        "{a} mm {thing} in {place}; {since}.", "{place} shows {look} {thing}, {since}, up to {a} mm across.")
+CLOSES = ("No urgent finding.", "Follow-up in {s} months is suggested.", "Comparison with earlier examinations is recommended.",
+          "Please correlate with laboratory values.", "Tissue sampling may be considered.", "Findings were discussed by telephone.")
 
 def varied_report(rng, finding=""):
     "A report drawn with the generator `rng`: `finding` (if given) among one to four drawn ones, normal organs in changing order, a conclusion."
@@ -47,7 +57,8 @@ def varied_report(rng, finding=""):
     for organ in ill:
         a, b = sorted(rng.integers(3, 95, 2).tolist(), reverse=True)
         look = pick(LOOKS)
-        said = pick(SAYS).format(place=pick(PLACES[organ]).format(s=rng.integers(1, 6)), look=("an " if look[0] in "aeiou" else "a ") + look, thing=pick(THINGS), since=pick(SINCE), a=a, b=b)
+        said = pick(SAYS).format(place=pick(PLACES[organ]).format(s=rng.integers(1, 6)),
+                                 look=("an " if look[0] in "aeiou" else "a ") + look, thing=pick(THINGS), since=pick(SINCE), a=a, b=b)
         sentences.append(said[0].upper() + said[1:])
     well = [o for o in rng.permutation(list(NORMAL)).tolist() if o not in ill]
     sentences += [pick(NORMAL[o]) for o in well[:rng.integers(3, 7)]]
@@ -87,11 +98,13 @@ def corpus_samples(volumes, questions, leaks=50, seed=0):
     per, rng = np.diff(np.linspace(0, questions, volumes + 1).round().astype(int)), np.random.default_rng((seed, 1))
     for v, c in enumerate(case.tolist()):
         kind, partner = leak.get(c, ("", c))
-        known = dict(case=f"case/{partner if kind == 'case' else c:06d}", image=f"volumes/{v // 1000:04d}/{v:06d}.npy", split=str(split[c]), modality="CT", plane="axial", source="generated")
+        known = dict(case=f"case/{partner if kind == 'case' else c:06d}", image=f"volumes/{v // 1000:04d}/{v:06d}.npy",
+                     split=str(split[c]), modality="CT", plane="axial", source="generated")
         yield Sample(f"{v}/report", task="report", type="Report", answer=report_of_case(c, leak, seed), **known)
         for q in range(per[v]):
             choices = [f"{rng.integers(3, 95)} mm, {LOOKS[k]}" for k in rng.permutation(len(LOOKS))[:4]]
-            yield Sample(f"{v}/{q}", task="closed", type=list(TYPES.values())[q % 5], question=f"What is seen in {PLACES['lungs'][q % 5]}?", choices=tuple(choices), answer=choices[q % 4], letter="ABCD"[q % 4], **known)
+            yield Sample(f"{v}/{q}", task="closed", type=list(TYPES.values())[q % 5], question=f"What is seen in {PLACES['lungs'][q % 5]}?",
+                         choices=tuple(choices), answer=choices[q % 4], letter="ABCD"[q % 4], **known)
 
 def write_volumes(root, volumes, leaks=50, seed=0, progress=True):
     "Write the volumes of `corpus_samples`; the first of a leaking case is a copy of its partner's first, or nearly so."
@@ -131,11 +144,14 @@ def benchmark(root, volumes=100_000, questions=500_000, workers=2, progress=True
     "Make a corpus at `root`, verify and split it, verify the split; write `scale.json` with seconds and peak memory of each step."
     root = Path(root)
     steps = {"make the corpus": (make_corpus, root, volumes, questions, 50, 0, progress),
-             "verify": (verify_step, root, "manifest", True, workers), "split by case": (split_step, root, workers), "verify the split": (verify_step, root, "manifest-by-case", True, workers)}
+             "verify": (verify_step, root, "manifest", True, workers), "split by case": (split_step, root, workers),
+             "verify the split": (verify_step, root, "manifest-by-case", True, workers)}
     record = {"volumes": volumes, "questions": questions, "workers": workers, "steps": {}}
     for name, step in steps.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: record["steps"][name] = pool.submit(timed, *step).result()
         if progress: print(name, record["steps"][name], flush=True)
-    for name in ("manifest", "manifest-by-case"): record[name] = {k: v for k, v in json.loads((root/name/"audit.json").read_text()).items() if k in ("passed", "leaks", "tied to training", "volumes", "problems")}
+    for name in ("manifest", "manifest-by-case"):
+        record[name] = {k: v for k, v in json.loads((root/name/"audit.json").read_text()).items()
+                        if k in ("passed", "leaks", "tied to training", "volumes", "problems")}
     write_json(root/"scale.json", record)
     return record

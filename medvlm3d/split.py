@@ -72,7 +72,8 @@ def ledger_rows(census, group, side, ties, most=3):
 
 def moves(census, group, side):
     "'train → test' → volumes, for all volumes that change sides."
-    return dict(sorted(Counter(f"{old} → {new}" for old, new in zip(map(side_names, census.side.tolist()), np.take(SPLITS, side[group]).tolist()) if old != new).items()))
+    return dict(sorted(Counter(f"{old} → {new}" for old, new in zip(map(side_names, census.side.tolist()), np.take(SPLITS, side[group]).tolist())
+                               if old != new).items()))
 
 # %% ../nbs/09e_split.ipynb #ae8bca85
 PARTS = ("test1k", "test500", "test100", "hard_test", "test5k")
@@ -93,7 +94,8 @@ def split_corpus(path, by="case", out=None, shares=(.8, .1, .1), seed=0, ties=OP
     problems, path = [], Path(path)
     read, root = open_corpus(path)
     out = Path(out or root/f"{'manifest' if path.is_dir() else path.stem}-by-{by}.jsonl")
-    if out.resolve().parent != root.resolve(): raise MedVLM3DError(relative(out), "does not lie in the folder of the data, to which its paths are relative", f"Write it to {relative(root)}.")
+    if out.resolve().parent != root.resolve():
+        raise MedVLM3DError(relative(out), "does not lie in the folder of the data, to which its paths are relative", f"Write it to {relative(root)}.")
     census = take_census(whole_lists(read(problems), left_out := Counter()))
     settle(relative(path), problems, remedy="Repair the places named above first.")
     if not census.images: raise MedVLM3DError(relative(path), "holds no volumes", "Give a corpus.")
@@ -105,8 +107,10 @@ def split_corpus(path, by="case", out=None, shares=(.8, .1, .1), seed=0, ties=OP
     check_shares(group, side, shares, found)
     written = write_manifest(out, with_sides(whole_lists(read([])), census, side[group], looks))
     write_text(out.with_suffix(".ledger.jsonl"), "".join(json.dumps(row) + "\n" for row in ledger_rows(census, group, side, found)))
-    summary = {"by": by, "ties": [t.kind for t in found], "thresholds": {"near text": text, "near image": image}, "images_read": images, "seed": seed, "shares": list(shares),
-               "samples": written, "volumes": dict(zip(SPLITS, np.bincount(side[group], minlength=3).tolist())), "groups": len(side), "largest group": int(np.bincount(group).max()),
+    summary = {"by": by, "ties": [t.kind for t in found], "thresholds": {"near text": text, "near image": image},
+               "images_read": images, "seed": seed, "shares": list(shares),
+               "samples": written, "volumes": dict(zip(SPLITS, np.bincount(side[group], minlength=3).tolist())),
+               "groups": len(side), "largest group": int(np.bincount(group).max()),
                "moved": moves(census, group, side), "left out": dict(left_out), "sha256": sha256_file(out)}
     write_json(out.with_suffix(".summary.json"), summary)
     return summary

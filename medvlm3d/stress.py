@@ -50,7 +50,8 @@ def insert(text, case):
     body, impression = text.rsplit(" Impression:", 1)
     return f"{body} There is a {KINDS[(i + 1) % len(KINDS)]} in the {organ}. Impression:{impression}"
 
-PARAPHRASE = {"There is a": "One sees a", " shows a": " contains a", " is seen in": " is found in", "Impression:": "In summary:", "unremarkable": "normal", "No other finding.": "Nothing else is found.",
+PARAPHRASE = {"There is a": "One sees a", " shows a": " contains a", " is seen in": " is found in",
+              "Impression:": "In summary:", "unremarkable": "normal", "No other finding.": "Nothing else is found.",
               "normal": "unremarkable", " measures ": " has a diameter of ", "Technique: ": "", "CT of the chest and abdomen": "Thoracic and abdominal CT"}
 
 def reword(text, case):
@@ -79,7 +80,9 @@ def score_rows(texts, references, cases, meteor=None, bertscore=None):
     return {"BLEU-4": bleu4_statistics(texts, references), **rows, "fact F1": np.stack([2 * counts[0], 2 * counts[0] + counts[1] + counts[2]], 1),
             **{name: found[key] for name, key in FINDING_SCORES.items()}}
 
-def statistic(name): return bleu4_from_sums if name == "BLEU-4" else lambda sums: np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+def statistic(name):
+    return bleu4_from_sums if name == "BLEU-4" else lambda sums: np.divide(
+        sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
 
 def fall_of(name, edited, true, cases, seed=0, n=2000):
     "The cell {value, low, high, n} of what score `name` loses, × 100, between rows `true` and `edited`; None where it counts nothing."
@@ -107,7 +110,8 @@ def protocol(name):
     return "standard" if name in ("BLEU-4", "ROUGE-L") else "m3d" if name.startswith(("BLEU-1", "ROUGE-1", "METEOR", "BERTScore")) else "own"
 
 def stress_note(cases):
-    return (f"Points of 100 that a score loses when one error is put into each of {cases} reports of phantoms; in brackets 95 % intervals from resampling cases. The paraphrase is no error. –: nothing to count. "
+    return (f"Points of 100 that a score loses when one error is put into each of {cases} reports of phantoms; "
+            "in brackets 95 % intervals from resampling cases. The paraphrase is no error. –: nothing to count. "
             "Protocols: m3d, the literature's; standard; own, findings as read by this project's lexicon. Research use only.")
 
 def stress_rows(falls):
@@ -125,7 +129,8 @@ def stress_figure(falls):
     labels = np.where(np.isnan(values), "–", np.char.mod("%.0f", np.nan_to_num(values) + 0.))
     figure = Figure(figsize=(7.4, 4.4), dpi=100, layout="constrained")
     axes = figure.subplots()
-    sns.heatmap(np.nan_to_num(values), annot=labels, fmt="", cmap="rocket_r", vmin=0, vmax=100, xticklabels=list(falls), yticklabels=[f"{name} ({protocol(name)})" for name in names], linewidths=.5,
+    sns.heatmap(np.nan_to_num(values), annot=labels, fmt="", cmap="rocket_r", vmin=0, vmax=100,
+                xticklabels=list(falls), yticklabels=[f"{name} ({protocol(name)})" for name in names], linewidths=.5,
                 cbar_kws={"label": "points lost"}, ax=axes)
     axes.axvline(len(falls) - 1, color="k", lw=2)
     axes.set_title("What each score loses by one error (right of the line: by none)", fontsize=10)
@@ -140,6 +145,7 @@ def stress_run(out, cases=240, seed=11, resamples=2000):
     meteor, bertscore = METEOR(fetch("wordnet")), BERTScore(fetch("minilm"))
     with open_run(project_root()/out, config, seed=seed, reports=sha256_json([stated(c) for c in drawn])) as run:
         falls = stress(drawn, meteor, bertscore, seed, resamples)
-        write_json(run/"results.json", {"schema": "medvlm3d.stress/1", "cases": cases, "falls": falls, "example": {name: edit(stated(drawn[0]), drawn[0]) for name, edit in EDITS.items()},
+        write_json(run/"results.json", {"schema": "medvlm3d.stress/1", "cases": cases, "falls": falls,
+                                        "example": {name: edit(stated(drawn[0]), drawn[0]) for name, edit in EDITS.items()},
                                         "signatures": {meteor.name: meteor.signature, bertscore.name: f"layer {bertscore.layer}, no idf, no rescaling"}})
     return falls

@@ -56,7 +56,8 @@ def prepare(out, data, store, train, validation, test, depth, size, encoder, rho
     make_phantom(project_root()/data, train, validation, test, (depth, size, size), seed, workers, progress)
     device, truth = pick_device(), read_truth(project_root()/data)
     network = load_encoder(encoder, size=size, device=device, dtype=quick_dtype(device))
-    found = encode_images(project_root()/store, project_root()/data, list(truth), network, Preprocess(depth, size, size, window=(-200, 400)), rho, selection, progress=progress)
+    found = encode_images(project_root()/store, project_root()/data, list(truth), network,
+                          Preprocess(depth, size, size, window=(-200, 400)), rho, selection, progress=progress)
     kept, tokens, channels = found[next(iter(truth))][0].shape
     facts = {"cases": {"train": train, "validation": validation, "test": test}, "volume": [depth, size, size], "encoder": encoder,
              "kept slices": kept, "patches a slice": tokens, "channels": channels, "selection": f"{selection}, {rho} %", **coverage(found, truth),
@@ -66,7 +67,8 @@ def prepare(out, data, store, train, validation, test, depth, size, encoder, rho
 
 # %% ../nbs/16b_study.ipynb #68dee739
 def training_plan(data, store, llm="reader", reader="reports/reader/model", channels=96, attention="global", residual=False, stage1_epochs=5., stage1_lr=3e-3,
-                  stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both", lora_targets=("q_proj", "v_proj"), lora_dropout=.1, seed=0, precision="auto", save_every=100,
+                  stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both",
+                  lora_targets=("q_proj", "v_proj"), lora_dropout=.1, seed=0, precision="auto", save_every=100,
                   accumulation=1, **how):
     "The two-stage `Plan` of a study on an existing feature store; `how` are further fields of the plan."
     spec = FeatureStore(project_root()/store).spec
@@ -91,7 +93,8 @@ def trainings(plan, blind=1., seeds=1):
     return {"model": plan, **({"blind": blind_plan(plan, blind)} if blind else {}), **again}
 
 def train_twins(out, plan, blind=1., seeds=1, progress=True, ranks=1, allow_changes=False, allow_shared=False):
-    "Train the model from `seeds` seeds and, for `blind` times as many epochs, its blind twin, each in a process of its own (or `ranks` of them); the first model and both logs are copied to `out`."
+    """Train the model from `seeds` seeds and, for `blind` times as many epochs, its blind twin, each in a process of its own (or `ranks` of them);
+    the first model and both logs are copied to `out`."""
     if seeds < 1: raise MedVLM3DError("seeds", f"is {seeds}", "Train at least once.")
     folder, plans, how = project_root()/out, trainings(plan, blind, seeds), dict(progress=progress, allow_changes=allow_changes, allow_shared=allow_shared)
     if ranks > 1: how["launcher"] = on_ranks(ranks)
@@ -99,7 +102,8 @@ def train_twins(out, plan, blind=1., seeds=1, progress=True, ranks=1, allow_chan
         if not RunFolder(folder/"training"/name).is_done(each.to_dict()): launch(folder/"training"/name, each, **how)
     model = MedVLM3D.from_pretrained(folder/"training"/"model"/"model")
     model.to(torch.bfloat16).save_pretrained(folder/"model")
-    for name, log in {"model": "log.jsonl", **({"blind": "log-blind.jsonl"} if blind else {})}.items(): shutil.copy(folder/"training"/name/"log.jsonl", folder/log)
+    for name, log in {"model": "log.jsonl", **({"blind": "log-blind.jsonl"} if blind else {})}.items():
+        shutil.copy(folder/"training"/name/"log.jsonl", folder/log)
     run = RunFolder(folder/"training"/"model")
     write_json(folder/"training.json", {"plan": plan.to_dict(), **run.manifest, "seeds": [plan.seed + k for k in range(seeds)],
                                         "blind": {"share": blind, "plan": plans["blind"].to_dict() if blind else None}})
@@ -135,16 +139,19 @@ def answer_all(folder, asked, training, store, seed=0, **how):
     systems = {"model": said("model", store)}
     if way_of(model["model"]) == "options": systems["model, in words"] = said("model, in words", store, closed, by="words")
     systems |= {"other image": said("other image", store, images=other_images(asked, seed)), "no image": said("no image", None, once),
-                "blank image": said("blank image", Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"])), once), "slices reversed": said("slices reversed", Reversed(store), once)}
+                "blank image": said("blank image", Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"])), once),
+                "slices reversed": said("slices reversed", Reversed(store), once)}
     if (folder/"training"/"blind"/"model").exists():
         systems["blind"] = said("blind", Constant(store, images), who=load(folder/"training"/"blind"/"model"))
-    unseen = {"nearest caption": nearest_lines(asked, training, neighbours(store, list(by_image(asked)), images)), "constant": constant_predictions(systems["model"], training)}
+    unseen = {"nearest caption": nearest_lines(asked, training, neighbours(store, list(by_image(asked)), images)),
+              "constant": constant_predictions(systems["model"], training)}
     return systems | {name: write_lines(folder/"predictions"/f"{file_stem(name)}.jsonl", lines) for name, lines in unseen.items()}
 
 def answer_again(folder, asked, store, seeds, **how):
     "The closed lines of the models trained again from `seeds`, by seed; those of which no model is kept are left out."
     kept = {seed: folder/"training"/f"model-seed-{seed}"/"model" for seed in seeds}
-    return {seed: predictions_of(folder, f"model, seed {seed}", load(path), [s for s in asked if s.task == "closed"], store, **how) for seed, path in kept.items() if path.exists()}
+    return {seed: predictions_of(folder, f"model, seed {seed}", load(path), [s for s in asked if s.task == "closed"], store, **how)
+            for seed, path in kept.items() if path.exists()}
 
 def trained_by(folder):
     "How often a study's model was trained and how long its twin: seeds, and the twin's share of the epochs (None where that was not written down)."
@@ -168,7 +175,8 @@ def evaluate(out, data, store, split="test", seed=0, resamples=2000, batch_size=
     with quietly(): bertscore = BERTScore(fetch("minilm"))
     facts = {row_case(row): {k: row[k] for k in LEXICON} for row in truth.values()}
     results = evaluate_systems(systems, (), facts, LEXICON, METEOR(fetch("wordnet")), bertscore, **boot, split=split, data=relative(project_root()/data),
-                               asked={t: sum(s.task == t for s in asked) for t in ("closed", "open", "report")}, trainings={**made, "seeds": [made["seeds"][0], *again]}, **taken_apart(systems, truth, **boot))
+                               asked={t: sum(s.task == t for s in asked) for t in ("closed", "open", "report")},
+                               trainings={**made, "seeds": [made["seeds"][0], *again]}, **taken_apart(systems, truth, **boot))
     if again: results["seeds"] = over_trainings([systems["model"], *again.values()], systems.get("blind"), **boot)
     write_json(folder/"results.json", results)
     write_json(folder/"cost.json", cost_of(folder, systems["model"]))
@@ -207,10 +215,12 @@ def read_scan(out, model, name, volume, mask):
     organ, answer = QUESTIONS[1][0], asked[QUESTIONS[1][0]].text
     looked = look(model, features, [(open_prompt(organ), answer)])[0].numpy()
     save_figure(slice_strip(pixels.numpy(), kept, lesion, title=f"{name} ({volume.modality})"), folder/"figures", f"real-{name}-slices")
-    save_figure(overlay(pixels.numpy(), looked, kept, title=f"{name}: where the answer “{answer}” looked ({organ})"), folder/"figures", f"real-{name}-attention")
+    save_figure(overlay(pixels.numpy(), looked, kept, title=f"{name}: where the answer “{answer}” looked ({organ})"),
+                folder/"figures", f"real-{name}-attention")
     found = {"name": name, "modality": volume.modality, "trace": trace.table(times=False), "kept": kept, "lesion": lesion,
              "lesion slices kept": len({*kept} & {*lesion}), "report": model.say(features, report_prompt(0)),
-             "answers": {q: {"text": a.text, "probabilities": {k: round(float(v), 4) for k, v in a.probabilities.items()}} for q, a in asked.items()}, "statement": STATEMENT}
+             "answers": {q: {"text": a.text, "probabilities": {k: round(float(v), 4) for k, v in a.probabilities.items()}} for q, a in asked.items()},
+             "statement": STATEMENT}
     write_json(folder/"real"/f"{name}.json", found)
     return found
 

@@ -35,8 +35,10 @@ def architecture(study):
     if not (made and prepared): return {}
     config, llm = made["plan"]["model"], made["plan"]["llm"]
     return {"vision encoder": f"{prepared['encoder']} (2D, frozen)", "3D volumes to pre-train the encoder": 0,
-            "fewer tokens by": f"{config['selection']} selection ({prepared['kept slices']} of {prepared['volume'][0]} slices), s = {config['scale']} with {config['attention']} injection",
-            "language model": "a small reader of this project" if llm else config["llm_reference"]["name"], "3D volumes to train on": prepared["cases"]["train"]}
+            "fewer tokens by": f"{config['selection']} selection ({prepared['kept slices']} of {prepared['volume'][0]} slices), "
+                               f"s = {config['scale']} with {config['attention']} injection",
+            "language model": "a small reader of this project" if llm else config["llm_reference"]["name"],
+            "3D volumes to train on": prepared["cases"]["train"]}
 
 def cost(study):
     "Fact → text of what training and answering took, from a study's `cost.json`."
@@ -51,9 +53,12 @@ def crossmodal_table(folder):
     for modality in ("MRI", "PET"):
         for protocol in ("m3d", "standard"):
             paper = published_value(known, "paper", "crossmodal", modality, "accuracy") if protocol == "m3d" else "–"
-            rows.append((f"accuracy ({protocol}), {modality}", paper, cell_text(lookup(results.get(modality, {}), "model", protocol, "closed", "accuracy", "macro"), "not run")))
+            rows.append((f"accuracy ({protocol}), {modality}", paper,
+                         cell_text(lookup(results.get(modality, {}), "model", protocol, "closed", "accuracy", "macro"), "not run")))
     return Table("Table 7: MRI and PET, closed accuracy", ("", "paper", "here"), tuple(rows),
-                 RESEARCH.split(" Published")[0] + " m3d: the literature's test for the right letter; standard: strict parser. The paper: BraTS 2023 and AutoPET, after fine-tuning. Here: generated volumes, a model that has seen CT phantoms only, not fine-tuned: not comparable as numbers.")
+                 RESEARCH.split(" Published")[0] + " m3d: the literature's test for the right letter; standard: strict parser. "
+                 "The paper: BraTS 2023 and AutoPET, after fine-tuning. "
+                 "Here: generated volumes, a model that has seen CT phantoms only, not fine-tuned: not comparable as numbers.")
 
 # %% ../nbs/16e_tables.ipynb #3675fb9a
 def titled(table, number): return Table(f"Table {number}: {table.title[0].lower()}{table.title[1:]}", table.columns, table.rows, table.note)
@@ -63,10 +68,14 @@ def paper_tables(study=None, ablation=None, crossmodal=None, rows="runs/ablate")
     runs = {Path(study).name if study else "here": RunFolder(project_root()/study) if study else {}}
     listed = read_rows(project_root()/rows) if (project_root()/rows).exists() else {}
     about = "Facts as stated by the sources in data/published.csv."
-    return {"table-1": fact_table("Table 1: architectures", "architecture", ("vision encoder", "fewer tokens by", "language model"), architecture(study), about),
-            "table-2": titled(report_table(runs), 2), "table-3": titled(vqa_table(runs, "open", ("model",)), 3), "table-4": titled(vqa_table(runs, "closed", ("model",)), 4),
-            "table-5": fact_table("Table 5: encoders and the 3D data they need", "efficiency", ("3D volumes to pre-train the encoder", "3D volumes to train on"), architecture(study), about),
-            "table-6": fact_table("Table 6: cost", "efficiency", ("training (min)", "latency (ms)", "hardware"), cost(study), about + " Times of different models on different hardware: not comparable."),
+    return {"table-1": fact_table("Table 1: architectures", "architecture",
+                                  ("vision encoder", "fewer tokens by", "language model"), architecture(study), about),
+            "table-2": titled(report_table(runs), 2), "table-3": titled(vqa_table(runs, "open", ("model",)), 3),
+            "table-4": titled(vqa_table(runs, "closed", ("model",)), 4),
+            "table-5": fact_table("Table 5: encoders and the 3D data they need", "efficiency",
+                                  ("3D volumes to pre-train the encoder", "3D volumes to train on"), architecture(study), about),
+            "table-6": fact_table("Table 6: cost", "efficiency", ("training (min)", "latency (ms)", "hardware"),
+                                  cost(study), about + " Times of different models on different hardware: not comparable."),
             "table-7": crossmodal_table(crossmodal), "table-8": ablation_table(known_of(ablation, "results.json"), listed)}
 
 def write_paper_tables(out, **folders):
@@ -91,7 +100,8 @@ def sorted_out(rows):
     worse, better = ([r for r in rows if found(r[2]) and r[2]["difference"] * sign > 0] for sign in (-1, 1))
     largest = max((abs(v["difference"]) for _, _, v in rows if not found(v)), default=0)
     left = len(rows) - len(worse) - len(better)
-    return f"worse: {listing(worse)}; better: {listing(better)}; " + (f"for the other {left} no difference is resolved (the largest is {largest:.1f} points)" if left else "all are resolved")
+    return (f"worse: {listing(worse)}; better: {listing(better)}; "
+            + (f"for the other {left} no difference is resolved (the largest is {largest:.1f} points)" if left else "all are resolved"))
 
 def trainings(results):
     "Over how many trainings the mean over types was measured, and what they gave."
@@ -101,12 +111,16 @@ def trainings(results):
 
 def seeing_line(results):
     "Does the model see? Its score beside the readers that do not, and the difference from its blind twin."
-    cells = {s: lookup(results, s, "standard", "closed", "accuracy", "macro") for s in ("model", "blind", "other image", "nearest caption", "constant", "chance")}
+    cells = {s: lookup(results, s, "standard", "closed", "accuracy", "macro")
+             for s in ("model", "blind", "other image", "nearest caption", "constant", "chance")}
     if not cells["model"]: return "**Does it look?** Not run."
     beside = ", ".join(f"{'best ' * (name == 'constant')}{name} {cell_text(c)}" for name, c in list(cells.items())[1:] if c)
     gap = results.get("comparisons", {}).get("blind", {}).get("closed", {}).get("accuracy", {}).get("macro")
-    versus = f" Model − blind {signed(gap)} points, p {p_text(gap.get('p_holm', gap['p']))}{' (Holm)' if 'p_holm' in gap else ''}{'' if gap['low'] > 0 else ': not resolved'}." if gap else ""
-    return f"**Does it look?** Closed accuracy (standard: strict parser, mean over types) {interval(cells['model'])} % on {results['systems']['model']['items']['cases']} test cases of the phantom; {beside}.{versus} {trainings(results)}."
+    versus = (f" Model − blind {signed(gap)} points, p {p_text(gap.get('p_holm', gap['p']))}{' (Holm)' if 'p_holm' in gap else ''}"
+              f"{'' if gap['low'] > 0 else ': not resolved'}." if gap else "")
+    return ("**Does it look?** Closed accuracy (standard: strict parser, mean over types) "
+            f"{interval(cells['model'])} % on {results['systems']['model']['items']['cases']} test cases of the phantom; "
+            f"{beside}.{versus} {trainings(results)}.")
 
 def types_line(results):
     "What it reads, by question type, and for which types that is more than its blind twin knows."
@@ -115,7 +129,8 @@ def types_line(results):
     many, blind = results.get("seeds"), results.get("comparisons", {}).get("blind", {}).get("closed", {}).get("accuracy", {})
     types, key = [g for g in cells if g not in ("macro", "micro")], "mean" if many else "value"
     more = [g for g in types if g in blind and found({"p_holm": blind[g]["p"], **blind[g]}) and blind[g]["low"] > 0]
-    return (f"**What does it read?** Same protocol, {'mean of ' + str(many['n']) + ' trainings' if many else 'one training'}: " + ", ".join(f"{g} {interval((many['cells'] if many else cells)[g], key)}" for g in types) + "."
+    return (f"**What does it read?** Same protocol, {'mean of ' + str(many['n']) + ' trainings' if many else 'one training'}: "
+            + ", ".join(f"{g} {interval((many['cells'] if many else cells)[g], key)}" for g in types) + "."
             + (f" More than the blind twin (Holm): {', '.join(more) or 'none'}." if blind else ""))
 
 # %% ../nbs/16e_tables.ipynb #b81d4f06
@@ -130,40 +145,47 @@ def against_paper(results):
         if "cells" not in r: absent.append(r["label"])
         elif r["published"] != "accuracy: full" and (c := r.get("versus", {}).get("phantom", {}).get("mean")):
             paper = value(r["published"]) - value("accuracy: full")
-            lines.append(f"{r['label']} ({paper:+.2f}; here {tested(c)}: " + ("not resolved)" if not found(c) else "the same direction)" if c["difference"] * paper > 0 else "the opposite direction)"))
+            lines.append(f"{r['label']} ({paper:+.2f}; here {tested(c)}: "
+                         + ("not resolved)" if not found(c) else "the same direction)" if c["difference"] * paper > 0 else "the opposite direction)"))
     return ("; ".join(lines) or "no row in common") + (f"; not run here: {', '.join(absent)}" if absent else "")
 
 def encoders_compared(results):
     "The encoders that were run, against the one they stand for."
     rows = results["rows"]
-    said = [f"{r['label']} against {rows[r['versus row']]['label']} ({tested(r['versus']['phantom']['mean'])})" for r in rows.values() if r.get("group") == "encoder" and "phantom" in r.get("versus", {})]
+    said = [f"{r['label']} against {rows[r['versus row']]['label']} ({tested(r['versus']['phantom']['mean'])})"
+            for r in rows.values() if r.get("group") == "encoder" and "phantom" in r.get("versus", {})]
     return f" Encoder: {'; '.join(said)}." if said else ""
 
 def modules_line(results):
     "Which parts matter in the ablation's instrument, and what the paper says of the same parts."
     if not results.get("rows"): return "**Which parts matter?** Not run."
     rows, full = rows_compared(results), results["rows"].get("full", {}).get("cells", {}).get("phantom", {}).get("mean")
-    levels = [f"{name} {cell['phantom']['mean']['mean']:.1f}" for name, cell in (("best constant", results.get("baselines", {}).get("constant")), ("chance", results.get("baselines", {}).get("chance"))) if cell]
+    levels = [f"{name} {cell['phantom']['mean']['mean']:.1f}" for name, cell in
+              (("best constant", results.get("baselines", {}).get("constant")), ("chance", results.get("baselines", {}).get("chance"))) if cell]
     start = f" Full method {', '.join([interval(full, 'mean') + ' %', *levels])}." if full else ""
-    return (f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, {results['cases']['phantom']} paired test cases, {len(rows)} rows, p by Holm.{start} "
+    return (f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, "
+            f"{results['cases']['phantom']} paired test cases, {len(rows)} rows, p by Holm.{start} "
             f"Against the row they are compared with, {sorted_out(rows)}. The paper's rows: {against_paper(results)}.{encoders_compared(results)}")
 
 def probes_line(results):
     "Where parts matter: the probes."
     if not results.get("rows"): return "**Where do they matter?** Not run."
     probes = {c: n for c, n in results.get("cases", {}).items() if c != "phantom"}
-    return f"**Where do they matter?** Same reader, on the probes ({', '.join(f'`{c}` {n} cases' for c, n in probes.items())}), p by Holm over rows and probes: {sorted_out(rows_compared(results, probes))}."
+    return (f"**Where do they matter?** Same reader, on the probes ({', '.join(f'`{c}` {n} cases' for c, n in probes.items())}), "
+            f"p by Holm over rows and probes: {sorted_out(rows_compared(results, probes))}.")
 
 def curve_line(results):
     "What more data bring, and what the frozen encoder saves."
     if not (curve := results.get("curve")): return "**Is it data-efficient?** Not run."
     versus = curve["difference"]
     def beside(share): return ", ".join(f"{k} {interval(curve[k][share], 'mean')}" for k in CURVE)
-    shown = [f"{s} % of the training cases: {beside(s)}, difference {tested(versus[s])}" for s in dict.fromkeys((min(versus, key=float), max(versus, key=float)))]
+    shown = [f"{s} % of the training cases: {beside(s)}, difference {tested(versus[s])}"
+             for s in dict.fromkeys((min(versus, key=float), max(versus, key=float)))]
     ahead, behind = ([s for s, c in versus.items() if found(c) and c["difference"] * sign > 0] for sign in (1, -1))
     left = [s for s in versus if s not in ahead + behind]
     sides = [f"{what} at {', '.join(shares)} %" for what, shares in (("ahead", ahead), ("behind", behind), ("no difference resolved", left)) if shares]
-    return f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps, one learning rate, no search for either; at {'; at '.join(shown)} (Holm). The frozen encoder: {'; '.join(sides)}. A pre-trained 3D encoder was not compared."
+    return (f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps, one learning rate, no search for either; "
+            f"at {'; at '.join(shown)} (Holm). The frozen encoder: {'; '.join(sides)}. A pre-trained 3D encoder was not compared.")
 
 def findings(study=None, ablation=None):
     "Five lines of Markdown: what was found, and with what certainty."

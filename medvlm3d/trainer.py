@@ -27,7 +27,9 @@ REPEATS = 30.   # seconds
 
 @contextmanager
 def listening(signals=(signal.SIGTERM, signal.SIGINT), repeats=REPEATS):
-    "A dict whose `told` is None, or the number of the first signal that came; another one after `repeats` seconds ends the process. Only the main thread can listen."
+    """A dict whose `told` is None, or the number of the first signal that came; another one after `repeats` seconds ends the process.
+
+    Only the main thread can listen."""
     heard, since = {"told": None}, []
     if threading.current_thread() is not threading.main_thread():
         yield heard
@@ -129,7 +131,8 @@ class SafeTrainer(Trainer):
             try: super()._save_checkpoint(model, trial)
             finally: self.saving = False
             self.accelerator.wait_for_everyone()
-            if first: seal(folder/PART/name, folder/name, step=self.state.global_step, ranks=self.args.world_size, sharded=self.is_deepspeed_enabled, **self.facts)
+            if first:
+                seal(folder/PART/name, folder/name, step=self.state.global_step, ranks=self.args.world_size, sharded=self.is_deepspeed_enabled, **self.facts)
         if first: tidy(folder, self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -160,7 +163,8 @@ def load_shard(engine, path, map_location=None):
 
 @contextmanager
 def sharded_as(deepspeed):
-    "DeepSpeed for one stage: nothing is compiled on a machine without a GPU, no pickle is trusted, and what it changes in `from_pretrained` (ZeRO-3) ends with the stage."
+    """DeepSpeed for one stage: nothing is compiled on a machine without a GPU, no pickle is trusted,
+    and what it changes in `from_pretrained` (ZeRO-3) ends with the stage."""
     if not deepspeed:
         yield
         return

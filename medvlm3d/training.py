@@ -58,7 +58,8 @@ class PackedVolumes(torch.utils.data.Dataset):
     def __getitem__(self, i):
         image, samples = self.groups[i]
         instruction = instruction_index(self.seed, self.epoch, image)
-        pairs = [task_pair(s, self.config.answer_style, instruction) for s in samples if self.forms == "both" or len(samples) == 1 or asked_now(s, self.seed, self.epoch)]
+        pairs = [task_pair(s, self.config.answer_style, instruction)
+                 for s in samples if self.forms == "both" or len(samples) == 1 or asked_now(s, self.seed, self.epoch)]
         segments = [(prompt_ids(self.tokenizer, p), target_ids(self.tokenizer, t)) for p, t in pairs]
         features = self.store[image][0] if self.constant is None else self.constant
         return i, features, pack_examples(self.prefix, segments, self.config.context, self.policy, self.weighting)
@@ -96,9 +97,12 @@ def make_arguments(plan, stage, folder, steps_an_epoch, progress=True):
     on_gpu, total = pick_device().type == "cuda", max(1, round(steps_an_epoch * stage.epochs))
     return TrainingArguments(
         str(folder), max_steps=total, per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulation,
-        learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=max(1, round(stage.warmup * total)), weight_decay=stage.weight_decay, adam_beta2=stage.beta2,
-        bf16=in_bf16(plan), use_cpu=not on_gpu, seed=plan.seed, data_seed=plan.seed, logging_steps=plan.log_every, logging_first_step=True, logging_nan_inf_filter=False,
-        save_steps=plan.save_every, save_total_limit=2, remove_unused_columns=False, report_to=plan.report_to, label_names=["labels"], dataloader_pin_memory=on_gpu,
+        learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=max(1, round(stage.warmup * total)),
+        weight_decay=stage.weight_decay, adam_beta2=stage.beta2,
+        bf16=in_bf16(plan), use_cpu=not on_gpu, seed=plan.seed, data_seed=plan.seed,
+        logging_steps=plan.log_every, logging_first_step=True, logging_nan_inf_filter=False,
+        save_steps=plan.save_every, save_total_limit=2, remove_unused_columns=False,
+        report_to=plan.report_to, label_names=["labels"], dataloader_pin_memory=on_gpu,
         deepspeed=plan.deepspeed and str(project_root()/plan.deepspeed), dataloader_num_workers=plan.workers, disable_tqdm=not progress, max_grad_norm=1.,
         ddp_find_unused_parameters=False, gradient_checkpointing=plan.checkpointing or None)   # the name that all supported versions of transformers know
 
@@ -107,13 +111,16 @@ def frozen_hash(state):
     return base_hash({name.removeprefix("llm."): t for name, t in state.items() if name.startswith("llm.")})
 
 def train_stage(run, plan, stage, model, data, progress=True, heard=None):
-    "Train `model` for one stage, continuing from its newest whole checkpoint; returns what was trained. The result is in the newest checkpoint, and in `model` where it is not divided."
+    """Train `model` for one stage, continuing from its newest whole checkpoint; returns what was trained.
+
+    The result is in the newest checkpoint, and in `model` where it is not divided."""
     from medvlm3d.trainer import sharded_as
     one_lora(model.config.lora, stage.lora)
     if stage.lora and not model.config.lora: model.add_lora(**stage.lora)
     model.set_stage(stage.stage)
     table = [{"part": part, "parameters": n, "trained": t} for part, n, t in model.trainable_table()]
-    if progress and Ranks.here().rank == 0: print("\n".join(f"stage {stage.stage}: {row['part']}, {row['trained']:,} of {row['parameters']:,} parameters are trained" for row in table))
+    if progress and Ranks.here().rank == 0:
+        print("\n".join(f"stage {stage.stage}: {row['part']}, {row['trained']:,} of {row['parameters']:,} parameters are trained" for row in table))
     with quietly(), sharded_as(plan.deepspeed): take_steps(run, plan, stage, model, data, progress, heard)
     return table
 
@@ -135,7 +142,8 @@ def take_steps(run, plan, stage, model, data, progress, heard):
     trainer = SafeTrainer(model, arguments, data_collator=data.batch, train_dataset=data, heard=heard, run=run, stage=stage.stage, nonfinite=plan.nonfinite)
     trainer.train(resume_from_checkpoint=begun and str(begun))
     state = trainer.whole_state()
-    if ranks.rank == 0 and frozen_hash(state) != before: raise MedVLM3DError(f"stage {stage.stage}", "changed weights that are frozen", "This is a fault of the software: please report it.")
+    if ranks.rank == 0 and frozen_hash(state) != before:
+        raise MedVLM3DError(f"stage {stage.stage}", "changed weights that are frozen", "This is a fault of the software: please report it.")
     if trainer.interrupted and trainer.state.global_step < arguments.max_steps: raise Interrupted(128 + trainer.interrupted)
 
 # %% ../nbs/11_training.ipynb #08f5daa9
@@ -159,7 +167,8 @@ def run_stages(run, plan, samples, store, progress, heard, allow_changes=False):
     model = begin(plan, store, images)
     base = lambda: (model.config.llm_reference or {}).get("sha256") or base_hash(model.llm)
     ranks.lead(lambda: hold_to(run.path, plan, ranks.world, allow_changes, base=base()[:16]))
-    cut, lost = measure_targets([s for s in samples if any(s.task in stage.tasks for stage in plan.stages)], model.config, model.processor.tokenizer, plan.policy)
+    cut, lost = measure_targets([s for s in samples if any(s.task in stage.tasks for stage in plan.stages)],
+                                model.config, model.processor.tokenizer, plan.policy)
     if ranks.rank == 0:
         run.note(volumes=len(images), truncated=cut, truncated_tokens=lost, ranks=ranks.world)
         if cut: print(f"{cut} of {len(samples)} targets are longer than the context leaves room for: {lost} tokens are cut")
@@ -178,15 +187,21 @@ def write_card(run, plan, spec):
     "The card of the trained model, `README.md` beside it, filled from the run."
     m, log, trained = run.manifest, run.read_log(), run.manifest.get("trained", {})
     last = {e["stage"]: e for e in log}
-    rows = [f"| {s.stage} | {', '.join(s.tasks)} | {s.lr:g} | {s.batch} × {s.accumulation} × {m.get('ranks', 1)} | {last.get(s.stage, {}).get('step', '')} | {last.get(s.stage, {}).get('loss') or float('nan'):.4g} | "
+    rows = [f"| {s.stage} | {', '.join(s.tasks)} | {s.lr:g} | {s.batch} × {s.accumulation} × {m.get('ranks', 1)} | "
+            f"{last.get(s.stage, {}).get('step', '')} | {last.get(s.stage, {}).get('loss') or float('nan'):.4g} | "
             f"{sum(r['trained'] for r in trained.get(f'stage {s.stage}', ())):,} |" for s in plan.stages]
     shared = f"{m['shared']['cases']} cases and {m['shared']['reports']} reports also in another split (allowed), " if m.get("shared") else ""
     base = plan.llm and Path(plan.llm).name or (plan.model.get("llm_reference") or {}).get("name")
-    write_text(run/"model"/"README.md", "---\nlibrary_name: medvlm3d\ntags: [medical, 3d, vision-language, research-only]\n---\n# A medvlm3d model\n\n**Research use only, not a medical device.**\n\n"
-        f"Encoder {spec['encoder']} (frozen, not included; weights {spec['weights'][:12]}), {spec['rho']} % of the slices kept ({spec['strategy']}), language model {base}.\n"
-        f"{m['volumes']} volumes, {m['truncated']} targets cut ({m['truncated_tokens']} tokens), {shared}seed {plan.seed}, commit {str(m.get('commit'))[:12]}.\n\n"
-        "| stage | tasks | learning rate | batch × accumulation × ranks | steps | last loss | parameters trained |\n|---|---|---|---|---|---|---|\n" + "\n".join(rows) +
-        "\n\nLoad it with `MedVLM3D.from_pretrained(folder)`. What it is worth has to be measured; this card says only how it was made.\n")
+    write_text(run/"model"/"README.md",
+               "---\nlibrary_name: medvlm3d\ntags: [medical, 3d, vision-language, research-only]\n---\n"
+               "# A medvlm3d model\n\n**Research use only, not a medical device.**\n\n"
+               f"Encoder {spec['encoder']} (frozen, not included; weights {spec['weights'][:12]}), "
+               f"{spec['rho']} % of the slices kept ({spec['strategy']}), language model {base}.\n"
+               f"{m['volumes']} volumes, {m['truncated']} targets cut ({m['truncated_tokens']} tokens), {shared}"
+               f"seed {plan.seed}, commit {str(m.get('commit'))[:12]}.\n\n"
+               "| stage | tasks | learning rate | batch × accumulation × ranks | steps | last loss | parameters trained |\n|---|---|---|---|---|---|---|\n"
+               + "\n".join(rows) +
+               "\n\nLoad it with `MedVLM3D.from_pretrained(folder)`. What it is worth has to be measured; this card says only how it was made.\n")
 
 def train(folder, plan, progress=True, allow_changes=False, allow_shared=False):
     "Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`. Returns the run folder."
@@ -213,10 +228,12 @@ def hold_data(run, plan, store, samples):
     if not record.exists(): pin_data(record, root, samples)
 
 def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, noted):
-    "Hold the folder (a process just killed may leave reading ones that hold it some seconds more), compare conditions, features and data with those of its first start, and train."
+    """Hold the folder (a process just killed may leave reading ones that hold it some seconds more), compare conditions,
+    features and data with those of its first start, and train."""
     from medvlm3d.trainer import listening
     if ranks.rank == 0: held.enter_context(only_writer(run.path, 8))
-    known, store, samples = (run/"conditions.json").exists(), FeatureStore(project_root()/plan.store), training_data(plan, allow_shared, run if ranks.rank == 0 else None)
+    known, store, samples = ((run/"conditions.json").exists(), FeatureStore(project_root()/plan.store),
+                             training_data(plan, allow_shared, run if ranks.rank == 0 else None))
     agree(store.spec, MedVLM3DConfig(**plan.model))
     ranks.lead(lambda: hold_to(run.path, plan, ranks.world, allow_changes, store=store.spec))
     ranks.lead(lambda: hold_data(run, plan, store, samples))

@@ -79,7 +79,8 @@ def over_seeds(values, clusters, seed=0, n=2000, level=.95):
 def compare_seeds(a, b, clusters, seed=0, n=2000):
     "`over_seeds` of a − b, both (S, N) on the same items, with p by permutation of clusters on the mean over seeds."
     a, b = (np.atleast_2d(np.asarray(x, float)) for x in (a, b))
-    if a.shape != b.shape: raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items", "Run both with the same seeds on the same items.")
+    if a.shape != b.shape:
+        raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items", "Run both with the same seeds on the same items.")
     return {**over_seeds(a - b, clusters, seed, n), "p": paired_permutation(a.mean(0), b.mean(0), clusters, seed)}
 
 # %% ../nbs/12a_uncertainty.ipynb #1ebe2124

@@ -47,5 +47,6 @@ def invented(n, modalities=("MR", "PT")):
     for i in range(n):
         side, level = rng.choice(["right", "left"]), rng.choice(["upper", "lower"])
         shares = (1., 0.) if side == "right" else (0., 1.)
-        made.append(Facts(f"c{i}", f"p{i // 2}", "invented", modalities[i // 2 % len(modalities)], "x", ROOT/f"volume-{i}.nii.gz", ROOT/f"mask-{i}.nii.gz", str(side), str(level), shares))
+        made.append(Facts(f"c{i}", f"p{i // 2}", "invented", modalities[i // 2 % len(modalities)], "x",
+                          ROOT/f"volume-{i}.nii.gz", ROOT/f"mask-{i}.nii.gz", str(side), str(level), shares))
     return made

@@ -63,7 +63,8 @@ def two_ranks(program, *arguments, timeout=300):
         port = str(s.getsockname()[1])
     said, ended, limit = [tempfile.TemporaryFile("w+") for _ in range(2)], {}, time.monotonic() + timeout
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], env={**environment, "RANK": str(rank)}, stderr=f) for rank, f in enumerate(said)]
+    started = [subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)], env={**environment, "RANK": str(rank)}, stderr=f)
+               for rank, f in enumerate(said)]
     while len(ended) < 2 and time.monotonic() < limit:
         ended = {**{p: time.monotonic() for p in started if p.poll() is not None}, **ended}
         time.sleep(.05)

@@ -51,16 +51,20 @@ def save_nrrd(path, array, affine, space="left-posterior-superior", sign=(-1, -1
 
 def nrrd_bytes(voxels, encoding="gzip", **fields):
     "An NRRD file with header fields set, or left out (None), without any check."
-    fields = {"type": "short", "dimension": voxels.ndim, "space": "LPS", "sizes": " ".join(map(str, voxels.shape)), "space directions": "(1,0,0) (0,1,0) (0,0,3)",
+    fields = {"type": "short", "dimension": voxels.ndim, "space": "LPS",
+              "sizes": " ".join(map(str, voxels.shape)), "space directions": "(1,0,0) (0,1,0) (0,0,3)",
               "endian": "little", "encoding": encoding, **{k.replace("_", " "): v for k, v in fields.items()}}
     data = voxels.tobytes(order="F")
-    return ("NRRD0005\n" + "".join(f"{k}: {v}\n" for k, v in fields.items() if v is not None) + "\n").encode() + (gzip.compress(data) if encoding == "gzip" else data)
+    return (("NRRD0005\n" + "".join(f"{k}: {v}\n" for k, v in fields.items() if v is not None) + "\n").encode()
+            + (gzip.compress(data) if encoding == "gzip" else data))
 
 
 def meta_bytes(voxels, compressed=False, data="LOCAL", **fields):
     "A MetaImage header, followed by its voxels if they are LOCAL; fields are set, or left out (None), without any check."
-    fields = {"ObjectType": "Image", "NDims": voxels.ndim, "BinaryData": "True", "BinaryDataByteOrderMSB": "False", "CompressedData": bool(compressed), "TransformMatrix": "1 0 0 0 1 0 0 0 1",
-              "Offset": "0 0 0", "ElementSpacing": "1 1 3", "DimSize": " ".join(map(str, voxels.shape)), "ElementType": "MET_SHORT", **fields, "ElementDataFile": data}
+    fields = {"ObjectType": "Image", "NDims": voxels.ndim, "BinaryData": "True", "BinaryDataByteOrderMSB": "False",
+              "CompressedData": bool(compressed), "TransformMatrix": "1 0 0 0 1 0 0 0 1",
+              "Offset": "0 0 0", "ElementSpacing": "1 1 3", "DimSize": " ".join(map(str, voxels.shape)),
+              "ElementType": "MET_SHORT", **fields, "ElementDataFile": data}
     if compressed: fields = {"CompressedDataSize": len(voxel_bytes(voxels, True)), **fields}
     head = "".join(f"{k} = {v}\n" for k, v in fields.items() if v is not None).encode()
     return head + (voxel_bytes(voxels, compressed) if data == "LOCAL" else b"")
@@ -77,7 +81,8 @@ def save_meta(path, array, affine, compressed=False):
     m = LPS @ affine
     step, kind = np.linalg.norm(m[:3, :3], axis=0), {"int16": "MET_SHORT", "float32": "MET_FLOAT"}[array.dtype.name]
     data = "LOCAL" if path.suffix == ".mha" else f"{path.stem}.{'zraw' if compressed else 'raw'}"
-    path.write_bytes(meta_bytes(array, compressed, data, TransformMatrix=text((m[:3, :3] / step).T), ElementSpacing=text(step), Offset=text(m[:3, 3]), ElementType=kind))
+    path.write_bytes(meta_bytes(array, compressed, data, TransformMatrix=text((m[:3, :3] / step).T),
+                                ElementSpacing=text(step), Offset=text(m[:3, 3]), ElementType=kind))
     if data != "LOCAL": (path.parent/data).write_bytes(voxel_bytes(array, compressed))
     return path
 
@@ -91,8 +96,10 @@ def item(**values):
 
 def dicom(shape, series, uid, kind=CTImageStorage, **values):
     "A data set of 16-bit grey pixels with planted patient data."
-    ds = item(SOPClassUID=kind, SOPInstanceUID=generate_uid(entropy_srcs=[str(series), str(uid)]), SeriesInstanceUID=generate_uid(entropy_srcs=[str(series)]), SeriesNumber=series, Modality="CT",
-              PatientName=NAME, PatientID=NUMBER, PatientBirthDate=BIRTH, SeriesDescription=f"chest of {NAME}", Rows=shape[0], Columns=shape[1], SamplesPerPixel=1,
+    ds = item(SOPClassUID=kind, SOPInstanceUID=generate_uid(entropy_srcs=[str(series), str(uid)]),
+              SeriesInstanceUID=generate_uid(entropy_srcs=[str(series)]), SeriesNumber=series, Modality="CT",
+              PatientName=NAME, PatientID=NUMBER, PatientBirthDate=BIRTH,
+              SeriesDescription=f"chest of {NAME}", Rows=shape[0], Columns=shape[1], SamplesPerPixel=1,
               PhotometricInterpretation="MONOCHROME2", BitsAllocated=16, BitsStored=16, HighBit=15, PixelRepresentation=1, **values)
     ds.add_new(0x00090010, "LO", f"PRIVATE OF {NAME}"[:60])
     ds.add_new(0x00091001, "LO", NAME)
@@ -118,8 +125,10 @@ def save_dicom(folder, array, affine, series=1, **changes):
     lps = LPS @ affine
     step = np.linalg.norm(lps[:3, :3], axis=0)
     for i, pixels in enumerate(array):
-        ds = dicom(pixels.shape, series, i, RescaleSlope="1.7", RescaleIntercept="-1024.3", PixelSpacing=[float(step[1]), float(step[2])], PixelData=np.ascontiguousarray(pixels).tobytes(),
-                   ImageOrientationPatient=[*(lps[:3, 2] / step[2]), *(lps[:3, 1] / step[1])], ImagePositionPatient=[float(x) for x in (lps @ [i, 0, 0, 1])[:3]])
+        ds = dicom(pixels.shape, series, i, RescaleSlope="1.7", RescaleIntercept="-1024.3", PixelSpacing=[float(step[1]), float(step[2])],
+                   PixelData=np.ascontiguousarray(pixels).tobytes(),
+                   ImageOrientationPatient=[*(lps[:3, 2] / step[2]), *(lps[:3, 1] / step[1])],
+                   ImagePositionPatient=[float(x) for x in (lps @ [i, 0, 0, 1])[:3]])
         write(ds, folder/f"{series}-{(5 * i) % len(array)}.dcm", changes, i)
     return folder
 
@@ -129,11 +138,13 @@ def save_enhanced(path, array, affine, phases=1, order=None, **changes):
     lps = LPS @ affine
     step = np.linalg.norm(lps[:3, :3], axis=0)
     places = [(t, i) for t in range(phases) for i in (order or np.random.default_rng(0).permutation(len(array)).tolist())]
-    shared = item(PixelMeasuresSequence=[item(PixelSpacing=[float(step[1]), float(step[2])])], PixelValueTransformationSequence=[item(RescaleSlope="1.7", RescaleIntercept="-1024.3", RescaleType="HU")],
+    shared = item(PixelMeasuresSequence=[item(PixelSpacing=[float(step[1]), float(step[2])])],
+                  PixelValueTransformationSequence=[item(RescaleSlope="1.7", RescaleIntercept="-1024.3", RescaleType="HU")],
                   PlaneOrientationSequence=[item(ImageOrientationPatient=[*(lps[:3, 2] / step[2]), *(lps[:3, 1] / step[1])])])
     own = [item(PlanePositionSequence=[item(ImagePositionPatient=[float(x) for x in (lps @ [i, 0, 0, 1])[:3]])],
                 FrameContentSequence=[item(StackID=NAME[:16], TemporalPositionIndex=t + 1)]) for t, i in places]
-    ds = dicom(array.shape[1:], 7, "enhanced", EnhancedCTImageStorage, NumberOfFrames=len(places), SharedFunctionalGroupsSequence=[shared], PerFrameFunctionalGroupsSequence=own,
+    ds = dicom(array.shape[1:], 7, "enhanced", EnhancedCTImageStorage, NumberOfFrames=len(places),
+               SharedFunctionalGroupsSequence=[shared], PerFrameFunctionalGroupsSequence=own,
                PixelData=np.stack([array[i] + t for t, i in places]).astype(np.int16).tobytes())
     return write(ds, path, changes)
 

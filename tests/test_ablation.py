@@ -60,7 +60,9 @@ def test_mcnemar_stands_beside_the_permutation_for_each_seed(ran):
     out = ran[0]/"out"
     cell = json.loads((out/"results.json").read_text())["rows"]["injection-none"]["versus"]["phantom"]["mean"]
     items = json.loads((out/"items.json").read_text())
-    def right(name, seed): return [said == item[4] for said, item in zip(json.loads((out/"rows"/f"{name}-seed-{seed}.json").read_text())["letters"], items, strict=True) if item[2] == "phantom"]
+    def right(name, seed):
+        return [said == item[4] for said, item in zip(json.loads((out/"rows"/f"{name}-seed-{seed}.json").read_text())["letters"], items, strict=True)
+                if item[2] == "phantom"]
     each = [mcnemar(right("injection-none", seed), right("full", seed)) for seed in (0, 1)]
     assert cell["mcnemar of seeds"] == each and cell["mcnemar"] == min(1, 2 * min(each)) <= cell["mcnemar_holm"]
 
@@ -89,7 +91,8 @@ def test_the_loss_at_the_end_is_the_records_own(ran):
     loss = json.loads((out/"results.json").read_text())["curve"]["loss"]
     for label, shares in loss.items():
         for share, value in shares.items():
-            assert value == pytest.approx(sum(json.loads((out/"curve"/f"{label.split()[0]}-{share}-seed-{seed}.json").read_text())["loss"] for seed in (0, 1)) / 2, abs=1e-4)
+            assert value == pytest.approx(sum(json.loads((out/"curve"/f"{label.split()[0]}-{share}-seed-{seed}.json").read_text())["loss"]
+                                              for seed in (0, 1)) / 2, abs=1e-4)
 
 
 def test_tables_name_the_protocol_and_the_lesson(ran):
@@ -118,14 +121,16 @@ def test_a_cut_run_continues(ran):
     lost = base/"out"/"rows"/"full-seed-1.json"
     before, others = lost.read_text(), {p: p.stat().st_mtime_ns for p in lost.parent.iterdir() if p != lost}
     lost.unlink()
-    ablate(**plan["93_ablate"], train=8, test=4, probe_train=2, probe_test=2, depth=8, size=32, channels=8, grid=[2, 2], steps=3, batch=4, shares=[50, 100], progress=False)
+    ablate(**plan["93_ablate"], train=8, test=4, probe_train=2, probe_test=2, depth=8, size=32,
+           channels=8, grid=[2, 2], steps=3, batch=4, shares=[50, 100], progress=False)
     assert lost.read_text() == before and {p: p.stat().st_mtime_ns for p in lost.parent.iterdir() if p != lost} == others
 
 
 def test_other_parameters_are_refused(ran):
     base, plan = ran
     with pytest.raises(MedVLM3DError, match=r"another config \(differs in lesson\).*Choose a new folder"):
-        ablate(**plan["93_ablate"], train=8, test=4, probe_train=2, probe_test=2, depth=8, size=32, channels=8, grid=[2, 2], steps=99, batch=4, shares=[50, 100], progress=False)
+        ablate(**plan["93_ablate"], train=8, test=4, probe_train=2, probe_test=2, depth=8, size=32,
+               channels=8, grid=[2, 2], steps=99, batch=4, shares=[50, 100], progress=False)
 
 
 # --- the rows of the study ------------------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def test_sigterm_leaves_a_checkpoint_and_143_and_the_run_continues(corpus, halte
     assert run.status == "done" and same(weights(run.path), weights(whole)) and steps(run.path) == steps(whole)
 
 
-@pytest.mark.parametrize("step, workers, accumulation, forms", [(5, 0, 1, "both"), (8, 2, 1, "both"), (5, 0, 2, "both"), (7, 2, 2, "alternate"), (11, 0, 1, "both")],
+@pytest.mark.parametrize("step, workers, accumulation, forms",
+                         [(5, 0, 1, "both"), (8, 2, 1, "both"), (5, 0, 2, "both"), (7, 2, 2, "alternate"), (11, 0, 1, "both")],
                          ids=["mid-epoch", "boundary, workers", "accumulation", "accumulation, workers, forms that alternate", "last step"])
 def test_a_killed_run_continues_bit_for_bit(corpus, whole, tmp_path, monkeypatch, step, workers, accumulation, forms):  # noqa: F811
     "Weights, losses, learning rates and gradient norms (so the order of samples, and what each epoch asks) are those of the uninterrupted run."
@@ -180,25 +181,29 @@ def pages(folder): return sum(-(-f.stat().st_size // 4096) * 4096 for f in Path(
 
 
 def test_a_full_disk_during_a_save_loses_nothing(corpus, halted, whole, tmp_path):  # noqa: F811
-    "On a disk with room for half a checkpoint more the save fails in one line, leaves nothing of itself, and the older checkpoint stands; with more room the run goes on."
+    """On a disk with room for half a checkpoint more the save fails in one line, leaves nothing of itself, and the older checkpoint stands;
+    with more room the run goes on."""
     small, last = tmp_path/"small", stage_folder(halted)/"checkpoint-5"
     small.mkdir()
     def cramped():
         mounted = mount_small(small, pages(halted) + pages(last) // 2)
         shutil.copytree(halted, small/"run")
         if not mounted: limit_files((last/"optimizer.pt").stat().st_size // 2)
-        with pytest.raises(MedVLM3DError, match="checkpoint-6: could not be written.*(No space left|only a part|too large)") as e: train(small/"run", make_plan(*corpus), progress=False)
+        with pytest.raises(MedVLM3DError, match="checkpoint-6: could not be written.*(No space left|only a part|too large)") as e:
+            train(small/"run", make_plan(*corpus), progress=False)
         assert "Make room" in e.value.remedy and not (stage_folder(small/"run")/checkpoint.PART).exists()
         shutil.copytree(small/"run", tmp_path/"run")
     assert apart(cramped) == 0
-    assert step_of_newest(tmp_path/"run") == 5 and RunFolder(tmp_path/"run").status == "failed" and "could not be written" in RunFolder(tmp_path/"run").manifest["error"]
+    assert (step_of_newest(tmp_path/"run") == 5 and RunFolder(tmp_path/"run").status == "failed"
+            and "could not be written" in RunFolder(tmp_path/"run").manifest["error"])
     assert same(weights(train(tmp_path/"run", make_plan(*corpus), progress=False).path), weights(whole))
 
 
 def test_other_conditions_are_printed_refused_or_recorded(corpus, halted, tmp_path, capsys):  # noqa: F811
     shutil.copytree(halted, tmp_path/"run")
     plan = make_plan(*corpus)
-    for changed, word in ((replace(plan, seed=1), "seed: 0 → 1"), (make_plan(*corpus, [{**STAGE, "batch": 4}]), "stages.0.batch: 2 → 4"), (replace(plan, forms="alternate"), "forms: both → alternate")):
+    for changed, word in ((replace(plan, seed=1), "seed: 0 → 1"), (make_plan(*corpus, [{**STAGE, "batch": 4}]), "stages.0.batch: 2 → 4"),
+                          (replace(plan, forms="alternate"), "forms: both → alternate")):
         with pytest.raises(MedVLM3DError, match=word) as e: train(tmp_path/"run", changed, progress=False)
         assert "allow_changes" in e.value.remedy and e.value.what
     run = train(tmp_path/"run", make_plan(*corpus, [{**STAGE, "lr": 1e-3}]), progress=False, allow_changes=True)
@@ -239,7 +244,8 @@ def test_a_damaged_shard_is_named_by_the_process_that_reads_it(corpus, tmp_path)
     content = shard.read_bytes()
     shard.write_bytes(content[:len(content) // 2] + bytes(len(content) - len(content) // 2))
     with pytest.raises(MedVLM3DError, match="is damaged") as e:
-        train(tmp_path/"run", make_plan(root, {k: v for k, v in fields.items() if k not in ("whiten", "channels")}, store=str(tmp_path/"store"), workers=2), progress=False)
+        train(tmp_path/"run",
+              make_plan(root, {k: v for k, v in fields.items() if k not in ("whiten", "channels")}, store=str(tmp_path/"store"), workers=2), progress=False)
     assert e.value.what.endswith(shard.name) and e.value.remedy and "Traceback" not in str(e.value)
 
 

@@ -66,7 +66,8 @@ def test_info_json():
 
 
 def test_predict_closed_and_open(model, scan):
-    shown = run("predict", scan, "--model", model, "-q", "Which plane is this?", "-q", "Which organ is abnormal?", "--choices", "liver,spleen,left lung,axial", "--json")
+    shown = run("predict", scan, "--model", model, "-q", "Which plane is this?",
+                "-q", "Which organ is abnormal?", "--choices", "liver,spleen,left lung,axial", "--json")
     assert shown.returncode == 0, shown.stderr
     answers = json.loads(shown.stdout)["answers"]
     assert len(answers) == 2 and answers[0]["letter"] in "ABCD"
@@ -128,7 +129,9 @@ CHOICES = {  # what is asked for: (scan, what it says without the option, the op
 def test_what_a_file_leaves_open_is_told_to_predict(choice, model, tmp_path):
     "Without the option the error names it; with it the answer comes, the record says what was read, and notes are shown."
     make, missing, options, expected = CHOICES[choice]
-    def ask(*more): return CliRunner().invoke(app, ["predict", str(make(tmp_path)), "--model", str(model), "-q", "Which plane?", "--choices", "axial,coronal", "--json", *map(str, more)])
+    def ask(*more):
+        return CliRunner().invoke(app, ["predict", str(make(tmp_path)), "--model", str(model), "-q", "Which plane?",
+                                        "--choices", "axial,coronal", "--json", *map(str, more)])
     if missing:
         refused = ask()
         assert refused.exit_code == 1 and isinstance(refused.exception, MedVLM3DError) and missing in str(refused.exception)
@@ -136,7 +139,8 @@ def test_what_a_file_leaves_open_is_told_to_predict(choice, model, tmp_path):
     assert told.exit_code == 0, told.exception
     record = json.loads(told.stdout)["scan"]
     assert {k: record[k] for k in expected} == expected
-    assert [f"note: {w}" for w in record["warnings"] + json.loads(told.stdout)["notes"]] == [line for line in told.stderr.splitlines() if line.startswith("note: ")]
+    assert ([f"note: {w}" for w in record["warnings"] + json.loads(told.stdout)["notes"]]
+            == [line for line in told.stderr.splitlines() if line.startswith("note: ")])
     assert "Zaphod" not in told.stdout + told.stderr
 
 
@@ -165,7 +169,8 @@ def test_options_of_training_are_parameters_of_its_runner(monkeypatch, tmp_path)
     from medvlm3d import runners
     told = []
     monkeypatch.setattr(runners, "run_notebook", lambda name, given, out: told.append(runners.check_parameters(name, given)) or out)
-    CliRunner().invoke(app, ["train", "--config", "demo", "--out", str(tmp_path), "--ranks", "2", "--allow-changes", "-p", "policy=truncate"], catch_exceptions=False)
+    CliRunner().invoke(app, ["train", "--config", "demo", "--out", str(tmp_path), "--ranks", "2", "--allow-changes", "-p", "policy=truncate"],
+                       catch_exceptions=False)
     assert told[0]["ranks"] == 2 and told[0]["allow_changes"] is True and told[0]["policy"] == "truncate" and "allow_shared" not in told[0]
 
 
@@ -180,20 +185,25 @@ def test_truncated_scan_is_named_not_answered(model, scan, tmp_path):
 
 
 def test_a_scan_larger_than_the_limit_is_let_in_by_the_option(model, scan):
-    def ask(limit): return CliRunner().invoke(app, ["predict", str(scan), "--model", str(model), "-q", "Which plane?", "--choices", "axial,coronal", "--max-voxels", str(limit)])
+    def ask(limit):
+        return CliRunner().invoke(app,
+                                  ["predict", str(scan), "--model", str(model), "-q", "Which plane?", "--choices", "axial,coronal", "--max-voxels", str(limit)])
     refused = ask(34559)
     assert refused.exit_code == 1 and "declares 34560 voxels, the limit is 34559. Pass a larger max_voxels" in str(refused.exception)
     assert ask(34560).exit_code == 0
 
 
 def test_encode_takes_the_options_of_predict_and_a_bad_scan_does_not_stop_the_others(tmp_path):
-    "Two arrays that need their axes told, and between them a cut one: two files, one reject with reason and remedy, status 1; once it is mended, status 0 and no reject."
+    """Two arrays that need their axes told, and between them a cut one: two files, one reject with reason and remedy, status 1;
+    once it is mended, status 0 and no reject."""
     from safetensors import safe_open
     scans = [tmp_path/f"{name}.npy" for name in "abc"]
     for i, path in enumerate(scans): np.save(path, VOXELS + i)
     whole = scans[1].read_bytes()
     scans[1].write_bytes(whole[:200])
-    def ask(*more): return CliRunner().invoke(app, ["encode", *map(str, scans), "--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--out", str(tmp_path/"out"), *more])
+    def ask(*more):
+        return CliRunner().invoke(app, ["encode", *map(str, scans), "--encoder", "tiny", "--depth", "8",
+                                        "--size", "32", "--rho", "50", "--out", str(tmp_path/"out"), *more])
     assert ask().exit_code == 1 and not list((tmp_path/"out").glob("*.safetensors"))
     told = ask("--axis-order", "HWD", "--modality", "MR")
     assert told.exit_code == 1 and "done: 2 of 3" in told.stderr and "1 scans set aside" in told.stderr

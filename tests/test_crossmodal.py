@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from medvlm3d.core import MedVLM3DError
 from medvlm3d.cli import app
 from medvlm3d.corpora import load_autopet, load_brats
-from medvlm3d.crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies, review, simulated_raters, split_by_patient, study_facts, true_answer
+from medvlm3d.crossmodal import (MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies,
+                                 review, simulated_raters, split_by_patient, study_facts, true_answer)
 from medvlm3d.core import sha256_file
-from medvlm3d.crossmodal_study import accuracy_table, agreement_figure, agreement_table, build, by_modality, contact_sheet, difference_table, open_corpora, run, score, scores, source_table
+from medvlm3d.crossmodal_study import (accuracy_table, agreement_figure, agreement_table, build, by_modality,
+                                       contact_sheet, difference_table, open_corpora, run, score, scores, source_table)
 from medvlm3d.datasets import read_image
 from medvlm3d.evaluation import evaluate_systems
 from medvlm3d.layouts import sample_brains, write_layout
@@ -183,7 +185,8 @@ def test_verdicts_arrive_in_the_order_of_the_pairs(sheets):
     drafter, pairs, vote, folder = sheets
     rejected = {"anna": {pairs[2].id}, "ben": {pairs[2].id, pairs[7].id}, "carla": set()}
     for name, out in rejected.items():
-        write_rows(folder/f"{name}.csv", [[*[r[c] for c in SHEET[:-2]], " Reject" if r["id"] in out else "ACCEPT ", ""] for r in read_rows(folder/f"{name}.csv")])
+        write_rows(folder/f"{name}.csv",
+                   [[*[r[c] for c in SHEET[:-2]], " Reject" if r["id"] in out else "ACCEPT ", ""] for r in read_rows(folder/f"{name}.csv")])
     votes = vote(1, pairs)
     assert [(i, votes[i].tolist()) for i in range(len(pairs)) if not votes[i].all()] == [(2, [False, False, True]), (7, [True, False, True])]
 
@@ -203,7 +206,8 @@ def test_every_fault_of_a_sheet_is_named_at_once(sheets):
     write_rows(folder/"ben.csv", [[*r, v, ""] for r, v in zip(rows, verdicts)] + [[*rows[4], "reject", ""], ["location/9999", *rows[0][1:], "accept", ""]])
     with pytest.raises(MedVLM3DError) as caught: read_sheet(folder/"ben.csv", pairs)
     n = len(rows)
-    for part in ("ben.csv:2: has a verdict that is not known", "ben.csv:3: has no verdict", f"ben.csv:{n + 1}: repeats a pair", f"ben.csv:{n + 2}: is not a pair of this round", "ben.csv: lacks 1 pairs", "has 5 problems"):
+    for part in ("ben.csv:2: has a verdict that is not known", "ben.csv:3: has no verdict", f"ben.csv:{n + 1}: repeats a pair",
+                 f"ben.csv:{n + 2}: is not a pair of this round", "ben.csv: lacks 1 pairs", "has 5 problems"):
         assert part in str(caught.value)
 
 
@@ -216,7 +220,8 @@ def test_a_sheet_in_another_encoding_or_torn_is_an_error_with_a_remedy(sheets):
     "As Excel saves it in western Europe, as Unicode text, and with a quote that never closes."
     folder = sheets[3]
     whole = (folder/"ben.csv").read_text(encoding="utf-8")
-    for data, why in ((whole.replace("?", "é", 1).encode("cp1252"), "is not UTF-8"), (whole.encode("utf-16"), "is not UTF-8"), ((whole + '"torn').encode(), "is no CSV file")):
+    for data, why in ((whole.replace("?", "é", 1).encode("cp1252"), "is not UTF-8"),
+                      (whole.encode("utf-16"), "is not UTF-8"), ((whole + '"torn').encode(), "is no CSV file")):
         (folder/"ben.csv").write_bytes(data)
         with pytest.raises(MedVLM3DError, match=f"ben.csv: {why}.*save it as CSV UTF-8"): read_sheet(folder/"ben.csv", sheets[1])
 
@@ -364,7 +369,8 @@ def test_the_account_is_of_the_first_round_before_replacement(reviewed):
 
 def test_a_review_without_end_is_ended():
     drafter = Drafter(invented(400), ROOT)
-    with pytest.raises(MedVLM3DError, match="not unanimous after 3 rounds.*Look at what"): review(drafter, drafter.draft(4), lambda n, ps: np.zeros((len(ps), 3), bool), most=3)
+    with pytest.raises(MedVLM3DError, match="not unanimous after 3 rounds.*Look at what"):
+        review(drafter, drafter.draft(4), lambda n, ps: np.zeros((len(ps), 3), bool), most=3)
 
 
 # --- split ----------------------------------------------------------------------------------------------------------
@@ -443,7 +449,8 @@ def test_real_volumes_that_only_programs_judged_are_marked(data, tmp_path):
     for name in ("brats", "autopet"): (shutil.copytree(data/name, tmp_path/name)/"GENERATED.json").unlink()
     build(tmp_path/"out", tmp_path, studies := open_corpora(tmp_path, ("brats", "autopet")), volumes=2, resamples=20)
     assert {p.source for p in read_manifest(tmp_path/"crossmodal.jsonl")} == {f"{name}, accepted by simulated raters" for name in ("BraTS 2023", "AutoPET")}
-    with pytest.raises(MedVLM3DError, match="are all MRI: to ask for the modality would be to answer"): build(tmp_path/"out", tmp_path, [s for s in studies if s.source == "BraTS 2023"], volumes=2)
+    with pytest.raises(MedVLM3DError, match="are all MRI: to ask for the modality would be to answer"):
+        build(tmp_path/"out", tmp_path, [s for s in studies if s.source == "BraTS 2023"], volumes=2)
 
 
 def test_the_record_identifies_its_pairs(whole):
@@ -467,7 +474,8 @@ def test_a_constant_learned_on_all_training_pairs_is_at_chance_by_modality(many,
 def test_differences_are_corrected_over_all_rows_that_are_printed(many, tmp_path):
     "Two systems, three types and their mean, all pairs and two modalities: the least p is multiplied by the number of rows."
     asked = [p for p in many if p.split == "test"]
-    results = scores({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in asked], "other image": [prediction_line(p, "A") for p in asked]}, asked, [p for p in many if p.split == "train"], n=20)
+    results = scores({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in asked], "other image": [prediction_line(p, "A") for p in asked]},
+                     asked, [p for p in many if p.split == "train"], n=20)
     table = difference_table(results, {"simulated": True, "raters": ["a", "b", "c"]})
     assert len(table.rows) == 3 * 2 * 4 and "Holm: adjusted for all rows of this table" in table.note
     cells = [c for r in by_modality(results).values() for tasks in r["comparisons"].values() for g, c in tasks["closed"]["accuracy"].items() if g != "micro"]
@@ -485,16 +493,19 @@ def test_published_numbers_stand_beside_and_what_was_not_run_says_so(whole):
 
 def test_an_oracle_is_right_and_scored_by_modality(whole, data):
     pairs = [p for p in read_manifest(data/"crossmodal.jsonl") if p.split == "test"]
-    results = {word: evaluate_systems({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in pairs if p.modality == m]}, n=50) for m, word in MODALITY_WORDS.items() if m != "CT"}
+    results = {word: evaluate_systems({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in pairs if p.modality == m]}, n=50)
+               for m, word in MODALITY_WORDS.items() if m != "CT"}
     for row in accuracy_table(results, {"simulated": True, "raters": ["a", "b", "c"]}).rows: assert row[4].startswith("100.0") or row[2] == 0
 
 
 def test_people_are_awaited_and_the_same_pairs_are_asked_again(data, tmp_path):
-    def go(): return run(tmp_path/"people", data, studies=STUDIES, shape=SHAPE, volumes=2, raters=["anna", "ben"], resamples=50, seed=5, workers=1, progress=False)
+    def go():
+        return run(tmp_path/"people", data, studies=STUDIES, shape=SHAPE, volumes=2, raters=["anna", "ben"], resamples=50, seed=5, workers=1, progress=False)
     with pytest.raises(MedVLM3DError, match="round-1: awaits the verdicts of anna, ben"): go()
     first = {n: read_rows(tmp_path/"people"/"review"/"round-1"/f"{n}.csv") for n in ("anna", "ben")}
     for name, rows in first.items():
-        write_rows(tmp_path/"people"/"review"/"round-1"/f"{name}.csv", [[*[r[c] for c in SHEET[:-2]], "reject" if name == "ben" and i == 0 else "accept", ""] for i, r in enumerate(rows)])
+        write_rows(tmp_path/"people"/"review"/"round-1"/f"{name}.csv",
+                   [[*[r[c] for c in SHEET[:-2]], "reject" if name == "ben" and i == 0 else "accept", ""] for i, r in enumerate(rows)])
     with pytest.raises(MedVLM3DError, match="round-2: awaits"): go()
     for name in first:
         path = tmp_path/"people"/"review"/"round-2"/f"{name}.csv"

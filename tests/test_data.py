@@ -50,7 +50,8 @@ def smooth(seed, shape):
     "A volume that changes little from slice to slice, in [0, 1]."
     rng = np.random.default_rng(seed)
     grid = np.meshgrid(*(np.linspace(0, 1, n) for n in shape), indexing="ij")
-    waves = sum(rng.normal() * np.cos(np.pi * (rng.uniform(.3, 1) * grid[0] + rng.integers(0, 5) * grid[1] + rng.integers(0, 5) * grid[2]) + rng.uniform(0, 6)) for _ in range(8))
+    waves = sum(rng.normal() * np.cos(np.pi * (rng.uniform(.3, 1) * grid[0] + rng.integers(0, 5) * grid[1] + rng.integers(0, 5) * grid[2])
+                                      + rng.uniform(0, 6)) for _ in range(8))
     return ((waves - waves.min()) / np.ptp(waves)).astype(np.float32)
 
 
@@ -83,7 +84,9 @@ def m3d(tmp_path):
     entry = lambda n: {"image": images[n], "text": str(Path(images[n]).with_name("text.txt"))}
     where = dict(zip(LISTS, ([0, 1, 2, 3], [4], [5, 6, 7], [5, 6], [5], [5], [6])))
     (root/"M3D_Cap_npy"/"M3D_Cap.json").write_text(json.dumps({name: [entry(n) for n in where[name]] for name in LISTS}))
-    for table, n in (("train", 0), ("val", 4), ("test", 5), ("test5k", 5)): write_table(root/"M3D-VQA"/f"M3D_VQA_{table}.csv", [row(images[n]), row(images[n], 1, "Which plane?", ("axial", "coronal", "sagittal", "oblique"), "axial", "A")])
+    for table, n in (("train", 0), ("val", 4), ("test", 5), ("test5k", 5)):
+        write_table(root/"M3D-VQA"/f"M3D_VQA_{table}.csv",
+                    [row(images[n]), row(images[n], 1, "Which plane?", ("axial", "coronal", "sagittal", "oblique"), "axial", "A")])
     yes_no = [c for c in COLUMNS if "Choice" not in c]
     write_table(root/"M3D-VQA"/"M3D_VQA_yn_train.csv", [[images[1], "", 4, "Is there a mass?", "Yes"], [images[1], "", 4, "Is it old?", "no"]], yes_no)
     return root
@@ -96,7 +99,8 @@ def listing(tmp_path, n=12, **changes):
         image = f"v/{i}/axial.npy"
         (root/image).parent.mkdir(parents=True, exist_ok=True)
         np.save(root/image, smooth(100 + i, (8, 24, 24))[None])
-        samples.append(Sample(f"s{i}", f"c{i}", image, "train" if i < n - 4 else "test", "report", "Report", answer=varied_report(np.random.default_rng((3, i))), **changes))
+        samples.append(Sample(f"s{i}", f"c{i}", image, "train" if i < n - 4 else "test", "report", "Report",
+                              answer=varied_report(np.random.default_rng((3, i))), **changes))
     return with_hashes(root, samples, workers=1), root
 
 
@@ -150,10 +154,12 @@ def test_prepared_volumes_in_every_form_give_the_same_voxels(tmp_path):
     write_nifti(folder/"Coronal_bone_window.nii.gz", fine.transpose(2, 1, 0))
     write_nifti(folder/"Sagittal_C__portal_venous_phase.nii.gz", fine, np.eye(4))
     (folder/"text.txt").write_text("study_findings: A cyst of the liver.")
-    entries = [{"image": f"M3D_Cap_npy/ct_quizze/005461/{name}.npy", "text": "M3D_Cap_npy/ct_quizze/005461/text.txt"} for name in ("Axial_non_contrast", "Coronal_bone_window", "Sagittal_C__portal_venous_phase")]
+    entries = [{"image": f"M3D_Cap_npy/ct_quizze/005461/{name}.npy", "text": "M3D_Cap_npy/ct_quizze/005461/text.txt"}
+               for name in ("Axial_non_contrast", "Coronal_bone_window", "Sagittal_C__portal_venous_phase")]
     (tmp_path/"M3D_Cap.json").write_text(json.dumps({"train": entries}))
     npy, last, first = load_m3d(tmp_path)
-    assert (npy.plane, last.plane, first.plane) == ("axial", "coronal", "sagittal") and (npy.phase, last.phase, first.phase) == ("non-contrast", "", "portal venous") and last.image.endswith(".nii.gz")
+    assert ((npy.plane, last.plane, first.plane) == ("axial", "coronal", "sagittal")
+            and (npy.phase, last.phase, first.phase) == ("non-contrast", "", "portal venous") and last.image.endswith(".nii.gz"))
     assert np.array_equal(read_image(tmp_path/npy.image).array, array)
     for s in (last, first): assert np.array_equal(read_image(tmp_path/s.image).array, fine) and read_image(tmp_path/s.image).plane == s.plane
 
@@ -191,7 +197,8 @@ def test_the_folder_above_a_raw_case_is_not_repeated(tmp_path):
     for name in (NAME, "Trillian"):
         (tmp_path/name/"000001"/"Axial_non_contrast").mkdir(parents=True)
         (tmp_path/name/"000001"/"text.txt").write_text(f"study_findings: Normal, as dictated by {len(name)}.")
-        for d in range(3): Image.fromarray((smooth(len(name), (8, 8, 8)) * 255).astype(np.uint8)[d]).save(tmp_path/name/"000001"/"Axial_non_contrast"/f"{d}.png")
+        for d in range(3):
+            Image.fromarray((smooth(len(name), (8, 8, 8)) * 255).astype(np.uint8)[d]).save(tmp_path/name/"000001"/"Axial_non_contrast"/f"{d}.png")
     assert len({s.case for s in load_m3d(tmp_path)}) == 2
     (tmp_path/NAME/"000001"/"text.txt").write_text(" ")
     (tmp_path/"Trillian"/"000001"/"Axial_non_contrast"/"1.png").write_bytes(b"torn")
@@ -222,16 +229,21 @@ def test_all_faults_of_m3d_are_named_at_once(m3d, tmp_path):
     images = sorted(p.relative_to(m3d).as_posix() for p in m3d.rglob("*.npy"))
     (tmp_path/"outside.npy").write_bytes(b"x")
     (m3d/"link.npy").symlink_to(tmp_path/"outside.npy")
-    rows = [row("../outside.npy"), row(str(tmp_path/"outside.npy")), row("link.npy"), row("M3D_Cap_npy/ct_case/000099/x.npy"), row(images[0], 9), row(images[0], question=" "), row(images[0], answer="lung"),
-            row(images[0], letter="A"), row(images[0], choices=("NA",) * 4), row(images[0], question="<image> Which?"), row(images[0])[:7], row(images[0], choices=("spleen", "NA", "spleen", "NA"))]
+    rows = [row("../outside.npy"), row(str(tmp_path/"outside.npy")), row("link.npy"), row("M3D_Cap_npy/ct_case/000099/x.npy"),
+            row(images[0], 9), row(images[0], question=" "), row(images[0], answer="lung"),
+            row(images[0], letter="A"), row(images[0], choices=("NA",) * 4), row(images[0], question="<image> Which?"),
+            row(images[0])[:7], row(images[0], choices=("spleen", "NA", "spleen", "NA"))]
     write_table(m3d/"M3D-VQA"/"M3D_VQA_train.csv", rows)
     table = m3d/"M3D-VQA"/"M3D_VQA_val.csv"
     table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes().replace(b"Which plane?", "Où?".encode("latin-1")))
     (m3d/images[1]).with_name("text.txt").write_bytes("study_findings: Lésion".encode("latin-1"))
     (m3d/m3d_image(4)).with_name("text.txt").write_text("  \n")
-    message = refused(lambda: load_m3d(m3d), "has 15 problems", "M3D_VQA_val.csv:3: is not UTF-8 (byte 0xf9). Save the file as UTF-8.", "its text file is not UTF-8 (byte 0xe9)", "the report is empty")
-    for line, reason in enumerate(("leaves the data root", "leaves the data root", "link out of the data root", "does not exist", "question type is not one of 1 to 5", "question is empty", "answer is not among the choices",
-                                   "not the choice that its letter names", "fewer than two choices", "contains <image>", "too many or too few columns", "two choices are the same"), 2):
+    message = refused(lambda: load_m3d(m3d), "has 15 problems", "M3D_VQA_val.csv:3: is not UTF-8 (byte 0xf9). Save the file as UTF-8.",
+                      "its text file is not UTF-8 (byte 0xe9)", "the report is empty")
+    for line, reason in enumerate(("leaves the data root", "leaves the data root", "link out of the data root", "does not exist",
+                                   "question type is not one of 1 to 5", "question is empty", "answer is not among the choices",
+                                   "not the choice that its letter names", "fewer than two choices",
+                                   "contains <image>", "too many or too few columns", "two choices are the same"), 2):
         assert re.search(rf"M3D_VQA_train.csv:{line}: [^\n]*{re.escape(reason)}[^\n]*\. [A-Z]", message), (line, reason)
     assert "outside" not in message and "lung" not in message
     sound = load_m3d(m3d, rejects=tmp_path/"rejects.jsonl")
@@ -249,7 +261,8 @@ def test_crlf_bom_and_commas_in_quotes_do_no_harm(m3d):
     assert [s.question for s in load_m3d(m3d) if s.split == "train" and s.task == "open"] == ['Which organ, "really"?']
 
 
-@pytest.mark.parametrize("content, reason", [(b'{"train": [', "M3D_Cap.json:1: is not JSON"), (b'{"exam": []}', "M3D_Cap.json:exam: is no list of M3D"), (b'{"train": [{"image": 7}]}', "M3D_Cap.json:train[0]: has no image and text")])
+@pytest.mark.parametrize("content, reason", [(b'{"train": [', "M3D_Cap.json:1: is not JSON"), (b'{"exam": []}', "M3D_Cap.json:exam: is no list of M3D"),
+                                             (b'{"train": [{"image": 7}]}', "M3D_Cap.json:train[0]: has no image and text")])
 def test_a_broken_list_is_named(m3d, content, reason):
     (m3d/"M3D_Cap_npy"/"M3D_Cap.json").write_bytes(content)
     refused(lambda: load_m3d(m3d), reason)
@@ -269,31 +282,45 @@ def test_a_case_on_two_sides_cannot_be_rejected_away(m3d, tmp_path):
     lists = json.loads(file.read_text())
     lists["hard_test"].append(lists["train"][2])
     file.write_text(json.dumps(lists))
-    for rejects in (None, tmp_path/"rejects.jsonl"): refused(lambda: load_m3d(m3d, rejects=rejects), "M3D_Cap.json:hard_test[1]: its case stands in train (M3D_Cap.json:train[2]) and in test", "medvlm3d data split")
+    for rejects in (None, tmp_path/"rejects.jsonl"):
+        refused(lambda: load_m3d(m3d, rejects=rejects),
+                "M3D_Cap.json:hard_test[1]: its case stands in train (M3D_Cap.json:train[2]) and in test", "medvlm3d data split")
     assert len(load_m3d(m3d, allow_shared=True)) == len(load_m3d(m3d, allow_shared=True, rejects=tmp_path/"rejects.jsonl"))
 
 
 # --- manifests ------------------------------------------------------------------------------------------------------
 
 def test_a_manifest_keeps_every_field(tmp_path):
-    samples, root = listing(tmp_path, source="S", licence="CC0", patient="p", modality="MR", plane="sagittal", phase="arterial", series=0, frame=2, axis_order="DHW")
+    samples, root = listing(tmp_path, source="S", licence="CC0", patient="p", modality="MR",
+                            plane="sagittal", phase="arterial", series=0, frame=2, axis_order="DHW")
     closed = replace(samples[0], id="q", task="closed", type="Organ", question="Größe? “x”", choices=("a", "NA", "b"), answer="b", letter="C")
     write_manifest(root/"m.jsonl", [*samples, closed])
     assert read_manifest(root/"m.jsonl") == [*samples, closed]
     assert [s.where for s in read_manifest(root/"m.jsonl")][-1] == "m.jsonl:13"
 
 
-FAULTS = {"not JSON": (lambda r: b'{"id": "x"', "is not JSON"), "NaN": (lambda r: json.dumps({**r, "case": float("nan")}).encode(), "NaN"), "a list": (lambda r: b"[1, 2]", "is no JSON object"),
-          "latin-1": (lambda r: json.dumps({**r, "report": "Lésion"}, ensure_ascii=False).encode("latin-1"), "is not UTF-8 (byte 0xe9)"), "no case": (lambda r: {k: v for k, v in r.items() if k != "case"}, "lacks case"),
-          "unknown field": (lambda r: {**r, "Zaphod": 1}, "has 1 unknown field"), "number": (lambda r: {**r, "id": 5}, "id is no text"), "task": (lambda r: {**r, "task": "Zaphod"}, "task is not known"),
+FAULTS = {"not JSON": (lambda r: b'{"id": "x"', "is not JSON"),
+          "NaN": (lambda r: json.dumps({**r, "case": float("nan")}).encode(), "NaN"), "a list": (lambda r: b"[1, 2]", "is no JSON object"),
+          "latin-1": (lambda r: json.dumps({**r, "report": "Lésion"}, ensure_ascii=False).encode("latin-1"), "is not UTF-8 (byte 0xe9)"),
+          "no case": (lambda r: {k: v for k, v in r.items() if k != "case"}, "lacks case"),
+          "unknown field": (lambda r: {**r, "Zaphod": 1}, "has 1 unknown field"),
+          "number": (lambda r: {**r, "id": 5}, "id is no text"), "task": (lambda r: {**r, "task": "Zaphod"}, "task is not known"),
           "split": (lambda r: {**r, "split": "Zaphod"}, "split is not known"), "hash": (lambda r: {**r, "sha256": "Zaphod"}, "sha256 is no hash"),
-          "series": (lambda r: {**r, "series": "Zaphod"}, "series is no number"), "frame": (lambda r: {**r, "frame": True, "series": -1}, "series, frame is no number"), "axes": (lambda r: {**r, "axis_order": "Zaphod"}, "axis_order is not known"),
-          "other frame": (lambda r: {**r, "frame": 1}, "another case, patient, hash or way to read it than line 6"), "above": (lambda r: {**r, "image": "v/../../Zaphod.npy"}, "leaves the data root"),
-          "absolute": (lambda r: {**r, "image": "/Zaphod.npy"}, "leaves the data root"), "link": (lambda r: {**r, "image": "v/link.npy"}, "link out of the data root"), "missing": (lambda r: {**r, "image": "v/Zaphod.npy"}, "does not exist"),
-          "same id": (lambda r: {**r, "id": "s1"}, "repeats the id of line 2"), "empty report": (lambda r: {**r, "report": " \n"}, "the report is empty"), "marker": (lambda r: {**r, "report": "Zaphod <image>."}, "contains <image>"),
+          "series": (lambda r: {**r, "series": "Zaphod"}, "series is no number"),
+          "frame": (lambda r: {**r, "frame": True, "series": -1}, "series, frame is no number"),
+          "axes": (lambda r: {**r, "axis_order": "Zaphod"}, "axis_order is not known"),
+          "other frame": (lambda r: {**r, "frame": 1}, "another case, patient, hash or way to read it than line 6"),
+          "above": (lambda r: {**r, "image": "v/../../Zaphod.npy"}, "leaves the data root"),
+          "absolute": (lambda r: {**r, "image": "/Zaphod.npy"}, "leaves the data root"),
+          "link": (lambda r: {**r, "image": "v/link.npy"}, "link out of the data root"),
+          "missing": (lambda r: {**r, "image": "v/Zaphod.npy"}, "does not exist"),
+          "same id": (lambda r: {**r, "id": "s1"}, "repeats the id of line 2"), "empty report": (lambda r: {**r, "report": " \n"}, "the report is empty"),
+          "marker": (lambda r: {**r, "report": "Zaphod <image>."}, "contains <image>"),
           "no choices": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod"}, "fewer than two choices"),
-          "answer": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod", "choices": ["a", "b"]}, "not among the choices"), "no answer": (lambda r: {**r, "task": "open", "question": "?"}, "the answer is empty"),
-          "other hash": (lambda r: {**r, "sha256": "0" * 64}, "another case, patient, hash or way to read it than line 6"), "deep": (lambda r: b'{"id": ' + b"[" * 100_000, "is not JSON")}
+          "answer": (lambda r: {**r, "task": "closed", "question": "?", "answer": "Zaphod", "choices": ["a", "b"]}, "not among the choices"),
+          "no answer": (lambda r: {**r, "task": "open", "question": "?"}, "the answer is empty"),
+          "other hash": (lambda r: {**r, "sha256": "0" * 64}, "another case, patient, hash or way to read it than line 6"),
+          "deep": (lambda r: b'{"id": ' + b"[" * 100_000, "is not JSON")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -364,12 +391,14 @@ def test_a_folder_that_nobody_listed(tmp_path):
 
 
 def test_what_a_path_does_not_determine_is_listed(tmp_path):
-    "One of two series, one of two frames, an array without axes: refused as they are, read, audited and encoded as a line says; another choice is another volume."
+    """One of two series, one of two frames, an array without axes: refused as they are, read, audited and encoded as a line says;
+    another choice is another volume."""
     root = tmp_path/"in"
     save_dicom(save_dicom(root/"two", STACK, AFFINE), STACK[:4] + 1, AFFINE, series=2)
     write_nifti(root/"times.nii.gz", np.stack([smooth(5, (9, 8, 7)), smooth(6, (9, 8, 7))], -1))
     np.save(root/"bare.npy", smooth(7, (8, 9, 7)))
-    plain = [Sample(str(n), str(n), image, "train", "report", "Report", answer=varied_report(np.random.default_rng(n))) for n, image in enumerate(("two", "times.nii.gz", "bare.npy"))]
+    plain = [Sample(str(n), str(n), image, "train", "report", "Report", answer=varied_report(np.random.default_rng(n)))
+             for n, image in enumerate(("two", "times.nii.gz", "bare.npy"))]
     told = [replace(s, **choice) for s, choice in zip(plain, ({"series": 1}, {"frame": 1}, {"axis_order": "HWD"}))]
     write_manifest(root/"plain.jsonl", with_hashes(root, plain))
     assert len(audit(root/"plain.jsonl", **QUIET)["problems by reason"]) == 3
@@ -387,7 +416,9 @@ def test_reading_remembers_no_words(tmp_path):
     "Ten megabytes of reports pass through two."
     samples, root = listing(tmp_path, 6)
     with open(root/"m.jsonl", "w") as f:
-        for n in range(1000): f.write(json.dumps({"id": f"r{n}", "case": "c0", "image": samples[0].image, "task": "report", "split": "train", "report": f"{n} " + "word " * 2000}) + "\n")
+        for n in range(1000):
+            f.write(json.dumps({"id": f"r{n}", "case": "c0", "image": samples[0].image, "task": "report", "split": "train",
+                                "report": f"{n} " + "word " * 2000}) + "\n")
     assert (root/"m.jsonl").stat().st_size > 10e6
     tracemalloc.start()
     problems = []
@@ -432,9 +463,11 @@ def test_data_that_changed_between_save_and_resume(tmp_path):
 
 
 def test_a_volume_replaced_between_listing_and_training(tmp_path):
-    "A file of the same size, a slice of a folder, the data file behind a header: neither a run nor a store takes it for what was listed, and the others are encoded."
+    """A file of the same size, a slice of a folder, the data file behind a header:
+    neither a run nor a store takes it for what was listed, and the others are encoded."""
     samples, root = listing(tmp_path, 6)
-    for d in range(8): (root/"series").mkdir(exist_ok=True) or Image.fromarray((smooth(9, (8, 16, 16)) * 255).astype(np.uint8)[d]).save(root/"series"/f"{d}.png")
+    for d in range(8):
+        (root/"series").mkdir(exist_ok=True) or Image.fromarray((smooth(9, (8, 16, 16)) * 255).astype(np.uint8)[d]).save(root/"series"/f"{d}.png")
     (root/"head.nhdr").write_bytes(nrrd_bytes(STACK, "raw", data_file="head.raw"))
     (root/"head.raw").write_bytes(STACK.tobytes(order="F"))
     samples = with_hashes(root, [*samples, *(replace(samples[0], id=i, case=i, image=i, answer=f"A report on {i}.") for i in ("series", "head.nhdr"))])
@@ -463,7 +496,9 @@ def own_pattern(seed, shape):
 
 
 def write_brats(root, case, seed=0, shape=(12, 12, 8), kinds=(*BRATS, "seg")):
-    for n, kind in enumerate(kinds): write_nifti(root/case/f"{case}-{kind}.nii.gz", (own_pattern(seed * 10 + n, shape) * 500).astype(np.int16) if kind != "seg" else (smooth(seed, shape) > .8).astype(np.uint8))
+    for n, kind in enumerate(kinds):
+        write_nifti(root/case/f"{case}-{kind}.nii.gz",
+                    (own_pattern(seed * 10 + n, shape) * 500).astype(np.int16) if kind != "seg" else (smooth(seed, shape) > .8).astype(np.uint8))
 
 
 def write_autopet(folder, seed=0, names=("CTres", "SUV", "SEG")):
@@ -489,16 +524,20 @@ def test_faults_of_brats_are_named_at_once(tmp_path):
     cut = tmp_path/"BraTS-GLI-00002-000"/"BraTS-GLI-00002-000-t1c.nii.gz"
     cut.write_bytes(cut.read_bytes()[:40])
     write_brats(tmp_path, NAME, 7, kinds=BRATS[:2])
-    message = refused(lambda: load_brats(tmp_path), "BraTS-GLI-00000-000: t2f missing", "BraTS-GLI-00001-000: mask lies on another grid than t1n", "BraTS-GLI-00002-000: t1c is no readable NIfTI file", "has 4 problems", "The layout is <case>/<case>-")
+    message = refused(lambda: load_brats(tmp_path), "BraTS-GLI-00000-000: t2f missing", "BraTS-GLI-00001-000: mask lies on another grid than t1n",
+                      "BraTS-GLI-00002-000: t1c is no readable NIfTI file", "has 4 problems", "The layout is <case>/<case>-")
     assert NAME not in message
     assert [s.case for s in load_brats(tmp_path, rejects=tmp_path/"r.jsonl")] == ["BraTS-GLI-00003-000"] and NAME not in (tmp_path/"r.jsonl").read_text()
     refused(lambda: load_brats(tmp_path/"BraTS-GLI-00000-000"/"nothing"), "holds no study")
 
 
 def test_autopet(tmp_path):
-    for n, folder in enumerate(("PETCT_0011f3deaf/03-23-2003-NA-PET-CT-11111", "PETCT_0011f3deaf/03-25-2004-NA-PET-CT-22222", "PETCT_01140d52d8/08-13-2005-NA-PET-CT-33333")): write_autopet(tmp_path/"FDG"/folder, n)
+    for n, folder in enumerate(("PETCT_0011f3deaf/03-23-2003-NA-PET-CT-11111", "PETCT_0011f3deaf/03-25-2004-NA-PET-CT-22222",
+                                "PETCT_01140d52d8/08-13-2005-NA-PET-CT-33333")):
+        write_autopet(tmp_path/"FDG"/folder, n)
     studies = load_autopet(tmp_path)
-    assert [(s.case, s.patient) for s in studies] == [("PETCT_0011f3deaf/1", "PETCT_0011f3deaf"), ("PETCT_0011f3deaf/2", "PETCT_0011f3deaf"), ("PETCT_01140d52d8/1", "PETCT_01140d52d8")]
+    assert [(s.case, s.patient) for s in studies] == [("PETCT_0011f3deaf/1", "PETCT_0011f3deaf"),
+                                                      ("PETCT_0011f3deaf/2", "PETCT_0011f3deaf"), ("PETCT_01140d52d8/1", "PETCT_01140d52d8")]
     assert all(s.images["PT"].name == "SUV.nii.gz" and s.images["CT"].name == "CTres.nii.gz" and s.mask.name == "SEG.nii.gz" for s in studies)
     assert Counter(s.modality for s in study_samples(studies, tmp_path)) == {"CT": 3, "PT": 3}
     (tmp_path/"FDG"/"PETCT_01140d52d8"/"08-13-2005-NA-PET-CT-33333"/"SUV.nii.gz").unlink()
@@ -514,7 +553,8 @@ def test_a_plain_folder_in_its_three_arrangements(tmp_path):
     save_dicom(tmp_path/"case_c"/"series", (smooth(2, (6, 8, 8)) * 900).astype(np.int16), np.diag([1., 1., 3., 1.]))
     (tmp_path/"case_c"/"words.txt").write_text("C above.")
     samples = load_folder(tmp_path, licence="CC0")
-    assert [(s.image, s.answer, s.plane) for s in samples] == [("a.nii.gz", "A beside.", ""), ("case_b/axial_1.nii.gz", "B in the folder.", "axial"), ("case_b/coronal_2.nii.gz", "B in the folder.", "coronal"), ("case_c/series", "C above.", "")]
+    assert [(s.image, s.answer, s.plane) for s in samples] == [("a.nii.gz", "A beside.", ""), ("case_b/axial_1.nii.gz", "B in the folder.", "axial"),
+                                                               ("case_b/coronal_2.nii.gz", "B in the folder.", "coronal"), ("case_c/series", "C above.", "")]
     assert len({s.case for s in samples}) == 3 and len({s.patient for s in samples}) == 3 and {s.licence for s in samples} == {"CC0"}
 
 
@@ -541,7 +581,8 @@ def test_what_is_no_scan_is_counted_and_loose_slices_are_a_problem(tmp_path):
     (tmp_path/NAME).symlink_to(tmp_path.parent)
     status, shown = ask("folder", tmp_path)
     assert status == 0 and "2 files are left out" in shown and NAME not in shown
-    for file, name in zip(sorted(save_dicom(tmp_path.parent/f"{tmp_path.name}-slices", STACK[:2], AFFINE).iterdir()), ("1.2.840.9", f"{NAME}.IMA")): file.rename(tmp_path/name)
+    for file, name in zip(sorted(save_dicom(tmp_path.parent/f"{tmp_path.name}-slices", STACK[:2], AFFINE).iterdir()), ("1.2.840.9", f"{NAME}.IMA")):
+        file.rename(tmp_path/name)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path/"1.png")
     status, shown = ask("folder", tmp_path)
     assert status == 1 and "3 slices: lie in the root itself. Give the slices of each series a folder of their own" in shown and NAME not in shown
@@ -587,8 +628,10 @@ def test_a_planted_name_is_nowhere_in_what_is_written(tmp_path):
     said += [ask("verify", root/"leaky.jsonl", "--workers", 1)[1], ask("split", root/"leaky.jsonl", "--workers", 1, "--shares", "60,20,20")[1]]
     (root/f"{NAME}_0"/f"{NAME}.txt").unlink()
     (root/f"{NAME}_1"/"Trillian.nii.gz").write_bytes(b"broken")
-    said += [ask("folder", root)[1], ask("folder", root, "--rejects", root/"rejects.jsonl", "--out", root/"rest.jsonl")[1], ask("verify", root/"leaky.jsonl", "--workers", 1)[1]]
-    written = [p.read_text() for p in (root/"audit"/"audit.md", root/"audit"/"audit.json", root/"leaky-by-case.ledger.jsonl", root/"leaky-by-case.summary.json", root/"rejects.jsonl")]
+    said += [ask("folder", root)[1], ask("folder", root, "--rejects", root/"rejects.jsonl", "--out", root/"rest.jsonl")[1],
+             ask("verify", root/"leaky.jsonl", "--workers", 1)[1]]
+    written = [p.read_text() for p in (root/"audit"/"audit.md", root/"audit"/"audit.json", root/"leaky-by-case.ledger.jsonl",
+                                       root/"leaky-by-case.summary.json", root/"rejects.jsonl")]
     assert "cannot be read" in written[0] and "no report beside it" in written[-1]
     for text in (*said, *written): assert not any(word in text for word in ("Zaphod", "Beeblebrox", "Trillian", "Marvin", "Slartibartfast", "1952"))
 
@@ -610,10 +653,13 @@ def test_a_planted_name_does_not_pass_from_a_folder_into_a_run(tmp_path, capfd):
     make_reader(tokenizer, hidden=16, layers=1, heads=2).save_pretrained(tmp_path/"reader")
     tokenizer.save_pretrained(tmp_path/"reader")
     encoder = load_encoder("tiny", size=32)
-    fields = dict(encoder="tiny", encoder_channels=encoder.channels, grid=list(encoder.grid), preprocess=Preprocess(8, 32, 32).to_dict(), rho=50, whiten=True, channels=8, answer_style="text")
-    train(tmp_path/"run", make_plan(tmp_path, fields, [{"stage": 1, "tasks": ["report"], "epochs": 1, "lr": 5e-3, "batch": 2, "accumulation": 1}], data=str(listed)), progress=False)
+    fields = dict(encoder="tiny", encoder_channels=encoder.channels, grid=list(encoder.grid),
+                  preprocess=Preprocess(8, 32, 32).to_dict(), rho=50, whiten=True, channels=8, answer_style="text")
+    train(tmp_path/"run", make_plan(tmp_path, fields, [{"stage": 1, "tasks": ["report"], "epochs": 1, "lr": 5e-3, "batch": 2, "accumulation": 1}],
+                                    data=str(listed)), progress=False)
     written = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p not in given}
-    assert {"rejects.jsonl", "store/images.json", "run/data.json", "in/manifest-by-case.ledger.jsonl"} <= set(written) and any(name.startswith("run/model/") for name in written)
+    assert ({"rejects.jsonl", "store/images.json", "run/data.json", "in/manifest-by-case.ledger.jsonl"} <= set(written)
+            and any(name.startswith("run/model/") for name in written))
     for name in ("in/manifest.jsonl", "in/manifest-by-case.jsonl"):
         rows = [json.loads(line) for line in written[name].splitlines()]
         written[name] = json.dumps([{k: v for k, v in r.items() if k not in ("image", "report")} for r in rows]).encode()
@@ -646,7 +692,8 @@ def test_a_crowd_of_equal_texts_stays_tied_in_bounded_work():
 
 def test_near_volumes_are_those_that_all_pairs_give():
     originals = [smooth(n, (12, 40, 40)) for n in range(60)]
-    copies = [x * .5 + .002 * np.random.default_rng(n).standard_normal(x.shape) for n, x in enumerate(originals[:25])] + [np.repeat(x, 2, 0)[:, ::2] for x in originals[:10]]
+    copies = ([x * .5 + .002 * np.random.default_rng(n).standard_normal(x.shape) for n, x in enumerate(originals[:25])]
+              + [np.repeat(x, 2, 0)[:, ::2] for x in originals[:10]])
     hashes = np.stack([volume_hash(x.astype(np.float32)) for x in originals + copies]).astype(np.float16)
     i, j, value, _ = near_volumes(hashes)
     cosine = np.triu(z_scores(hashes) @ z_scores(hashes).T, 1)
@@ -709,7 +756,8 @@ def test_a_chain_of_ties_goes_to_one_side(tmp_path):
 def test_no_split_tears_a_group_and_shares_are_met(seed):
     rng = np.random.default_rng(seed)
     case = np.sort(rng.integers(0, 150, 400))
-    census = take_census(Sample(str(v), f"c{c}", f"{v}.npy", "", "report", "Report", answer=f"text number {rng.integers(300)}", patient=f"p{c // 3}") for v, c in enumerate(case))
+    census = take_census(Sample(str(v), f"c{c}", f"{v}.npy", "", "report", "Report", answer=f"text number {rng.integers(300)}", patient=f"p{c // 3}")
+                         for v, c in enumerate(case))
     ties = find_ties(census, kinds=("case", "patient"))
     group = groups_of(400, list(ties.values()))
     side = assign(np.bincount(group), (.7, .1, .2), seed)[group]
@@ -738,8 +786,9 @@ def test_a_volume_that_is_not_the_listed_one_or_cannot_be_read(tmp_path):
     np.save(root/samples[1].image, smooth(999, (8, 24, 24))[None])
     (root/samples[2].image).write_bytes(b"nothing")
     found = audit(root/"m.jsonl", **QUIET)
-    assert not found["passed"] and found["first problems"] == ["m.jsonl:2: its volume is not the one that was listed (sha256). Restore the volume, or make the manifest again.",
-                                                              "m.jsonl:3: its volume cannot be read: has no readable .npy header. Save the array again with numpy.save."]
+    assert not found["passed"] and found["first problems"] == [
+        "m.jsonl:2: its volume is not the one that was listed (sha256). Restore the volume, or make the manifest again.",
+        "m.jsonl:3: its volume cannot be read: has no readable .npy header. Save the array again with numpy.save."]
     refused(lambda: split_corpus(root/"m.jsonl", **QUIET), "m.jsonl:2: ", "m.jsonl:3: ", "Repair the places named above first.")
 
 
@@ -763,7 +812,8 @@ def test_each_cause_of_an_unreadable_volume_has_its_own_words(tmp_path):
     assert status == 1 and len(reasons) == 4 and found["problems"] == 5, reasons
     assert reasons["n of n voxels are NaN or infinite"] == 2 and reasons["has shape (n, n, n) and no declared axis order"] == 1
     assert any("CRC" in why for why in reasons) and any(why.startswith("holds n series") for why in reasons)
-    assert "m.jsonl:1: its volume cannot be read: 3 of 4608 voxels" in found["first problems"][0] and "Choose one with series=0 to 1" in found["first problems"][4]
+    assert ("m.jsonl:1: its volume cannot be read: 3 of 4608 voxels" in found["first problems"][0]
+            and "Choose one with series=0 to 1" in found["first problems"][4])
 
 
 def test_several_processes_see_what_one_sees(tmp_path):
@@ -786,9 +836,11 @@ def test_no_verb_is_forgotten():
 
 SMALL = ("--depth", 8, "--size", 32, "--workers", 1)
 DRAWN = {"phantom": (("phantom", "--train", 8, "--validation", 4, "--test", 4), "m3d", {"modality": "CT", "source": "M3D"}),
-         "pet": (("phantom", "--train", 8, "--validation", 4, "--test", 4, "--modality", "PT", "--contrast", .7, "--radius", "20,30", "--kind", "mass", "--kind", "nodule"), "m3d", {"modality": "PT"}),
+         "pet": (("phantom", "--train", 8, "--validation", 4, "--test", 4, "--modality", "PT", "--contrast", .7,
+                  "--radius", "20,30", "--kind", "mass", "--kind", "nodule"), "m3d", {"modality": "PT"}),
          "probe": (("probe", "mirror", "--test", 4, "--scale", 1.2, "--contrast", .9), "m3d", {"modality": "CT", "type": "Report"}),
-         "brats": (("layout", "brats", "--studies", 4), "brats", {"modality": "MR", "source": "BraTS 2023"}), "autopet": (("layout", "autopet", "--studies", 4), "autopet", {"modality": "CT", "source": "AutoPET"})}
+         "brats": (("layout", "brats", "--studies", 4), "brats", {"modality": "MR", "source": "BraTS 2023"}),
+         "autopet": (("layout", "autopet", "--studies", 4), "autopet", {"modality": "CT", "source": "AutoPET"})}
 
 
 @pytest.mark.parametrize("made", DRAWN)
@@ -807,11 +859,13 @@ def test_what_is_drawn_can_be_listed_verified_and_split(made, tmp_path):
     assert {s.split for s in read_manifest(root/"manifest-by-patient.jsonl", allow_shared=True)} == {"train", "test"}
 
 
-@pytest.mark.parametrize("args", [("phantom", "--contrast", 5), ("phantom", "--train", -1), ("phantom", "--out", __file__), ("layout", "brats"), ("layout", "phantom", "--out", "x"), ("benchmark", "--out", "x", "--volumes", 0)])
+@pytest.mark.parametrize("args", [("phantom", "--contrast", 5), ("phantom", "--train", -1), ("phantom", "--out", __file__),
+                                  ("layout", "brats"), ("layout", "phantom", "--out", "x"), ("benchmark", "--out", "x", "--volumes", 0)])
 def test_what_cannot_be_drawn_is_a_matter_of_usage(args): assert ask(*args)[0] == 2
 
 
-NOWHERE = {"m3d": "Give the folder that holds it", "brats": "holds no study", "autopet": "holds no study", "folder": "is no folder", "verify": "does not exist", "split": "does not exist"}
+NOWHERE = {"m3d": "Give the folder that holds it", "brats": "holds no study", "autopet": "holds no study",
+           "folder": "is no folder", "verify": "does not exist", "split": "does not exist"}
 
 
 @pytest.mark.parametrize("verb", NOWHERE)
@@ -832,7 +886,9 @@ def test_what_is_set_aside_is_counted_and_leaves_with_one(m3d, tmp_path):
 def test_the_verbs_in_a_real_shell(tmp_path):
     "A folder never seen before, from listing to a split that passes; a leak is exit status 1 and one page."
     script = Path(sys.executable).parent/"medvlm3d"
-    def run(*args): return subprocess.run([script, "data", *map(str, args)], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "COLUMNS": "120", "TERM": "dumb"})
+    def run(*args):
+        return subprocess.run([script, "data", *map(str, args)], capture_output=True, text=True,
+                              cwd=tmp_path, env={**os.environ, "COLUMNS": "120", "TERM": "dumb"})
     root = tmp_path/"brats"
     for n in range(6): write_brats(root, f"BraTS-GLI-0000{n // 2}-00{n % 2}", n)
     assert run("brats", root, "--licence", "research only").returncode == 0
@@ -854,17 +910,21 @@ def test_the_data_report_finds_what_it_planted(tmp_path):
     assert done.exit_code == 0, done.output + str(done.exception)
     run = RunFolder(tmp_path/"out")
     record = run.results["scale"]
-    assert run.status == "done" and run.results["audit"]["allowed"] == ["near text", "text"] and run.results["audit"]["passed"] and (run/"audit"/"audit.md").exists()
-    assert {p.stem for p in (run/"tables").glob("*.md")} == {"balance", "speed", "audit", "scale"} and {p.stem for p in (run/"figures").glob("*.png")} == {"phantom-CT", "phantom-MRI", "phantom-PET", "probes"}
+    assert (run.status == "done" and run.results["audit"]["allowed"] == ["near text", "text"]
+            and run.results["audit"]["passed"] and (run/"audit"/"audit.md").exists())
+    assert ({p.stem for p in (run/"tables").glob("*.md")} == {"balance", "speed", "audit", "scale"}
+            and {p.stem for p in (run/"figures").glob("*.png")} == {"phantom-CT", "phantom-MRI", "phantom-PET", "probes"})
     for page in [run/"audit"/"audit.md", *(run/"tables").glob("*.md"), *(run/"tables").glob("*.tex")]: assert "Research use only" in page.read_text(), page.name
-    assert str(tmp_path) not in (run/"notebooks"/"96_data.ipynb").read_text() and all(0 < v["a second"] < 1e4 for sizes in run.results["speed"].values() for v in sizes.values())
+    assert (str(tmp_path) not in (run/"notebooks"/"96_data.ipynb").read_text()
+            and all(0 < v["a second"] < 1e4 for sizes in run.results["speed"].values() for v in sizes.values()))
     assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"] and record["manifest-by-case"]["passed"]
     assert all(step["seconds"] > 0 and 10 < step["peak MB"] < 4000 for step in record["steps"].values())
     assert json.loads((tmp_path/"data"/"scale"/"scale.json").read_text()) == record
 
 
 def test_the_committed_record_is_of_the_scale_that_was_asked():
-    "A hundred thousand volumes and half a million questions: verify and split within a gigabyte a process, the planted leaks found, and none left after the split."
+    """A hundred thousand volumes and half a million questions: verify and split within a gigabyte a process, the planted leaks found,
+    and none left after the split."""
     record = json.loads((ROOT/"reports"/"data"/"results.json").read_text())["scale"]
     assert (record["volumes"], record["questions"], record["workers"]) == (100_000, 500_000, 2)
     assert set(record["steps"]) == {"make the corpus", "verify", "split by case", "verify the split"}

@@ -97,13 +97,15 @@ def test_what_a_killed_writer_left_does_not_count_and_is_removed(corpus, tmp_pat
 
 def test_a_second_writer_and_other_settings_are_refused(corpus, tmp_path):
     root, images, _ = corpus
-    with only_writer(root/"alone"), pytest.raises(MedVLM3DError, match="alone: is being written by another process. Wait"): main([str(root/"data"), str(root/"alone"), *TYPED])
+    with only_writer(root/"alone"), pytest.raises(MedVLM3DError, match="alone: is being written by another process. Wait"):
+        main([str(root/"data"), str(root/"alone"), *TYPED])
     others = {"--rho": ("25", "rho (50 → 25)"), "--strategy": ("uniform", "strategy (cosine → uniform)"), "--size": ("48", "preprocess.height (32 → 48)")}
     for option, (value, told) in others.items():
         with pytest.raises(MedVLM3DError) as error: main([str(root/"data"), str(root/"alone"), *TYPED, option, value])
         assert error.value.what.endswith("alone") and told in error.value.why and "new folder" in error.value.remedy
     write_json(tmp_path/"old"/"store.json", {"encoder": "tiny"})
-    with pytest.raises(MedVLM3DError, match=r"old: has another form \(medvlm3d.features/1 → medvlm3d.features/3\). Encode into a new folder"): FeatureStore(tmp_path/"old")
+    with pytest.raises(MedVLM3DError, match=r"old: has another form \(medvlm3d.features/1 → medvlm3d.features/3\). Encode into a new folder"):
+        FeatureStore(tmp_path/"old")
 
 
 def test_every_form_of_m3d_is_read(tmp_path):
@@ -138,9 +140,11 @@ def test_what_the_reader_remarked_stays_with_the_features_and_is_counted(tmp_pat
     images = ["mixed0.npy", "mixed1.npy", "mixed2.npy", "plain.npy", "odd.nii.gz"]
     made = encode_images(tmp_path/"store", tmp_path, images, load_encoder("tiny", size=32), Preprocess(8, 32, 32), 50, shard_size=2)
     said = capfd.readouterr().err
-    assert "3 volumes: the slices look interleaved: check their order\n" in said and "1 volume: qform and sform differ: the sform is used\n" in said and "mixed" not in said
+    assert ("3 volumes: the slices look interleaved: check their order\n" in said
+            and "1 volume: qform and sform differ: the sform is used\n" in said and "mixed" not in said)
     for store in (made, FeatureStore(tmp_path/"store", verify=True)):
-        assert all("interleaved" in " ".join(store.notes(image)) for image in images[:3]) and not any("interleaved" in note for note in store.notes("plain.npy"))
+        assert (all("interleaved" in " ".join(store.notes(image)) for image in images[:3])
+                and not any("interleaved" in note for note in store.notes("plain.npy")))
         assert "qform and sform differ: the sform is used" in store.notes("odd.nii.gz") and store.notes("nowhere.npy") == ()
 
 

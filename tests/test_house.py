@@ -54,7 +54,8 @@ def texts(output):
 def committed():
     "Text files that git keeps or would keep."
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
-    return [ROOT/p for p in listed if Path(p).suffix in {".py", ".md", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".ini", ".cff", ".csv", ".tex", ".txt", ".svg", ".ipynb"} and (ROOT/p).exists()]
+    return [ROOT/p for p in listed if Path(p).suffix in {".py", ".md", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".ini",
+                                                         ".cff", ".csv", ".tex", ".txt", ".svg", ".ipynb"} and (ROOT/p).exists()]
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
@@ -99,7 +100,8 @@ def test_import_is_cheap():
 
 def test_library_needs_no_development_tools():
     "No exported module imports what only development installs."
-    allowed = {"papermill": "runners", "nbformat": "runners", "nbclient": "runners", "ipywidgets": "judging"}  # imported inside functions, with an error that names the extra
+    # imported inside functions, with an error that names the extra
+    allowed = {"papermill": "runners", "nbformat": "runners", "nbclient": "runners", "ipywidgets": "judging"}
     for path in MODULES:
         top = {n.split(".")[0] for n in imported(path.read_text())}
         assert not top & {"fastcore", "nbdev", "execnb", "pytest"}, path.name
@@ -191,7 +193,8 @@ def test_component_notebook_stores_its_outputs(path):
     assert any(cell.outputs for cell in cells(path, "code")), "run `make notebooks`"
     for cell in cells(path, "code"):
         for output in cell.outputs:
-            assert output.output_type != "error" and output.get("name") != "stderr" and WIDGET not in output.get("data", {}), f"{cell.source[:60]} → {next(texts(output))[:200]}"
+            assert (output.output_type != "error" and output.get("name") != "stderr"
+                    and WIDGET not in output.get("data", {})), f"{cell.source[:60]} → {next(texts(output))[:200]}"
 
 
 def test_widgets_are_built_and_drawn_without_a_kernel_too():
@@ -221,7 +224,8 @@ def test_no_machine_no_user_no_secret():
     wrong = []
     for path in committed():
         if path.suffix == ".ipynb":
-            wrong += [(path.name, m[0]) for c in cells(path) for o in c.get("outputs", []) for t in texts(o) for m in re.finditer(f"{FOLDERS}|{SECRETS}|{own}", t)]
+            wrong += [(path.name, m[0]) for c in cells(path) for o in c.get("outputs", [])
+                      for t in texts(o) for m in re.finditer(f"{FOLDERS}|{SECRETS}|{own}", t)]
             content = "\n".join(c.source for c in cells(path))
         else: content = path.read_text(encoding="utf-8", errors="replace")
         wrong += [(path.name, m[0]) for m in re.finditer(f"{HOMES}|{SECRETS}|{own}", content)]
@@ -263,7 +267,8 @@ def test_hooks_are_those_of_nbdev(tmp_path):
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     (tmp_path/"home").mkdir()
-    done = subprocess.run([Path(sys.executable).parent/"nbdev_install_hooks"], cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path/"home")}, capture_output=True, text=True)
+    done = subprocess.run([Path(sys.executable).parent/"nbdev_install_hooks"], cwd=tmp_path,
+                          env={**os.environ, "HOME": str(tmp_path/"home")}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
 
@@ -290,10 +295,12 @@ def test_the_wheel_holds_the_whole_library(tmp_path):
     source, site = tmp_path/"source", tmp_path/"site"
     shutil.copytree(ROOT/"medvlm3d", source/"medvlm3d", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT/name, source)
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, source]
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check",
+           "--no-deps", "--no-index", "--no-build-isolation", "-w", tmp_path, source]
     built = subprocess.run(pip, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     zipfile.ZipFile(next(tmp_path.glob("medvlm3d-*.whl"))).extractall(site)
     assert {p.name for p in (site/"medvlm3d").glob("*.py")} == {p.name for p in (ROOT/"medvlm3d").glob("*.py")} and list(site.rglob("LICENSE"))
-    shown = subprocess.run([sys.executable, "-P", "-c", INSTALLED, site], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120", "TERM": "dumb"})
+    shown = subprocess.run([sys.executable, "-P", "-c", INSTALLED, site], capture_output=True, text=True,
+                           cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "120", "TERM": "dumb"})
     assert shown.returncode == 0 and "Research use only" in shown.stdout, shown.stderr

@@ -23,8 +23,10 @@ from medvlm3d.phantom import make_phantom, read_truth
 from typer.testing import CliRunner
 
 REFERENCE = "There is a small renal cyst on the left side."
-HOSTILE = {"empty": "", "blank": " \n\t ", "identical": REFERENCE, "one word": "cyst", "punctuation": "...!?", "unicode": "Zyste in der Leber, 3 cm – ﬂüssig 囊肿",
-           "very long": "cyst " * 5000, "repeated": "the the the the", "numbers": "3.5 cm, 2-3 mm; T2-weighted 1,000.", "entities": "&lt;cyst&gt; &amp; mass", "lines": "a cyst-\nlike\nlesion"}
+HOSTILE = {"empty": "", "blank": " \n\t ", "identical": REFERENCE, "one word": "cyst",
+           "punctuation": "...!?", "unicode": "Zyste in der Leber, 3 cm – ﬂüssig 囊肿",
+           "very long": "cyst " * 5000, "repeated": "the the the the", "numbers": "3.5 cm, 2-3 mm; T2-weighted 1,000.",
+           "entities": "&lt;cyst&gt; &amp; mass", "lines": "a cyst-\nlike\nlesion"}
 
 
 # --- the formulae of the literature's scripts ------------------------------------------------------------------------
@@ -96,7 +98,9 @@ def test_every_score_stays_between_0_and_1(name, meteor, bert):
         scores = {k: float(v[0]) for k, v in text_scores([pair[0]], [pair[1]], meteor, bert).items()}
         assert all(0 <= v <= 1 + 1e-6 for v in scores.values()), scores
         if not pair[0].strip() or not pair[1].strip(): assert not any(scores.values())
-        elif pair[0] == pair[1] and words(pair[0]): assert {k: v for k, v in scores.items() if not k.startswith("METEOR")} == pytest.approx(dict.fromkeys(("BLEU-1", "ROUGE-1", "ROUGE-L", bert.name), 1.), abs=1e-5)
+        elif pair[0] == pair[1] and words(pair[0]):
+            assert {k: v for k, v in scores.items() if not k.startswith("METEOR")} == pytest.approx(
+                dict.fromkeys(("BLEU-1", "ROUGE-1", "ROUGE-L", bert.name), 1.), abs=1e-5)
 
 
 def test_bertscore_of_texts_of_different_lengths_in_one_batch():
@@ -119,8 +123,10 @@ def test_corpus_bleu4_is_sacrebleus_on_hostile_texts():
 
 
 @pytest.mark.parametrize("answer, strict, loose", [
-    ("A. axial", "A", True), ("a. axial", "A", False), ("axial", "A", False), ("(B) coronal", "B", False), ("B", "B", False), ("The answer is A.", None, True), ("It is axial.", "A", False),
-    ("coronal or axial", None, False), ("A. axial B. coronal", "A", True), ("D. NA", None, False), ("", None, False), ("A plane", None, False), ("ＡＸＩＡＬ", None, False), ("B, left coronal", "B", False)])
+    ("A. axial", "A", True), ("a. axial", "A", False), ("axial", "A", False), ("(B) coronal", "B", False),
+    ("B", "B", False), ("The answer is A.", None, True), ("It is axial.", "A", False),
+    ("coronal or axial", None, False), ("A. axial B. coronal", "A", True), ("D. NA", None, False),
+    ("", None, False), ("A plane", None, False), ("ＡＸＩＡＬ", None, False), ("B, left coronal", "B", False)])
 def test_closed_answers(answer, strict, loose):
     assert parse_choice(answer, ["axial", "coronal", "sagittal", "NA"]) == strict
     assert closed_m3d(answer, "A") == loose
@@ -227,7 +233,8 @@ SIGN = {"present": "+", "uncertain": "?", "absent": "-"}
 
 
 def short(f):
-    return SIGN[f.status] + " ".join([f.kind, *([x for x in (f.side, f.organ, f.level, f.grade) if x] + ([f"{f.size:g}"] if f.size else []) if f.status != "absent" else [])])
+    return SIGN[f.status] + " ".join([f.kind, *([x for x in (f.side, f.organ, f.level, f.grade) if x]
+                                                + ([f"{f.size:g}"] if f.size else []) if f.status != "absent" else [])])
 
 
 @pytest.mark.parametrize("sentence", PROSE)
@@ -252,14 +259,16 @@ def test_the_oracle_is_read_without_an_error(draw, tmp_path):
     rows = list(read_truth(tmp_path).values())
     reports = [(tmp_path/r["text"]).read_text().split("study_findings: ")[1] for r in rows]
     found = finding_rows(reports, [(true_finding(r),) for r in rows])
-    for name in ("F1", "precision", "recall", "laterality", "location", "severity"): assert (found[name][:, 0] == found[name][:, 1]).all() and found[name].sum() > 0, name
+    for name in ("F1", "precision", "recall", "laterality", "location", "severity"):
+        assert (found[name][:, 0] == found[name][:, 1]).all() and found[name].sum() > 0, name
     assert found["omission"][:, 0].sum() == found["hallucination"][:, 0].sum() == 0
     for r, text in zip(rows, reports): assert read_findings(text) == (true_finding(r),)
 
 
 def test_a_wrong_report_is_not_read_as_right():
     true = (Finding("cyst", organ="kidney", side="left", size=30.),)
-    for said, expected in {"Cyst, 3 cm, left kidney.": (1, 0, 0), "No cyst in the left kidney.": (0, 0, 1), "Mass in the left kidney.": (0, 1, 1), "": (0, 0, 1), "Two masses and a cyst.": (1, 1, 0)}.items():
+    for said, expected in {"Cyst, 3 cm, left kidney.": (1, 0, 0), "No cyst in the left kidney.": (0, 0, 1),
+                           "Mass in the left kidney.": (0, 1, 1), "": (0, 0, 1), "Two masses and a cyst.": (1, 1, 0)}.items():
         assert tuple(np.sum([*finding_counts(said, true)[0].values(), [0, 0, 0]], 0)) == expected
     for said, size in {"Cyst, 3.5 cm.": 1, "Cyst, 3.7 cm.": 0, "Cyst, 28 mm.": 1, "Cyst.": 0}.items(): assert finding_counts(said, true)[1]["size"] == [size, 1]
     assert finding_counts("Right renal cyst.", true)[1] == {"laterality": [0, 1], "location": [1, 1], "severity": [0, 0], "size": [0, 1]}
@@ -293,7 +302,8 @@ CLOSED = ("Question Type,Question,Answer,Answer Choice,Pred,Correct\r\n"
           '3,<im_patch> Which organ? Choices: A. liver B. spleen C. lung D. left kidney,D. left kidney,D,kidney,0\r\n')
 OPEN = "Question Type,Question,Answer,Pred,bleu,rouge1,meteor,bert_f1\n4,<im_patch> What?,a cyst,a cyst,1,1.0,0.9375,1\n"
 REPORT = 'Question,Ground Truth,pred,bleu,rouge1,meteor,bert_f1\n<im_patch>Describe.,"A cyst, left kidney.","No cyst, left kidney.",0.8333,0.857,0.8,0.9\n'
-LINE = {"id": "1", "case": "a", "task": "closed", "type": "Plane", "question": "?", "answer": "axial", "letter": "A", "choices": ["axial", "coronal"], "prediction": "A."}
+LINE = {"id": "1", "case": "a", "task": "closed", "type": "Plane", "question": "?",
+        "answer": "axial", "letter": "A", "choices": ["axial", "coronal"], "prediction": "A."}
 BAD = {
     "unknown type": (CLOSED.replace("\r\n3,", "\r\n6,"), r":4: has the question type '6'"),
     "key not offered": (CLOSED.replace(",D,kidney", ",E,kidney"), r":4: has the key 'E'"),
@@ -336,7 +346,8 @@ def test_files_in_other_codes_and_places(tmp_path):
 def test_rows_are_read_as_their_scripts_wrote_them(tmp_path):
     (tmp_path/"closed.csv").write_bytes(CLOSED.encode())
     first, second = read_outputs(tmp_path/"closed.csv")
-    assert (first["question"], first["choices"], first["letter"], first["answer"], first["prediction"], first["type"]) == ("Which plane?", ["axial", "coronal", "sagittal", "nan"], "A", "axial", "A. axial\nindeed", "Plane")
+    assert ((first["question"], first["choices"], first["letter"], first["answer"], first["prediction"], first["type"])
+            == ("Which plane?", ["axial", "coronal", "sagittal", "nan"], "A", "axial", "A. axial\nindeed", "Plane"))
     assert (second["case"], second["written"]) == ("closed.csv:4", {"Correct": 0.})
     (tmp_path/"ours.jsonl").write_text(json.dumps(LINE))
     assert read_outputs(tmp_path/"ours.jsonl")[0]["letter"] == "A"
@@ -372,7 +383,8 @@ def roberta(tmp_path_factory):
     tokenizer = RobertaTokenizerFast.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2,
+                           num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
     RobertaModel(config).save_pretrained(folder)
     return folder
 
@@ -402,7 +414,8 @@ def test_evaluate_scores_each_kind_of_file(name, tmp_path, roberta, monkeypatch)
         (tmp_path/"rate"/part).mkdir(parents=True)
         for file in ("config.json", "model.safetensors"): (tmp_path/"rate"/part/file).touch()
     (tmp_path/name).write_bytes(FILES[name].encode())
-    done = CliRunner().invoke(app, ["evaluate", "--predictions", str(tmp_path/name), "--out", str(tmp_path/"out"), "--encoder", str(roberta), "--layer", "1", "--ratescore", str(tmp_path/"rate")])
+    done = CliRunner().invoke(app, ["evaluate", "--predictions", str(tmp_path/name), "--out", str(tmp_path/"out"),
+                                    "--encoder", str(roberta), "--layer", "1", "--ratescore", str(tmp_path/"rate")])
     assert done.exit_code == 0, done.output
     assert done.stdout == (tmp_path/"out"/"table.txt").read_text()
     results = json.loads((tmp_path/"out"/"results.json").read_text())

@@ -25,7 +25,8 @@ from medvlm3d.training import paper_stages
 from medvlm3d.volume import Preprocess
 
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]
-TEXTS = ["The liver is normal.", "Which organ is enlarged? Choices: A. liver B. spleen", "Where is the lesion? In the left lung, segment 4.", "This provides an overview of the picture."]
+TEXTS = ["The liver is normal.", "Which organ is enlarged? Choices: A. liver B. spleen",
+         "Where is the lesion? In the left lung, segment 4.", "This provides an overview of the picture."]
 
 
 # --- the encoders' folders ------------------------------------------------------------------------------------------
@@ -33,13 +34,16 @@ TEXTS = ["The liver is normal.", "Which organ is enlarged? Choices: A. liver B. 
 def biomedclip(folder, state, revision, name="vit_base_patch16_224"):
     "BiomedCLIP as on the hub: both towers in one file, and either revision of its configuration."
     text = {"hf_model_name": "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract", "context_length": 256}
-    text |= {"hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler"} if revision == "new" else {"proj": "mlp", "pooler_type": "cls_last_hidden_state_pooler"}
-    config = {"embed_dim": 512, "vision_cfg": {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "", "timm_proj": "linear", "image_size": 224}, "text_cfg": text}
+    text |= ({"hf_proj_type": "mlp", "hf_pooler_type": "cls_last_hidden_state_pooler"} if revision == "new"
+             else {"proj": "mlp", "pooler_type": "cls_last_hidden_state_pooler"})
+    config = {"embed_dim": 512, "vision_cfg": {"timm_model_name": name, "timm_model_pretrained": False, "timm_pool": "",
+                                               "timm_proj": "linear", "image_size": 224}, "text_cfg": text}
     if revision == "new": config = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     folder.mkdir()
     (folder/"open_clip_config.json").write_text(json.dumps(config))
     tensors = {f"visual.trunk.{n}": t for n, t in state.items()}
-    tensors |= {"visual.head.proj.weight": torch.zeros(512, 8), "text.transformer.embeddings.word_embeddings.weight": torch.zeros(9, 4), "logit_scale": torch.ones(())}
+    tensors |= {"visual.head.proj.weight": torch.zeros(512, 8),
+                "text.transformer.embeddings.word_embeddings.weight": torch.zeros(9, 4), "logit_scale": torch.ones(())}
     if revision == "new": save_file(tensors, folder/"open_clip_model.safetensors")
     else: torch.save(tensors, folder/"open_clip_pytorch_model.bin")
     return folder
@@ -61,12 +65,16 @@ def openai_state(width, depth, patch):
     "A CLIP image tower under OpenAI's names, in float16 as published."
     seed_everything(0)
     draw = lambda *shape: (.02 * torch.randn(*shape)).half()
-    state = {"class_embedding": draw(width), "positional_embedding": draw((224 // patch) ** 2 + 1, width), "proj": draw(width, 768), "conv1.weight": draw(width, 3, patch, patch)}
-    for norm in ("ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{k}" for i in range(depth) for k in (1, 2))): state |= {f"{norm}.weight": torch.ones(width).half(), f"{norm}.bias": draw(width)}
+    state = {"class_embedding": draw(width), "positional_embedding": draw((224 // patch) ** 2 + 1, width),
+             "proj": draw(width, 768), "conv1.weight": draw(width, 3, patch, patch)}
+    for norm in ("ln_pre", "ln_post", *(f"transformer.resblocks.{i}.ln_{k}" for i in range(depth) for k in (1, 2))):
+        state |= {f"{norm}.weight": torch.ones(width).half(), f"{norm}.bias": draw(width)}
     for i in range(depth):
         at = f"transformer.resblocks.{i}."
-        state |= {at + "attn.in_proj_weight": draw(3 * width, width), at + "attn.in_proj_bias": draw(3 * width), at + "attn.out_proj.weight": draw(width, width), at + "attn.out_proj.bias": draw(width),
-                  at + "mlp.c_fc.weight": draw(4 * width, width), at + "mlp.c_fc.bias": draw(4 * width), at + "mlp.c_proj.weight": draw(width, 4 * width), at + "mlp.c_proj.bias": draw(width)}
+        state |= {at + "attn.in_proj_weight": draw(3 * width, width), at + "attn.in_proj_bias": draw(3 * width),
+                  at + "attn.out_proj.weight": draw(width, width), at + "attn.out_proj.bias": draw(width),
+                  at + "mlp.c_fc.weight": draw(4 * width, width), at + "mlp.c_fc.bias": draw(4 * width),
+                  at + "mlp.c_proj.weight": draw(width, 4 * width), at + "mlp.c_proj.bias": draw(width)}
     return {f"visual.{n}": t for n, t in state.items()} | {"logit_scale": torch.ones(()).half(), "token_embedding.weight": draw(9, 8)}
 
 
@@ -86,8 +94,10 @@ def test_clip_vit_l_14_as_openai_named_it(tmp_path, monkeypatch, file):
 @pytest.mark.parametrize("name, width, patch, file", [("pubmedclip", 768, 32, "pytorch_model.bin"), ("clip-vit-l-14", 1024, 14, "model.safetensors")])
 def test_clip_as_transformers_stores_it(tmp_path, monkeypatch, name, width, patch, file):
     from transformers import CLIPConfig, CLIPModel
-    config = CLIPConfig(vision_config=dict(hidden_size=width, intermediate_size=width, num_hidden_layers=1, num_attention_heads=width // 64, patch_size=patch, image_size=224),
-                        text_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50, bos_token_id=0, eos_token_id=1), projection_dim=64)
+    config = CLIPConfig(vision_config=dict(hidden_size=width, intermediate_size=width, num_hidden_layers=1,
+                                           num_attention_heads=width // 64, patch_size=patch, image_size=224),
+                        text_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                         vocab_size=50, bos_token_id=0, eos_token_id=1), projection_dim=64)
     state = CLIPModel(config).state_dict() | {"vision_model.embeddings.position_ids": torch.arange(10)[None]}
     (tmp_path/"config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["CLIPModel"]}))
     if file.endswith("bin"): torch.save(state, tmp_path/file)
@@ -137,7 +147,8 @@ def test_llama_loads_whole_from_its_shards(llama):
 
 @pytest.mark.parametrize("keep", ["both", "tokenizer.json", "tokenizer.model"])
 def test_llamas_tokenizer_in_each_of_its_forms(llama, tmp_path, keep):
-    for file in ("config.json", "tokenizer_config.json", *(("tokenizer.json", "tokenizer.model") if keep == "both" else (keep,))): shutil.copy(llama/file, tmp_path/file)
+    for file in ("config.json", "tokenizer_config.json", *(("tokenizer.json", "tokenizer.model") if keep == "both" else (keep,))):
+        shutil.copy(llama/file, tmp_path/file)
     tok = load_tokenizer(tmp_path)
     tok.add_tokens(["<image>"], special_tokens=True)
     ids = build_prompt(tok, TEXTS[1], 5) + target_ids(tok, "B. spleen")
@@ -180,7 +191,8 @@ def test_the_preset_runs_from_the_published_formats(llama, tmp_path):
 def test_one_step_of_both_stages_at_full_connector_width(llama):
     "14 of 50 slices, 14 × 14 × 768 → 343 tokens of 4096, before a shallow LLaMA of hidden size 4096: only what should change changes."
     tok = load_tokenizer(llama)
-    text = dict(model_type="llama", vocab_size=len(tok), hidden_size=4096, intermediate_size=512, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=32)
+    text = dict(model_type="llama", vocab_size=len(tok), hidden_size=4096, intermediate_size=512,
+                num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=32)
     with quietly(): model = assemble(paper(text_config=text, llm_reference=None, lora=None, dtype="float32"), tokenizer=tok)
     assert model.config.visual_tokens == 343
     questions = [(prompt_ids(tok, TEXTS[1]), target_ids(tok, "B. spleen")), (prompt_ids(tok, "Where is the lesion?"), target_ids(tok, "In the left lung."))]
@@ -224,7 +236,9 @@ def test_on_a_bare_machine_it_plans_everything_and_lists_everything_missing(noth
     assert 14 < float(tables["Memory on each GPU, GB"][-1]["stage 1"]) < float(tables["Memory on each GPU, GB"][-1]["stage 2"]) < 80
     assert "Each rank first fills 13.8 GB of the machine's own memory" in told      # the base in bfloat16, not 27 GB
     assert {r["there"] for r in tables["Files"]} == {"NO"}
-    for word in ("MEDVLM3D_BIOMEDCLIP", "hf download meta-llama/Llama-2-7b-hf", "model-00002-of-00002.safetensors", "tokenizer.json", "M3D_Cap.json", "M3D_VQA_train.csv", "home/m3d/"): assert word in told, word
+    for word in ("MEDVLM3D_BIOMEDCLIP", "hf download meta-llama/Llama-2-7b-hf", "model-00002-of-00002.safetensors",
+                 "tokenizer.json", "M3D_Cap.json", "M3D_VQA_train.csv", "home/m3d/"):
+        assert word in told, word
 
 
 def test_hours_follow_the_rate_and_the_gpus(nothing):
@@ -263,12 +277,17 @@ def test_the_plan_as_a_command(nothing, llama, monkeypatch):
     assert "Add --out FOLDER" in str(typed("train", "--preset", "paper").exception)
     shown = typed("train", "--preset", "paper", "--out", nothing/"run", "--llm", llama, "--gpus", 2)
     assert shown.exit_code == 0 and "12 × 2 × 2 volumes a step" in shown.output
-    for line in (f"torchrun --standalone --nproc-per-node 2 -m medvlm3d.training {nothing/'run'}", f"--module medvlm3d.training {nothing/'run'}", f"runs/slurm.sbatch {nothing/'run'}",
-                 "-m medvlm3d.features", "--encoder biomedclip --depth 50 --size 224 --rho 28 --strategy cosine --grid 14 14", "Missing:", "M3D_Cap.json", "store.json"): assert line in shown.output, line
+    for line in (f"torchrun --standalone --nproc-per-node 2 -m medvlm3d.training {nothing/'run'}",
+                 f"--module medvlm3d.training {nothing/'run'}", f"runs/slurm.sbatch {nothing/'run'}",
+                 "-m medvlm3d.features", "--encoder biomedclip --depth 50 --size 224 --rho 28 --strategy cosine --grid 14 14",
+                 "Missing:", "M3D_Cap.json", "store.json"):
+        assert line in shown.output, line
     plan = Plan.of(yaml.safe_load((nothing/"run"/"plan.yaml").read_text()))
-    assert plan == paper_plan(llm=llama) and plan.llm == str(llama) and (plan.precision, plan.checkpointing, plan.deepspeed) == ("bf16", True, "runs/zero2.json")
+    assert (plan == paper_plan(llm=llama) and plan.llm == str(llama)
+            and (plan.precision, plan.checkpointing, plan.deepspeed) == ("bf16", True, "runs/zero2.json"))
     asked = typed("train", "--preset", "paper", "--out", nothing/"run", "--llm", llama, "--start")
-    assert isinstance(asked.exception, MedVLM3DError) and "needs 2 things that are not there" in str(asked.exception) and not (nothing/"run"/"manifest.json").exists()
+    assert (isinstance(asked.exception, MedVLM3DError) and "needs 2 things that are not there" in str(asked.exception)
+            and not (nothing/"run"/"manifest.json").exists())
 
 
 def test_the_plan_runs_shrunk_from_data_to_model(nothing, llama, monkeypatch):
@@ -293,7 +312,8 @@ def test_steps_of_a_given_size_are_measured_by_a_runner(tmp_path):
     "Through papermill: what is passed arrives, and both stages are measured."
     record, = run_plan({"98_paper_step": {"out": str(tmp_path/"out"), "steps": 1, "hidden": 16, "rate": .5}}, tmp_path/"out", show=False, tell=lambda _: None)
     found, config = read_json(tmp_path/"out"/"results.json"), (tmp_path/"out"/"config.yaml").read_text()
-    assert record.exists() and [(s["stage"], s["steps"], s["volumes a second"] > 0, 0 < s["share of the rate"] < 1) for s in found["stages"]] == [(1, 1, True, True), (2, 1, True, True)]
+    assert (record.exists() and [(s["stage"], s["steps"], s["volumes a second"] > 0, 0 < s["share of the rate"] < 1) for s in found["stages"]]
+            == [(1, 1, True, True), (2, 1, True, True)])
     assert found["rate"] == .5 and "hidden_size: 16" in config and (tmp_path/"out"/"tables"/"paper-step.md").exists()
 
 

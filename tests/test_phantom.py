@@ -27,7 +27,8 @@ SMALL = dict(shape=(8, 32, 32), workers=1, progress=False)
 SETS = {"demonstration": (None, None), "CT": ("CT", MORE_KINDS), "MR": ("MR", None), "PT": ("PT", None)}
 
 
-def digests(root): return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file() and p.suffix != ".npz"}
+def digests(root):
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file() and p.suffix != ".npz"}
 
 
 def draw(root, name, **how):
@@ -65,7 +66,8 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path):
 
 def test_other_parameters_in_the_same_folder_are_refused(tmp_path):
     make_benchmark(tmp_path/"a", "PT", train=2, validation=0, test=0, **SMALL)
-    with pytest.raises(MedVLM3DError, match="a: holds a phantom with other parameters.*Choose a new folder"): make_benchmark(tmp_path/"a", "PT", train=2, validation=0, test=0, contrast=.5, **SMALL)
+    with pytest.raises(MedVLM3DError, match="a: holds a phantom with other parameters.*Choose a new folder"):
+        make_benchmark(tmp_path/"a", "PT", train=2, validation=0, test=0, contrast=.5, **SMALL)
 
 
 def test_masks_missing_from_an_older_phantom_are_added_without_touching_it(tmp_path):
@@ -167,13 +169,15 @@ def asked_about(name, n, seed, first=0):
         return [q for i, letters in zip(items, draw_letters(asked, n, (seed, first))) for q in questions(i.case, letters, asked, known_of(i, name))]
     modality, kinds = SETS[name]
     asked = ASKED if modality is None else asked_of(modality, kinds)
-    cases = sample_cases(n, seed, first=first) if modality is None else sample_findings(n, seed, first=first, phases=MODES[modality].phases, kinds=kinds or MODES[modality].kinds)
+    cases = (sample_cases(n, seed, first=first) if modality is None
+             else sample_findings(n, seed, first=first, phases=MODES[modality].phases, kinds=kinds or MODES[modality].kinds))
     return [q for case, letters in zip(cases, draw_letters(asked, n, (seed, first))) for q in questions(case, letters, asked)]
 
 
 def known_of(item, name):
     "The facts of a probe's item, as its drawing records them."
-    return {"organ": item.case.organ, "kind": item.case.kind, "location": item.case.location, "texture": item.variant, **(reflected(item.case, item.variant) if name == "mirror" else {})}
+    return {"organ": item.case.organ, "kind": item.case.kind, "location": item.case.location,
+            "texture": item.variant, **(reflected(item.case, item.variant) if name == "mirror" else {})}
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -187,13 +191,15 @@ def features(q, letter):
     "What can be read off a question and one of its options: the option, its letter, the wording, the other options, and pairs of these."
     option = q["choices"]["ABCD".index(letter)]
     others = sorted(c for c in q["choices"] if c not in ("NA", option))
-    return [f"is {option}", f"at {letter}", f"{option} at {letter}", f"{option} in {q['question']}", *(f"{option} beside {o}" for o in others), f"{option} among {others}"]
+    return [f"is {option}", f"at {letter}", f"{option} at {letter}", f"{option} in {q['question']}",
+            *(f"{option} beside {o}" for o in others), f"{option} among {others}"]
 
 
 def learned_reader(training, steps=200, rate=1., decay=1e-3):
     "A conditional logit over the options: maximum likelihood with a small penalty, by gradient ascent. Returns question → letter."
     names = {f: i for i, f in enumerate(sorted({f for q in training for letter in offered(q) for f in features(q, letter)}))}
-    rows = [np.array([[names.get(f, len(names)) for f in features(q, letter)] + [len(names)] * (8 - len(features(q, letter))) for letter in offered(q)]) for q in training]
+    rows = [np.array([[names.get(f, len(names)) for f in features(q, letter)] + [len(names)] * (8 - len(features(q, letter))) for letter in offered(q)])
+            for q in training]
     truth, weights = [offered(q).index(q["letter"]) for q in training], np.zeros(len(names) + 1)
     for _ in range(steps):
         gradient = np.zeros_like(weights)
@@ -262,7 +268,8 @@ def oracle(root, modality):
         for s in samples:
             fact = row[ASKED[s.type][0]] if s.type in ASKED else report(case) if modality is None else report_about(case, modality)
             if s.task == "closed": fact = next(f"{letter}. {c}" for letter, c in zip("ABCD", s.choices) if c == fact)
-            lines.append(prediction_line(s, fact, option_logprobs=[0. if c == row[ASKED[s.type][0]] else -9. for c in s.choices if c != "NA"] if s.task == "closed" else None))
+            lines.append(prediction_line(s, fact, option_logprobs=[0. if c == row[ASKED[s.type][0]] else -9. for c in s.choices if c != "NA"]
+                                         if s.task == "closed" else None))
     return lines
 
 
@@ -325,7 +332,8 @@ def test_what_is_written_is_what_is_true(corpus):
     for s in load_m3d(root):
         row = truth[s.image]
         if s.task != "report": assert s.answer == row[ASKED[s.type][0]]
-        if s.task == "closed": assert s.choices["ABCD".index(s.letter)] == s.answer and len({c for c in s.choices if c != "NA"}) == sum(c != "NA" for c in s.choices)
+        if s.task == "closed":
+            assert s.choices["ABCD".index(s.letter)] == s.answer and len({c for c in s.choices if c != "NA"}) == sum(c != "NA" for c in s.choices)
         if s.task == "report":
             for fact in (row["kind"], row["organ"], row["phase"], row["plane"], row["level"], row["side"]): assert fact in s.answer
 
@@ -357,7 +365,8 @@ def test_the_dial_is_monotone(modality):
     assert all(b > a for a, b in zip(sizes, sizes[1:]))
 
 
-@pytest.mark.parametrize("modality, shape, limit", [("CT", (32, 112, 112), .66), ("MR", (32, 112, 112), .66), ("PT", (32, 112, 112), .66), ("CT", (50, 224, 224), 5.), ("PT", (50, 224, 224), 5.)])
+@pytest.mark.parametrize("modality, shape, limit", [("CT", (32, 112, 112), .66), ("MR", (32, 112, 112), .66),
+                                                    ("PT", (32, 112, 112), .66), ("CT", (50, 224, 224), 5.), ("PT", (50, 224, 224), 5.)])
 def test_volumes_are_drawn_fast_enough(modality, shape, limit, tmp_path):
     "Processor time, with writing: three volumes a second on two cores leave each core 0.66 s a volume; a large one takes a few seconds."
     n = 4 if shape[0] == 32 else 1
@@ -387,7 +396,8 @@ def test_a_probe_is_a_corpus_with_true_answers(name, tmp_path):
 def test_no_constant_answer_wins_a_probe(name):
     "The most frequent answer of 240 cases, per type, is at chance within three standard errors."
     from medvlm3d.probes import reflected
-    facts = [asdict(i.case) | {"location": i.case.location, "texture": i.variant} | (reflected(i.case, i.variant) if name == "mirror" else {}) for i in items(name, 240)]
+    facts = [asdict(i.case) | {"location": i.case.location, "texture": i.variant}
+             | (reflected(i.case, i.variant) if name == "mirror" else {}) for i in items(name, 240)]
     for kind, (fact, values, _) in PROBES[name][2].items():
         share, chance = Counter(f[fact] for f in facts).most_common(1)[0][1] / len(facts), 1 / len(values)
         assert share <= chance + 3 * np.sqrt(chance * (1 - chance) / len(facts)), kind
@@ -464,7 +474,8 @@ def test_damaged_truth_is_named(tmp_path):
     rows = make_phantom(tmp_path/"a", train=2, validation=0, test=0, **SMALL)
     file = (tmp_path/"a"/rows[0]["image"]).with_name("truth.json")
     file.write_text(file.read_text()[:-4])
-    with pytest.raises(MedVLM3DError, match="truth.json: not valid JSON.*Restore or regenerate"): make_phantom(tmp_path/"a", train=2, validation=0, test=0, **SMALL)
+    with pytest.raises(MedVLM3DError, match="truth.json: not valid JSON.*Restore or regenerate"):
+        make_phantom(tmp_path/"a", train=2, validation=0, test=0, **SMALL)
     file.unlink()
     assert make_phantom(tmp_path/"a", train=2, validation=0, test=0, **SMALL) == rows
 

@@ -70,7 +70,8 @@ def test_answers_of_another_model_or_split_are_refused(corpus, tmp_path):
     typed = [str(root/"model"), str(root/"data"), str(root/"store"), str(tmp_path/"a.jsonl"), "--quiet", "--max-new-tokens", "2", "--by"]
     first = main([*typed, "options"])
     assert len(first) == len(samples) and all(line["option_logprobs"] for line in first if line["task"] == "closed")
-    with pytest.raises(MedVLM3DError, match=r"a.jsonl: was answered by another model or with other settings \(\w{16} → \w{16}\). Delete"): main([*typed, "words"])
+    with pytest.raises(MedVLM3DError, match=r"a.jsonl: was answered by another model or with other settings \(\w{16} → \w{16}\). Delete"):
+        main([*typed, "words"])
     with pytest.raises(MedVLM3DError, match="a.jsonl: holds an answer to another question"): main([*typed, "options", "--split", "train"])
     with pytest.raises(MedVLM3DError, match="nowhere: has no samples. Choose a split"): main([*typed, "options", "--split", "nowhere"])
     assert not parts_of(tmp_path/"a.jsonl").exists()

@@ -1,4 +1,5 @@
-"""What is committed is what the results say: each table, card and result of the front page is rendered anew from its run folder and compared text for text; numbers in prose are those of a run."""
+"""What is committed is what the results say: each table, card and result of the front page is rendered anew from its run folder and compared text for text;
+numbers in prose are those of a run."""
 import ast
 import csv
 import re
@@ -35,12 +36,14 @@ def note_in(runner):
 
 def crossmodal(folder, results):
     account = read_json(folder/"review.json")
-    return {"accuracy": accuracy_table(results, account), "differences": difference_table(results, account), "agreement": agreement_table(account), "sources": source_table(account)}
+    return {"accuracy": accuracy_table(results, account), "differences": difference_table(results, account),
+            "agreement": agreement_table(account), "sources": source_table(account)}
 
 
 def data(folder, results):
     workers = yaml.safe_load((folder/"config.yaml").read_text())["workers"]
-    return {"balance": balance_table(results["balance"]), "speed": speed_table(results["speed"], workers), "audit": audit_table(results["audit"]), "scale": scale_table(results["scale"])}
+    return {"balance": balance_table(results["balance"]), "speed": speed_table(results["speed"], workers),
+            "audit": audit_table(results["audit"]), "scale": scale_table(results["scale"])}
 
 
 def efficiency(folder, results):
@@ -50,7 +53,8 @@ def efficiency(folder, results):
 
 
 RENDERERS = {"ablation": lambda _, results: ablation_tables(results), "crossmodal": crossmodal, "data": data, "efficiency": efficiency,
-             "stress": lambda _, results: {"stress": Table("What each score loses by one error", *stress_rows(results["falls"]), stress_note(results["cases"]))}}
+             "stress": lambda _, results: {"stress": Table("What each score loses by one error",
+                                                           *stress_rows(results["falls"]), stress_note(results["cases"]))}}
 
 
 def render_study(folder, scratch, patch):
@@ -107,7 +111,9 @@ def test_the_front_page_shows_what_the_results_say():
     for stored, computed in pairs: assert stored == computed
 
 
-NUMBER = re.compile(r"(?<![\w.,/])(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)(?![\w/]|[.,]\d)( ?(?:%|M\b|million\b|GB\b|MB\b|minutes?\b|seconds?\b|hours?\b|points?\b)| (?:[a-z]+ ){0,2}(?:cases|volumes|questions|parameters|steps)\b)?")
+NUMBER = re.compile(r"(?<![\w.,/])(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)(?![\w/]|[.,]\d)"
+                    r"( ?(?:%|M\b|million\b|GB\b|MB\b|minutes?\b|seconds?\b|hours?\b|points?\b)"
+                    r"| (?:[a-z]+ ){0,2}(?:cases|volumes|questions|parameters|steps)\b)?")
 SAID = {   # sentences whose number is in no run folder, and why
     r"about (\d+) GB of disk": "an upper bound, from a finished set-up and demo",
     r"less than (\d+) GB of memory": "an upper bound, from the demo's peak",
@@ -134,7 +140,8 @@ def rounded(values, decimals): return {f"{scale * abs(v):.{decimals}f}" for v in
 
 
 def unexplained(text, results, facts):
-    """Numbers in `text` that nothing explains: decimals must be of `results`, `facts` or the literature; integers with a unit of `facts` (few, so that a match means something) or the literature."""
+    """Numbers in `text` that nothing explains: decimals must be of `results`, `facts` or the literature;
+    integers with a unit of `facts` (few, so that a match means something) or the literature."""
     for pattern in SAID: text = re.sub(pattern, "", text)
     found = []
     for number, unit in NUMBER.findall(text):
@@ -145,7 +152,8 @@ def unexplained(text, results, facts):
     return found
 
 
-PROSE = "\n".join(re.sub(r"https?://\S+|`[^`\n]*`|Python [0-9.]+ to [0-9.]+|^```.*?^```", "", c.source, flags=re.M | re.S) for c in INDEX if c.cell_type == "markdown")
+PROSE = "\n".join(re.sub(r"https?://\S+|`[^`\n]*`|Python [0-9.]+ to [0-9.]+|^```.*?^```", "", c.source, flags=re.M | re.S)
+                  for c in INDEX if c.cell_type == "markdown")
 
 
 def test_numbers_in_the_prose_are_of_a_run():
@@ -156,8 +164,10 @@ def test_numbers_in_the_prose_are_of_a_run():
 def test_what_is_said_without_a_run_is_still_said(pattern): assert re.search(pattern, PROSE)
 
 
-@pytest.mark.parametrize("text, left", [("accuracy 87.3 [81.0, 90.2]", ["87.3"]), ("240 test cases", []), ("241 test cases", ["241 test cases"]), ("kept 99 % of them, not 62 %", ["62 %"]),
-                                        ("24 minutes, 3 GB", ["24 minutes", "3 GB"]), ("1.8 M parameters, 7 M", ["1.8 M", "7 M"]), ("120,000 volumes", []), ("all 21 equations", []), ("doi 10.1038/s41598", [])])
+@pytest.mark.parametrize("text, left", [("accuracy 87.3 [81.0, 90.2]", ["87.3"]), ("240 test cases", []),
+                                        ("241 test cases", ["241 test cases"]), ("kept 99 % of them, not 62 %", ["62 %"]),
+                                        ("24 minutes, 3 GB", ["24 minutes", "3 GB"]), ("1.8 M parameters, 7 M", ["1.8 M", "7 M"]),
+                                        ("120,000 volumes", []), ("all 21 equations", []), ("doi 10.1038/s41598", [])])
 def test_an_invented_number_is_noticed(text, left):
     assert unexplained(text, [.871, 81.02, 90.24], [240, .9852]) == left
 

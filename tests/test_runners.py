@@ -58,7 +58,9 @@ def test_a_failing_item_does_not_end_an_evaluation_and_a_lost_one_does():
     "The last cell of 92_evaluate."
     check = nbformat.read(ROOT/"nbs"/"92_evaluate.ipynb", 4).cells[-1].source
     def system(answered, failed, report=4): return {"items": {"closed": 20, "open": 20, "report": report, "answered": answered, "failed": failed, "cases": 4}}
-    def run(**systems): exec(check, {"results": {"asked": {"closed": 20, "open": 20, "report": 4}, "systems": {"model": system(43, 1), "chance": {"items": {"closed": 20}}, **systems}}})
+    def run(**systems):
+        exec(check, {"results": {"asked": {"closed": 20, "open": 20, "report": 4},
+                                 "systems": {"model": system(43, 1), "chance": {"items": {"closed": 20}}, **systems}}})
     run(other=system(40, 0, report=0))
     for lost in ({"other": system(43, 0)}, {"model": system(40, 0, report=0)}, {"model": system(0, 44)}):
         with pytest.raises(AssertionError): run(**lost)

@@ -1,4 +1,5 @@
-"""Each fault that a scan may have, made for real: the error names the file, the reason and the remedy; what is repaired is recorded; nothing hostile costs memory."""
+"""Each fault that a scan may have, made for real: the error names the file, the reason and the remedy; what is repaired is recorded;
+nothing hostile costs memory."""
 import gzip
 import shutil
 import subprocess
@@ -86,13 +87,15 @@ VOLUMES = {
     "flipped byte, .mha": ("a.mha", flipped(meta_bytes(VOXELS, True), -300), {}, "compressed data are damaged", COPY),
     "wrong checksum, .mha": ("a.mha", flipped(meta_bytes(VOXELS, True), -2), {}, "compressed data are damaged .*incorrect data check", COPY),
     ".nii.gz that is not gzip": ("a.nii.gz", nifti_bytes(VOXELS), {}, "Not a gzipped file", COPY),
-    ".mha that is not zlib": ("a.mha", meta_bytes(VOXELS, True)[:-len(zlib.compress(VOXELS.tobytes(order="F")))] + bytes(900), {}, "compressed data are damaged", COPY),
+    ".mha that is not zlib": ("a.mha", meta_bytes(VOXELS, True)[:-len(zlib.compress(VOXELS.tobytes(order="F")))] + bytes(900),
+                              {}, "compressed data are damaged", COPY),
     "not NIfTI": ("a.nii", bytes(5000), {}, "is no NIfTI file", "Convert it"),
     "half of a pair": ("a.nii", nifti_bytes(VOXELS, magic=b"ni1"), {}, "half of a NIfTI pair", "one .nii file"),
     "claims 32767³": ("a.nii.gz", gzip.compress(nifti_bytes(VOXELS, **FLAT)), {}, "declares 35181150961663 voxels, the limit is", "larger max_voxels"),
     "NRRD claims 32767³": ("a.nrrd", nrrd_bytes(VOXELS, sizes=HUGE), {}, "declares 35181150961663 voxels", "larger max_voxels"),
     "MHA claims 32767³": ("a.mha", meta_bytes(VOXELS, DimSize=HUGE), {}, "declares 35181150961663 voxels", "larger max_voxels"),
-    "npy claims 32767³": ("a.npy", npy_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 32767, 32767, 32767), }".ljust(117) + b"\n"), {}, "declares 35181150961663 voxels", "larger max_voxels"),
+    "npy claims 32767³": ("a.npy", npy_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 32767, 32767, 32767), }".ljust(117) + b"\n"),
+                          {}, "declares 35181150961663 voxels", "larger max_voxels"),
     "claims more numbers than Python prints": ("a.mha", meta_bytes(VOXELS, DimSize="9" * 5000 + " 8 7"), {}, "DimSize is not 3 numbers", "Repair the header"),
     "zero dimension": ("a.nii", nifti_bytes(VOXELS, dim=[3, 9, 0, 7, 1, 1, 1, 1]), {}, r"shape \(9, 0, 7\)", "Repair the header"),
     "negative dimension": ("a.nii", nifti_bytes(VOXELS, dim=[3, 9, -8, 7, 1, 1, 1, 1]), {}, r"shape \(9, -8, 7\)", "Repair the header"),
@@ -107,14 +110,17 @@ VOLUMES = {
     "bytes after an npy": ("a.npy", npy(VOXELS[None]) + b"more", {}, "far more bytes", "do not use"),
     "two volumes": ("a.nii", nifti_bytes(PAIR), {}, r"shape \(9, 8, 7, 2\): 2 volumes", f"{CHOOSE} frame=0 to 1"),
     "two volumes, the third wanted": ("a.nii", nifti_bytes(PAIR), {"frame": 2}, "2 volumes", f"{CHOOSE} frame=0 to 1"),
-    "two volumes, NRRD": ("a.nrrd", nrrd_bytes(PAIR, space_directions="(1,0,0) (0,1,0) (0,0,3) none"), {}, r"shape \(9, 8, 7, 2\): 2 volumes", f"{CHOOSE} frame=0 to 1"),
-    "two volumes, .mha": ("a.mha", meta_bytes(PAIR, TransformMatrix="1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1", Offset="0 0 0 0", ElementSpacing="1 1 1 1"), {}, "2 volumes", f"{CHOOSE} frame=0 to 1"),
+    "two volumes, NRRD": ("a.nrrd", nrrd_bytes(PAIR, space_directions="(1,0,0) (0,1,0) (0,0,3) none"),
+                          {}, r"shape \(9, 8, 7, 2\): 2 volumes", f"{CHOOSE} frame=0 to 1"),
+    "two volumes, .mha": ("a.mha", meta_bytes(PAIR, TransformMatrix="1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1", Offset="0 0 0 0", ElementSpacing="1 1 1 1"),
+                          {}, "2 volumes", f"{CHOOSE} frame=0 to 1"),
     "five axes": ("a.nii", nifti_bytes(PAIR[..., None, :]), {}, "not three axes", "Give one volume"),
     "two axes": ("a.mha", meta_bytes(VOXELS[0], TransformMatrix="1 0 0 1", Offset="0 0", ElementSpacing="1 1"), {}, "not three axes", "Give one volume"),
     "RGB": ("a.nii", nifti_bytes(VOXELS, datatype=128, bitpix=24), {}, "colour or complex", "one real number a voxel"),
     "RGBA": ("a.nii", nifti_bytes(VOXELS, datatype=2304, bitpix=32), {}, "colour or complex", "one real number a voxel"),
     "complex": ("a.nii", nifti_bytes(VOXELS, datatype=32, bitpix=64), {}, "colour or complex", "one real number a voxel"),
-    "RGB, NRRD": ("a.nrrd", nrrd_bytes(np.stack([VOXELS] * 3), space_directions="none (1,0,0) (0,1,0) (0,0,3)", kinds="RGB-color domain domain domain"), {}, "colours or vectors", "one volume of real numbers"),
+    "RGB, NRRD": ("a.nrrd", nrrd_bytes(np.stack([VOXELS] * 3), space_directions="none (1,0,0) (0,1,0) (0,0,3)", kinds="RGB-color domain domain domain"),
+                  {}, "colours or vectors", "one volume of real numbers"),
     "RGB, .mha": ("a.mha", meta_bytes(VOXELS, ElementNumberOfChannels=3), {}, "colours or vectors", "one volume of real numbers"),
     "complex, npy": ("a.npy", npy(VOXELS[None] * 1j), {}, "complex", "one real number a voxel"),
     "NaN": ("a.nii", nifti_bytes(with_nan()), {}, "3 of 504 voxels are NaN or infinite", "non_finite='replace'"),
@@ -153,7 +159,8 @@ VOLUMES = {
     "data files many, .nhdr": ("a.nhdr", nrrd_bytes(VOXELS, data_file="s%03d.raw 1 7 1"), {}, "several data files", "one .nrrd file"),
     "objects, npy": ("a.npy", npy(np.array([{"a": 1}, None], dtype=object)), {"axis_order": "DHW"}, "objects", "pickles are never loaded"),
     "huge header, npy": ("a.npy", b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{", {}, "no readable .npy header", "numpy.save"),
-    "long header, npy": ("a.npy", npy_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 2, 2, 2), }".ljust(60000) + b"\n") + bytes(64), {}, "no readable .npy header", "numpy.save"),
+    "long header, npy": ("a.npy", npy_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 2, 2, 2), }".ljust(60000) + b"\n") + bytes(64),
+                         {}, "no readable .npy header", "numpy.save"),
     "truncated npy": ("a.npy", npy(VOXELS[None])[:-1], {}, "truncated: 1007 of 1008 bytes", COPY),
     "no axis order, npy": ("a.npy", npy(VOXELS), {}, r"shape \(9, 8, 7\) and no declared axis order", "Pass axis_order"),
     "a wrong axis order, npy": ("a.npy", npy(VOXELS), {"axis_order": "DHX"}, "does not name the axes", "Name D, H and W once each"),
@@ -221,7 +228,8 @@ def test_fewer_kept_slices_than_the_scale(tmp_path):
     x = Preprocess(3, 8, 8)(read_volume(save_nifti(tmp_path/"a.nii", *patient(VOXELS, "RAS"))))
     kept, _ = select_slices(x.reshape(3, 16, 4), rho=34)
     assert len(kept) == 1
-    with pytest.raises(MedVLM3DError, match="1 slices cannot be reduced by 2. Keep more slices .raise rho. or lower the scale"): downsample(kept.reshape(1, 4, 4, 4), 2)
+    with pytest.raises(MedVLM3DError, match="1 slices cannot be reduced by 2. Keep more slices .raise rho. or lower the scale"):
+        downsample(kept.reshape(1, 4, 4, 4), 2)
 
 
 def test_truncated_and_oversized_pictures(tmp_path):
@@ -236,12 +244,16 @@ def test_truncated_and_oversized_pictures(tmp_path):
 
 NOTED = {
     "qform is not sform": ("a.nii", nifti_bytes(VOXELS, qform_code=1, qoffset_x=50), {}, "qform and sform differ: the sform is used"),
-    "qform is mirrored": ("a.nii", nifti_bytes(VOXELS, qform_code=1, pixdim=[-1, .8, .8, 3, 1, 1, 1, 1]), {}, "qform and sform differ in the sides of the patient, RAI against RAS: the sform is used"),
+    "qform is mirrored": ("a.nii", nifti_bytes(VOXELS, qform_code=1, pixdim=[-1, .8, .8, 3, 1, 1, 1, 1]), {},
+                          "qform and sform differ in the sides of the patient, RAI against RAS: the sform is used"),
     "an orientation told": ("a.nii", nifti_bytes(VOXELS, sform_code=0, qform_code=0), {"axis_order": "LAS"}, "orientation LAS as told"),
-    "an orientation told, .mha": ("a.mha", meta_bytes(VOXELS, TransformMatrix=None, ElementSpacing=None), {"axis_order": "LPS"}, "spacing unknown: 1 mm assumed"),
-    "letters against the matrix": ("a.mha", meta_bytes(VOXELS, AnatomicalOrientation="SAR"), {}, "AnatomicalOrientation contradicts the matrix: the matrix is used"),
+    "an orientation told, .mha": ("a.mha", meta_bytes(VOXELS, TransformMatrix=None, ElementSpacing=None),
+                                  {"axis_order": "LPS"}, "spacing unknown: 1 mm assumed"),
+    "letters against the matrix": ("a.mha", meta_bytes(VOXELS, AnatomicalOrientation="SAR"), {},
+                                   "AnatomicalOrientation contradicts the matrix: the matrix is used"),
     "byte order not stated": ("a.mha", meta_bytes(VOXELS, BinaryDataByteOrderMSB=None), {}, "byte order not stated: little-endian assumed"),
-    "NaN replaced": ("a.nii", nifti_bytes(with_nan()), {"non_finite": "replace"}, "3 of 504 voxels were NaN or infinite: replaced by the smallest finite value"),
+    "NaN replaced": ("a.nii", nifti_bytes(with_nan()), {"non_finite": "replace"},
+                     "3 of 504 voxels were NaN or infinite: replaced by the smallest finite value"),
     "constant": ("a.nii", nifti_bytes(np.full_like(VOXELS, 7)), {}, "every voxel has the same value"),
     "HU by its values": ("a.nii", nifti_bytes(VOXELS - 1024), {}, "taken for CT in HU because of its values"),
     "no geometry": ("a.npy", npy(VOXELS[None]), {}, "no geometry in the file: orientation and spacing are assumed"),
@@ -312,7 +324,8 @@ DICOM = {
     "only localisers": (dict(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "only localisers", "Give the folder or zip of an image series"),
     "mixed orientation": (dict(ImageOrientationPatient=turned), "different orientations", AGAIN.replace("series", "one image series")),
     "an impossible orientation": (dict(ImageOrientationPatient=[1, 0, 0, 0, 0, 0]), "impossible position or orientation", "Export the one image series again"),
-    "gantry tilt": (dict(ImagePositionPatient=lambda i, ds: [7., -11. + 1.2 * i, 30. + 4 * i]), "sheared .*tilted gantry", "Resample the scan to a rectangular grid"),
+    "gantry tilt": (dict(ImagePositionPatient=lambda i, ds: [7., -11. + 1.2 * i, 30. + 4 * i]),
+                    "sheared .*tilted gantry", "Resample the scan to a rectangular grid"),
     "mixed pixel spacing": (dict(PixelSpacing=lambda i, ds: [1, 1.5] if i else [1, 1]), "different pixel spacings", "Export the one image series again"),
     "no position": (dict(ImagePositionPatient=None), "lacks the position", "Export the original series"),
     "no orientation": (dict(ImageOrientationPatient=None), "lacks the position, orientation", "Export the original series"),
@@ -320,8 +333,10 @@ DICOM = {
     "rescale in some slices": (dict(RescaleSlope=lambda i, ds: "2" if i else None), "rescale tags in some slices only", AGAIN),
     "multi-frame without groups": (dict(NumberOfFrames=4), "multi-frame file that does not say where its frames lie", "classic or enhanced"),
     "colour": (dict(SamplesPerPixel=3), "colour images", "grey images"),
-    "no decoder": (dict(PixelData=packed(MPEG2MPML, bytes(64))), "compressed as MPEG2 Main Profile / Main Level, which nothing installed can decode", "Install pylibjpeg"),
-    "damaged JPEG 2000": (dict(PixelData=packed(JPEG2000Lossless, b"\xff\x4f\xff\x51" + bytes(60))), "truncated or damaged pixels", "Copy or export the file again"),
+    "no decoder": (dict(PixelData=packed(MPEG2MPML, bytes(64))),
+                   "compressed as MPEG2 Main Profile / Main Level, which nothing installed can decode", "Install pylibjpeg"),
+    "damaged JPEG 2000": (dict(PixelData=packed(JPEG2000Lossless, b"\xff\x4f\xff\x51" + bytes(60))),
+                          "truncated or damaged pixels", "Copy or export the file again"),
     "a header of 65535×65535": (dict(Rows=65535, Columns=65535), "declares 30063853575 voxels, the limit is", "larger max_voxels"),
     "fewer pixels than declared": (dict(Rows=100), "truncated or damaged pixels", "Copy or export the file again"),
 }
@@ -339,7 +354,8 @@ def test_no_decoder_installed(tmp_path, monkeypatch):
     "JPEG-LS where none of its plug-ins is there."
     monkeypatch.setattr(pydicom.pixels.decoders.JPEGLSLosslessDecoder, "_available", {})
     series = save_dicom(tmp_path/"s", STACK, AFFINE, PixelData=packed(JPEGLSLossless, bytes(64)))
-    with pytest.raises(MedVLM3DError, match="s: is compressed as JPEG-LS Lossless Image Compression, which nothing installed can decode.*Install pylibjpeg"): read_volume(series)
+    with pytest.raises(MedVLM3DError, match="s: is compressed as JPEG-LS Lossless Image Compression, which nothing installed can decode.*Install pylibjpeg"):
+        read_volume(series)
 
 
 def test_an_unknown_transfer_syntax(tmp_path):
@@ -349,8 +365,10 @@ def test_an_unknown_transfer_syntax(tmp_path):
     assert "9.9.9" not in str(e.value)
 
 
-@pytest.mark.parametrize("keep, reason", [(-60, "truncated or damaged pixels"), (-1, "truncated or damaged pixels"), (900, "truncated or damaged pixels"), (600, "damaged DICOM header .it ends before its size"),
-                                          (400, "damaged DICOM header .it ends before its size"), (200, "damaged DICOM header"), (100, "damaged DICOM header .it does not begin"), (0, "damaged DICOM header .it does not begin")])
+@pytest.mark.parametrize("keep, reason", [(-60, "truncated or damaged pixels"), (-1, "truncated or damaged pixels"),
+                                          (900, "truncated or damaged pixels"), (600, "damaged DICOM header .it ends before its size"),
+                                          (400, "damaged DICOM header .it ends before its size"), (200, "damaged DICOM header"),
+                                          (100, "damaged DICOM header .it does not begin"), (0, "damaged DICOM header .it does not begin")])
 def test_truncated_dicom(tmp_path, keep, reason):
     "One file of the series cut short, in its pixels or in its header: named, with its remedy; as a folder and in a zip."
     series = save_dicom(tmp_path/"s", STACK, AFFINE)
@@ -364,7 +382,8 @@ def test_truncated_dicom(tmp_path, keep, reason):
 
 def test_two_series_in_one_folder(tmp_path):
     save_dicom(save_dicom(tmp_path/"two", STACK, AFFINE), STACK[:4] + 1, AFFINE, series=2, Modality="MR")
-    with pytest.raises(MedVLM3DError, match="two: holds 2 series .0: CT, 7 images of 8×9; 1: MR, 4 images of 8×9.*Choose one with series=0 to 1") as e: read_volume(tmp_path/"two")
+    with pytest.raises(MedVLM3DError, match="two: holds 2 series .0: CT, 7 images of 8×9; 1: MR, 4 images of 8×9.*Choose one with series=0 to 1") as e:
+        read_volume(tmp_path/"two")
     assert "1.2.826" not in str(e.value)
     assert [read_volume(tmp_path/"two", series=k).modality for k in (0, 1)] == ["CT", "MR"]
     with pytest.raises(MedVLM3DError, match="Choose one with series=0 to 1"): read_volume(tmp_path/"two", series=7)
@@ -395,7 +414,8 @@ def test_monochrome1(tmp_path):
     np.testing.assert_array_equal(ct.array, plain.array)
     mr = read_volume(save_dicom(tmp_path/"mr", STACK, AFFINE, PhotometricInterpretation="MONOCHROME1", Modality="MR", RescaleSlope=None))
     np.testing.assert_array_equal(mr.array, -1. - STACK)
-    unsigned = read_volume(save_dicom(tmp_path/"cr", STACK, AFFINE, PhotometricInterpretation="MONOCHROME1", Modality="MR", RescaleSlope=None, PixelRepresentation=0, BitsStored=12, HighBit=11))
+    unsigned = read_volume(save_dicom(tmp_path/"cr", STACK, AFFINE, PhotometricInterpretation="MONOCHROME1",
+                                      Modality="MR", RescaleSlope=None, PixelRepresentation=0, BitsStored=12, HighBit=11))
     np.testing.assert_array_equal(unsigned.array, 4095. - STACK)
     assert all(any(w.startswith("MONOCHROME1: ") for w in volume.warnings) for volume in (ct, mr, unsigned))
 
@@ -493,7 +513,8 @@ def hostile(folder):
         save("bomb.nii.gz", gzip.compress(nifti_bytes(voxels)) + bomb * 24): "far more bytes",
         save("bomb.nrrd", nrrd_bytes(voxels) + bomb * 24): "far more bytes",
         save("bomb.mha", meta_bytes(voxels, True)[:-len(zlib.compress(voxels.tobytes()))] + zlib.compress(bytes(2**26), 1)): "far more bytes",
-        folder/"bomb.npz": "far more bytes", folder/"bomb.zip": "far more bytes than its header declares", whole.parent: "deflated as a whole", pictures: "limit",
+        folder/"bomb.npz": "far more bytes", folder/"bomb.zip": "far more bytes than its header declares",
+        whole.parent: "deflated as a whole", pictures: "limit",
         save_enhanced(folder/"frames.dcm", STACK, AFFINE, Rows=20_000, Columns=20_000): "limit",
     }
 
@@ -523,7 +544,8 @@ print(int((peak() - before) / 2**20))
 
 
 def test_the_process_stays_small(tmp_path):
-    "The resident memory of a fresh process over all hostile files grows by less than 300 MB; together they claim hundreds of terabytes and unpack to gigabytes."
+    """The resident memory of a fresh process over all hostile files grows by less than 300 MB;
+    together they claim hundreds of terabytes and unpack to gigabytes."""
     paths = list(hostile(tmp_path))
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, paths)], capture_output=True, text=True)
     *said, megabytes = done.stdout.split()

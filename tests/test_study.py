@@ -22,16 +22,21 @@ def study(tmp_path_factory):
     where = {"out": str(base/"out"), "data": str(base/"data"), "store": str(base/"store")}
     run_plan({"90a_reader": {"out": str(base/"reader"), "steps": 2, "held_out": 2}}, base/"reader", show=False, tell=lambda _: None)
     where |= {"reader": str(base/"reader"/"model"), "seed": SEED}
-    plan = {"90_prepare": {"train": 9}, "91_train": {"channels": 12, "accumulation": 2, "policy": "truncate", "save_every": 7, "report_to": "none", "workers": 1}, "92_evaluate": {"scans": ["brain2"], "resamples": 60}, "99_report": {}}
+    plan = {"90_prepare": {"train": 9},
+            "91_train": {"channels": 12, "accumulation": 2, "policy": "truncate", "save_every": 7, "report_to": "none", "workers": 1},
+            "92_evaluate": {"scans": ["brain2"], "resamples": 60}, "99_report": {}}
     run_plan(plan, base/"out", show=False, tell=lambda _: None, **where)
     return base/"out", plan, where
 
 
 def test_it_ends_with_tables_figures_and_a_model(study):
     out = study[0]
-    tables = {"closed", "open", "reports", "findings", "clinical", "seeds", "differences", "differences-open", "differences-reports", "calibration", "strata", "failed", "examples", "real-scans"}
+    tables = {"closed", "open", "reports", "findings", "clinical", "seeds", "differences", "differences-open",
+              "differences-reports", "calibration", "strata", "failed", "examples", "real-scans"}
     for kind in ("md", "csv", "tex"): assert {p.stem for p in (out/"tables").glob(f"*.{kind}")} >= {*tables, *(f"paper-table-{n}" for n in range(1, 9))}
-    for kind in ("png", "pdf"): assert {p.stem for p in (out/"figures").glob(f"*.{kind}")} >= {"loss", "accuracy", "reliability", "paper-figure-1", "paper-figure-2", "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
+    for kind in ("png", "pdf"):
+        assert {p.stem for p in (out/"figures").glob(f"*.{kind}")} >= {"loss", "accuracy", "reliability", "paper-figure-1", "paper-figure-2",
+                                                                       "phantom-slices", "real-brain2-slices", "real-brain2-attention"}
     assert (out/"model"/"model.safetensors").exists() and "Research use only" in (out/"model"/"README.md").read_text()
 
 
@@ -40,7 +45,8 @@ def test_parameters_arrived(study):
     prepared, made = (json.loads((out/f"{name}.json").read_text()) for name in ("prepared", "training"))
     assert (prepared["cases"]["train"], prepared["seed"], len(prepared["truth sha256"])) == (9, SEED, 64)
     assert made["plan"]["model"]["channels"] == 12 and made["plan"]["seed"] == SEED and made["seeds"] == [SEED]
-    assert (made["plan"]["policy"], made["plan"]["save_every"], made["plan"]["workers"], {s["accumulation"] for s in made["plan"]["stages"]}) == ("truncate", 7, 1, {2})
+    assert (made["plan"]["policy"], made["plan"]["save_every"], made["plan"]["workers"],
+            {s["accumulation"] for s in made["plan"]["stages"]}) == ("truncate", 7, 1, {2})
     assert made["blind"]["share"] == 1 and made["blind"]["plan"]["blind"] and (out/"log-blind.jsonl").exists()
     assert json.loads((out/"manifest.json").read_text())["status"] == "done"
     assert f"60 resamples of cases, seed {SEED}" in json.loads((out/"results.json").read_text())["systems"]["model"]["signatures"]["bootstrap"]
@@ -48,7 +54,8 @@ def test_parameters_arrived(study):
 
 def test_all_that_the_model_must_beat_stands_beside_it(study):
     systems = json.loads((study[0]/"results.json").read_text())["systems"]
-    assert set(systems) == {"model", "model, in words", "other image", "no image", "blank image", "slices reversed", "blind", "nearest caption", "constant", "chance"}
+    assert set(systems) == {"model", "model, in words", "other image", "no image", "blank image",
+                            "slices reversed", "blind", "nearest caption", "constant", "chance"}
     assert {s: systems[s]["items"]["closed"] for s in systems} == dict.fromkeys(systems, 20)
     assert {s for s in systems if systems[s]["items"].get("report") == 4} == {*systems} - {"model, in words", "chance"}
     assert systems["model"]["items"] == {"closed": 20, "open": 20, "report": 4, "answered": 44, "failed": 0, "cases": 4}
@@ -59,7 +66,8 @@ def test_strata_are_of_the_models_answers(study):
     micro = results["systems"]["model"]["standard"]["closed"]["accuracy"]["micro"]
     for values in results["strata"].values():
         n = sum(cells["micro"]["n"] for cells in values.values())
-        assert n == micro["n"] and sum(cells["micro"]["value"] * cells["micro"]["n"] for cells in values.values()) / n == pytest.approx(micro["value"], abs=1e-3)
+        assert (n == micro["n"]
+                and sum(cells["micro"]["value"] * cells["micro"]["n"] for cells in values.values()) / n == pytest.approx(micro["value"], abs=1e-3))
     assert {*results["strata"]} >= {"plane", "organ", "lesion volume"} and all(len(values) > 1 for values in results["strata"].values())
     assert {*results["strata_beside"]} == {"blind", "other image"}
 

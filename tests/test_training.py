@@ -116,15 +116,18 @@ def test_features_made_otherwise_neither_train_nor_answer(corpus, tmp_path):
     "A store of the same shape, selected uniformly; and a volume that was exchanged after it was encoded."
     root, fields = corpus
     images = [s.image for s in load_m3d(root/"data")]
-    uniform = encode_images(tmp_path/"uniform", root/"data", images, load_encoder("tiny", size=32), Preprocess(8, 32, 32), rho=50, strategy="uniform", progress=False)
-    with pytest.raises(MedVLM3DError, match=r"strategy \(uniform → cosine\)"): train(tmp_path/"run", plan(corpus, store=str(tmp_path/"uniform")), progress=False)
+    uniform = encode_images(tmp_path/"uniform", root/"data", images, load_encoder("tiny", size=32),
+                            Preprocess(8, 32, 32), rho=50, strategy="uniform", progress=False)
+    with pytest.raises(MedVLM3DError, match=r"strategy \(uniform → cosine\)"):
+        train(tmp_path/"run", plan(corpus, store=str(tmp_path/"uniform")), progress=False)
     assert not (tmp_path/"run"/"conditions.json").exists()
     model = begin(plan(corpus), uniform, images[:4])
     with pytest.raises(MedVLM3DError, match="strategy"): predict_items(model, model.processor, [], uniform, 4, tmp_path/"said.jsonl")
     shutil.copytree(root/"data", tmp_path/"data")
     touched = tmp_path/"data"/images[0]
     touched.write_bytes(touched.read_bytes() + b"\0")
-    with pytest.raises(MedVLM3DError, match="has changed since it was encoded") as e: train(tmp_path/"other", plan(corpus, data=str(tmp_path/"data")), progress=False)
+    with pytest.raises(MedVLM3DError, match="has changed since it was encoded") as e:
+        train(tmp_path/"other", plan(corpus, data=str(tmp_path/"data")), progress=False)
     assert "has 1 problem:" in str(e.value) and "M3D_Cap.json:train[0]" in str(e.value) and images[0] not in str(e.value)
 
 
@@ -175,7 +178,8 @@ def test_what_stands_in_two_splits_is_refused_or_recorded(corpus, tmp_path):
     with pytest.raises(MedVLM3DError, match="report"): train(tmp_path/"run", given, progress=False)
     run = launch(tmp_path/"run", given, allow_shared=True, progress=False)
     shared = run.manifest["shared"]
-    assert shared["allowed"] and shared["cases"] == 0 and shared["reports"] >= 1 and f"{shared['reports']} reports also in another split (allowed)" in (run/"model"/"README.md").read_text()
+    assert (shared["allowed"] and shared["cases"] == 0 and shared["reports"] >= 1
+            and f"{shared['reports']} reports also in another split (allowed)" in (run/"model"/"README.md").read_text())
 
 
 def test_frozen_weights_and_the_table_of_what_learns(corpus, tmp_path):
@@ -197,7 +201,8 @@ def test_offline_with_an_empty_cache_says_at_once_what_to_place_where(corpus, tm
     ended = subprocess.run([sys.executable, "-m", "medvlm3d.training", str(tmp_path/"run")], capture_output=True, text=True, timeout=60,
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path/"empty")})
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    for word in ("needs 3 things", "meta-llama/Llama-2-7b-hf", "*.safetensors", "the features of its volumes", "nowhere", "Nothing was begun"): assert word in ended.stderr, ended.stderr
+    for word in ("needs 3 things", "meta-llama/Llama-2-7b-hf", "*.safetensors", "the features of its volumes", "nowhere", "Nothing was begun"):
+        assert word in ended.stderr, ended.stderr
 
 
 def test_a_language_model_that_is_not_whole_or_not_in_reach_is_missed_at_once(corpus, tmp_path, monkeypatch):
@@ -212,7 +217,8 @@ def test_a_language_model_that_is_not_whole_or_not_in_reach_is_missed_at_once(co
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
     def no_network(*_, **__): raise ConnectionError("no network")
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_network)
-    with pytest.raises(MedVLM3DError, match=r"meta-llama/Llama-2-7b-hf: the language model \((the hub does not give it \(ConnectionError\)|HF_HUB_OFFLINE is set)\)"):
+    with pytest.raises(MedVLM3DError,
+                       match=r"meta-llama/Llama-2-7b-hf: the language model \((the hub does not give it \(ConnectionError\)|HF_HUB_OFFLINE is set)\)"):
         train(tmp_path/"run", plan(corpus, llm="meta-llama/Llama-2-7b-hf"), progress=False)
     assert not (tmp_path/"run").exists()
 

@@ -30,7 +30,8 @@ def voxels():
 
 WRITERS = {"nifti": lambda p, a, m: save_nifti(p/"x.nii.gz", a, m), "nrrd": lambda p, a, m: save_nrrd(p/"x.nrrd", a, m),
            "nhdr": lambda p, a, m: save_nrrd(p/"x.nhdr", a, m, detached_header=True), "mha": lambda p, a, m: save_meta(p/"x.mha", a, m, compressed=True),
-           "mhd": lambda p, a, m: save_meta(p/"x.mhd", a, m), "dicom": lambda p, a, m: save_dicom(p/"x", a, m), "enhanced": lambda p, a, m: save_enhanced(p/"x.dcm", a, m)}
+           "mhd": lambda p, a, m: save_meta(p/"x.mhd", a, m), "dicom": lambda p, a, m: save_dicom(p/"x", a, m),
+           "enhanced": lambda p, a, m: save_enhanced(p/"x.dcm", a, m)}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -131,7 +132,8 @@ def files(folder, voxels):
     with zipfile.ZipFile(folder/"a.zip", "w") as z:
         for p in series.iterdir(): z.write(p, p.name)
     return [save_nifti(folder/"a.nii", array, affine), save_nifti(folder/"a.nii.gz", array, affine), save_nrrd(folder/"a.nrrd", array, affine),
-            save_nrrd(folder/"b.nhdr", array, affine, detached_header=True), save_meta(folder/"a.mha", array, affine, compressed=True), save_meta(folder/"b.mhd", array, affine),
+            save_nrrd(folder/"b.nhdr", array, affine, detached_header=True),
+            save_meta(folder/"a.mha", array, affine, compressed=True), save_meta(folder/"b.mhd", array, affine),
             folder/"a.npy", folder/"a.npz", folder/"a.zip", save_enhanced(folder/"a.dcm", *patient(voxels, "SPL"))]
 
 
@@ -163,16 +165,20 @@ def test_random_damage_is_an_error_or_a_volume(tmp_path, voxels):
 @pytest.mark.parametrize("name, options, expected", [
     ("scan.xyz", {}, "not read"), ("absent.nii", {}, "does not exist"), ("five.npy", {"axis_order": "CDHW"}, "does not name the axes"),
     ("five.npy", {"axis_order": "DHWDC"}, "does not name the axes"), ("three.npy", {"axis_order": "RAL"}, "no orientation"),
-    ("three.npy", {"axis_order": "DHH"}, "does not name the axes"), ("channels.npy", {"axis_order": "CDHW"}, "2 channels"), ("three.npy", {}, "no declared axis order"),
-    ("text.npy", {"axis_order": "DHW"}, "one real number"), ("records.npy", {"axis_order": "DHW"}, "records"), ("several.npz", {"axis_order": "DHW"}, "2 arrays"),
+    ("three.npy", {"axis_order": "DHH"}, "does not name the axes"),
+    ("channels.npy", {"axis_order": "CDHW"}, "2 channels"), ("three.npy", {}, "no declared axis order"),
+    ("text.npy", {"axis_order": "DHW"}, "one real number"),
+    ("records.npy", {"axis_order": "DHW"}, "records"), ("several.npz", {"axis_order": "DHW"}, "2 arrays"),
     ("inf.npy", {"axis_order": "DHW", "non_finite": "ignore"}, "no policy"), ("inf.npy", {"axis_order": "DHW"}, "1 of 24"), ("long.npy", {}, "far more bytes"),
     ("nothing.npy", {"axis_order": "DHW", "non_finite": "replace"}, "24 of 24"), ("three.npy", {"axis_order": "DHW", "max_voxels": 23}, "limit is 23")])
 def test_arrays_that_are_refused(tmp_path, name, options, expected):
     three = np.arange(24.).reshape(2, 3, 4)
     (tmp_path/"scan.xyz").write_bytes(b"voxels")
     inf = three.copy(); inf[0, 0, 0] = np.inf
-    for key, array in {"three": three, "five": three[None, None], "channels": np.stack([three, three]), "text": three.astype(str), "inf": inf, "nothing": three * np.nan,
-                       "long": three[None], "records": np.zeros((2, 3, 4), [("a", int)])}.items(): np.save(tmp_path/f"{key}.npy", array)
+    for key, array in {"three": three, "five": three[None, None], "channels": np.stack([three, three]),
+                       "text": three.astype(str), "inf": inf, "nothing": three * np.nan,
+                       "long": three[None], "records": np.zeros((2, 3, 4), [("a", int)])}.items():
+        np.save(tmp_path/f"{key}.npy", array)
     with open(tmp_path/"long.npy", "ab") as f: f.write(b"more")
     np.savez(tmp_path/"several.npz", three, three)
     with pytest.raises(MedVLM3DError, match=expected) as e: read_volume(tmp_path/name, **options)
@@ -190,8 +196,9 @@ def test_declared_axis_orders_agree(tmp_path):
 
 # --- what a number means --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("low, high, dtype, expected", [(-1000, 900, np.int16, ("CT", "HU")), (0, 255, np.uint8, ("unknown", "grey8")), (0, 1, np.uint8, ("unknown", "unit")),
-                                                        (0, 900, np.int16, ("unknown", "arbitrary")), (-40000, 900, np.float32, ("unknown", "arbitrary"))])
+@pytest.mark.parametrize("low, high, dtype, expected",
+                         [(-1000, 900, np.int16, ("CT", "HU")), (0, 255, np.uint8, ("unknown", "grey8")), (0, 1, np.uint8, ("unknown", "unit")),
+                          (0, 900, np.int16, ("unknown", "arbitrary")), (-40000, 900, np.float32, ("unknown", "arbitrary"))])
 def test_numbers_without_a_label(tmp_path, low, high, dtype, expected):
     voxels = np.linspace(low, high, 120).reshape(4, 5, 6).astype(dtype)
     for name, content in (("x.nii", nifti_bytes(voxels)), ("x.nii", nifti_bytes(voxels, scl_slope=1, scl_inter=0))):
@@ -218,7 +225,8 @@ def test_what_is_told_is_noted_and_never_contradicts_a_header(tmp_path, voxels):
 @pytest.mark.parametrize("option, value", [("series", 1), ("frame", 0), ("axis_order", "RAS"), ("suv", False)])
 def test_an_option_without_effect_is_refused(tmp_path, voxels, option, value):
     "Of every kind of file the options that it takes, and no others."
-    takes = {"a.nii": {"frame", "axis_order"}, "a.nrrd": {"frame", "axis_order"}, "a.mha": {"frame", "axis_order"}, "a.npy": {"axis_order"}, "series": {"series", "suv"}, "axial": set()}
+    takes = {"a.nii": {"frame", "axis_order"}, "a.nrrd": {"frame", "axis_order"}, "a.mha": {"frame", "axis_order"},
+             "a.npy": {"axis_order"}, "series": {"series", "suv"}, "axial": set()}
     files(tmp_path, voxels)
     np.save(tmp_path/"a.npy", voxels)
     (tmp_path/"axial").mkdir()
@@ -466,7 +474,8 @@ def test_a_real_series_lies_where_nibabel_puts_it():
 def test_a_meta_image_lies_where_its_definition_puts_it(tmp_path):
     """Worked by hand: the first index runs fastest, row n of TransformMatrix is the direction of index n, in LPS.
     Voxel (i, j, k) holds i + 2j + 6k and lies at (10 − 4k, 20 + 2i, 30 − 3j)."""
-    (tmp_path/"hand.mha").write_bytes(b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\nTransformMatrix = 0 1 0 0 0 -1 -1 0 0\n"
-                                      b"Offset = 10 20 30\nElementSpacing = 2 3 4\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n" + bytes(range(24)))
+    (tmp_path/"hand.mha").write_bytes(
+        b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\nTransformMatrix = 0 1 0 0 0 -1 -1 0 0\n"
+        b"Offset = 10 20 30\nElementSpacing = 2 3 4\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n" + bytes(range(24)))
     points = [(10, 20, 30), (10, 22, 30), (10, 20, 27), (6, 20, 30), (-2, 22, 24)]
     assert found_at(read_volume(tmp_path/"hand.mha"), points).tolist() == [0, 1, 2, 6, 23]
