@@ -183,7 +183,7 @@ def show_pair(axes, pair, facts, outline=True):
     for ax, (image, lesion, aspect), name in zip(axes, three_planes(volume, mask if outline else None, at), ("axial", "coronal", "sagittal")):
         ax.imshow(image, cmap="gray_r" if facts.modality == "PT" else "gray", vmin=0, vmax=top, aspect=aspect)
         if lesion is not None and lesion.any(): ax.contour(lesion, levels=[.5], colors="tab:orange", linewidths=.9)
-        ax.set_title(name, fontsize=7)
+        ax.text(.5, -.02, name, transform=ax.transAxes, ha="center", va="top", fontsize=7)
         ax.axis("off")
     axes[1].set_title(f"{pair.question}\n{pair.letter}. {pair.answer}", fontsize=8)
 

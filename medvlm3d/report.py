@@ -70,7 +70,8 @@ class Table:
 
     def html(self):
         line = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape_html(c)}</{tag}>" for c in cells) + "</tr>"
-        return f"<table><caption>{escape_html(self.title)}</caption>{line(self.columns, 'th')}{''.join(line(r, 'td') for r in self.rows)}</table>\n"
+        note = f'<tfoot><tr><td colspan="{len(self.columns)}">{escape_html(self.note)}</td></tr></tfoot>' if self.note else ""
+        return f"<table><caption>{escape_html(self.title)}</caption>{line(self.columns, 'th')}{''.join(line(r, 'td') for r in self.rows)}{note}</table>\n"
 
     def __repr__(self): return f"Table({self.title!r}, {len(self.rows)} rows, {len(self.columns)} columns)"
     def _repr_markdown_(self): return self.markdown()

@@ -76,7 +76,8 @@ def score_rows(found, rows, items, seed=0, n=2000):
 def score_baselines(letters, chance, items, seed=0, n=2000):
     "`baselines` of `results.json`: cells of the best constant, whose `letters` are given, and of `chance` (a probability an item; exact, so without interval)."
     right = right_answers([{"letters": letters}], items)
-    return {"constant": over_groups(items, lambda i, c: percent(over_seeds(right[:, i], c, seed, n))), "chance": over_groups(items, lambda i, c: percent({"mean": chance[i].mean()}))}
+    return {"constant": over_groups(items, lambda i, c: percent(over_seeds(right[:, i], c, seed, n))),
+            "chance": over_groups(items, lambda i, c: percent({"mean": chance[i].mean()}))}
 
 def adjust_family(cells):
     "Holm over `cells`, in place: `p_holm` and `mcnemar_holm`."
@@ -107,14 +108,16 @@ def run_curve(out, data, store, samples, lesson, channels, grid, shares, seeds, 
     frozen = Slices(store, images, train, channels, grid, progress).kept(row)
     size = tuple(frozen.shape[1:4])
     volumes = torch.stack([preprocess(read_volume(data/image)).half() for image in images])
-    makers = {CURVE[0]: (frozen, lambda: ProbeReader(size, table, channels)), CURVE[1]: (volumes, lambda: ProbeReader(size, table, channels, front=VolumeEncoder(size, channels)))}
+    makers = {CURVE[0]: (frozen, lambda: ProbeReader(size, table, channels)),
+              CURVE[1]: (volumes, lambda: ProbeReader(size, table, channels, front=VolumeEncoder(size, channels)))}
     found = {}
     for label, (inputs, make) in makers.items():
         for share in shares:
             for seed in seeds:
                 key = sha256_json([label, share, asdict(lesson), channels, config, store.spec if label == CURVE[0] else None])
                 path = out/"curve"/f"{label.split()[0]}-{share:g}-seed-{seed}.json"
-                found.setdefault(label, {}).setdefault(share, []).append(run_probe(path, key, make, inputs, images, samples, table, lesson, seed, progress, subset(train, share, seed)))
+                record = run_probe(path, key, make, inputs, images, samples, table, lesson, seed, progress, subset(train, share, seed))
+                found.setdefault(label, {}).setdefault(share, []).append(record)
     return found
 
 def curve_constants(samples, shares, seeds):
@@ -124,23 +127,25 @@ def curve_constants(samples, shares, seeds):
     return {share: [constant_letters(samples, {*subset(train, share, seed)}) for seed in seeds] for share in shares}
 
 def score_curve(found, constants, items, seed=0, n=2000):
-    "`curve` of `results.json`: cells of both labels and of the `constants`, the difference of the first from the second label, and the mean loss of the last 20 steps, each by share."
+    """`curve` of `results.json`: cells of both labels and of the `constants`, the difference of the first from the second label,
+    and the mean loss of the last 20 steps, each by share."""
     items = [i for i in items if i[2] == "phantom"]
     clusters, right = [i[1] for i in items], {label: {f"{share:g}": right_answers(r, items) for share, r in shares.items()} for label, shares in found.items()}
     right["constant"] = {f"{share:g}": right_answers([{"letters": l} for l in letters], items) for share, letters in constants.items()}
     cells = {label: {share: percent(over_seeds(r, clusters, seed, n)) for share, r in shares.items()} for label, shares in right.items()}
     differences = {share: versus(r, right[CURVE[1]][share], clusters, seed, n) for share, r in right[CURVE[0]].items()}
     adjust_family([*differences.values()])
-    loss = {label: {f"{share:g}": round(float(np.mean([r["loss"] for r in records])), 4) for share, records in shares.items()} for label, shares in found.items()}
+    loss = {label: {f"{share:g}": round(float(np.mean([r["loss"] for r in records])), 4) for share, records in shares.items()}
+            for label, shares in found.items()}
     return {**cells, "difference": differences, "loss": loss}
 
 # %% ../nbs/16e_sweep.ipynb #2cd4fdb4
-def ablate(out, data, store, rows="runs/ablate", train=640, test=400, probe_train=96, probe_test=128, depth=32, size=112, channels=64, grid=(8, 8),
-           steps=300, batch=32, lr=3e-3, seeds=(0, 1, 2), shares=(5, 10, 25, 50, 100), drawn=0, resamples=2000, workers=2, progress=True):
+def ablate(out, data, store, rows="runs/ablate", train=1000, test=400, probe_train=160, probe_test=96, dial=None, depth=32, size=112, channels=48,
+           grid=(8, 8), steps=450, batch=32, lr=3e-3, seeds=(0, 1, 2), shares=(5, 10, 25, 50, 100), drawn=0, resamples=2000, workers=2, progress=True):
     "Run what is missing of an ablation and of the data curve; write and return `results.json`. `shares` empty: no curve."
     folder, data, store = (project_root()/p for p in (out, data, store))
     table, preprocess, lesson = read_rows(project_root()/rows), Preprocess(depth, size, size, window=(-200, 400)), Lesson(steps, batch, lr)
-    corpora = dict(train=train, test=test, probe_train=probe_train, probe_test=probe_test, depth=depth, size=size, seed=drawn)
+    corpora = dict(train=train, test=test, probe_train=probe_train, probe_test=probe_test, dial=dict(dial or {}), depth=depth, size=size, seed=drawn)
     config = dict(corpora=corpora, lesson=asdict(lesson), channels=channels, grid=list(grid), seeds=list(seeds), shares=list(shares), resamples=resamples)
     with open_run(folder, config, rows=relative(project_root()/rows)) as run:
         samples, cluster = draw_corpora(data, **corpora, workers=workers, progress=progress)
@@ -151,21 +156,28 @@ def ablate(out, data, store, rows="runs/ablate", train=640, test=400, probe_trai
         found = run_curve(folder, data, FeatureStore(store/table["full"].encoder), *common, shares, seeds, preprocess, corpora, progress) if shares else {}
         results = {"schema": "medvlm3d.ablation/1", **config, "items": {c: len([i for i in items if i[2] == c]) for c in CORPORA},
                    "cases": {c: len({i[1] for i in items if i[2] == c}) for c in CORPORA}, "rows": scored,
-                   "baselines": score_baselines(constant_letters(samples), chances(samples), items, n=resamples), "curve": score_curve(found, curve_constants(samples, shares, seeds), items, n=resamples) if found else {}}
+                   "baselines": score_baselines(constant_letters(samples), chances(samples), items, n=resamples),
+                   "curve": score_curve(found, curve_constants(samples, shares, seeds), items, n=resamples) if found else {}}
         write_json(folder/"results.json", results)
         run.note(stores={p.parent.name: FeatureStore(p.parent).spec for p in sorted(store.glob("*/store.json"))})
     return results
 
 # %% ../nbs/16e_sweep.ipynb #5b005a6f
-INSTRUMENT = "The probe reader of notebook 16e_heads on phantoms, no language model. It answers with the likeliest of the options offered, for which the protocols m3d and standard agree. × 100; in brackets 95 % intervals over seeds and cases, ± standard deviation of the seeds. "
-TESTS = "p: permutation of cases, on the mean over seeds. McNemar: each seed alone, questions taken as independent, pooled over seeds by their median. Both adjusted by Holm. "
-ABLATION_NOTE = f"Here: {INSTRUMENT[0].lower()}{INSTRUMENT[1:]}{TESTS}Best constant: of the options offered, the answer most frequent in training for the corpus and type. The paper: whole model on M3D, protocol m3d, one run. Research use only."
+INSTRUMENT = ("The probe reader of notebook 16e_heads on phantoms, no language model. It answers with the likeliest of the options offered, "
+              "for which the protocols m3d and standard agree. × 100; in brackets 95 % intervals over seeds and cases, ± standard deviation of the seeds. ")
+TESTS = ("p: permutation of cases, on the mean over seeds. "
+         "McNemar: each seed alone, questions taken as independent, pooled over seeds by their median. Both adjusted by Holm. ")
+ABLATION_NOTE = (f"Here: {INSTRUMENT[0].lower()}{INSTRUMENT[1:]}{TESTS}Best constant: of the options offered, "
+                 "the answer most frequent in training for the corpus and type. The paper: whole model on M3D, protocol m3d, one run. Research use only.")
 
-def spanned(c, key="mean"): return f"{c[key]:.1f}" + (f" [{c['low']:.1f}, {c['high']:.1f}]" if c.get("low") is not None else "") + (f" ± {c['sd']:.1f}" if c.get("sd") is not None else "")
+def spanned(c, key="mean"):
+    return (f"{c[key]:.1f}" + (f" [{c['low']:.1f}, {c['high']:.1f}]" if c.get("low") is not None else "")
+            + (f" ± {c['sd']:.1f}" if c.get("sd") is not None else ""))
 def p_holm(c): return p_text(c["p_holm"]), p_text(c["mcnemar_holm"])
 def baseline_rows(results, corpora):
     "(name, a text for each of `corpora`) of the best constant and of chance; none where nothing was run."
-    return [(name, *(spanned(cells[c]["mean"]) if c in cells else "–" for c in corpora)) for name, key in (("best constant", "constant"), ("chance", "chance")) if (cells := results.get("baselines", {}).get(key))]
+    return [(name, *(spanned(cells[c]["mean"]) if c in cells else "–" for c in corpora))
+            for name, key in (("best constant", "constant"), ("chance", "chance")) if (cells := results.get("baselines", {}).get(key))]
 
 def paper_text(known, metric, full):
     "The paper's accuracy and its distance to its full method."
@@ -176,14 +188,16 @@ def ablation_table(results, rows=None):
     "The paper's Table 8: its accuracy beside ours, with differences. Without results, the rows of `rows` are not run."
     known = published()
     full = published_value(known, "paper", "closed", "macro", "accuracy: full")
-    made = results.get("rows") or {name: {"group": r.group, "label": r.label, "published": r.published, "versus row": r.versus} for name, r in (rows or {}).items()}
+    made = results.get("rows") or {name: {"group": r.group, "label": r.label, "published": r.published, "versus row": r.versus}
+                                   for name, r in (rows or {}).items()}
     lines = []
     for r in made.values():
         cell, versus = r.get("cells", {}).get("phantom", {}).get("mean"), r.get("versus", {}).get("phantom", {}).get("mean")
         lines.append((r["group"], r["label"], paper_text(known, r["published"], full), str(r.get("tokens", "–")), spanned(cell) if cell else "not run",
                       made[r["versus row"]]["label"] if versus else "–", signed(versus) if versus else "–", *(p_holm(versus) if versus else "––")))
     lines += [("baseline", name, "–", "–", text, *"––––") for name, text in baseline_rows(results, ["phantom"])]
-    return Table("Table 8: ablation, closed accuracy", ("part", "row", "paper, m3d (difference)", "tokens", "here, both protocols", "compared with", "difference", "p (Holm)", "McNemar (Holm)"), tuple(lines), ABLATION_NOTE)
+    return Table("Table 8: ablation, closed accuracy", ("part", "row", "paper, m3d (difference)", "tokens", "here, both protocols",
+                                                        "compared with", "difference", "p (Holm)", "McNemar (Holm)"), tuple(lines), ABLATION_NOTE)
 
 def probe_table(results):
     "Where a part helps: each row's difference on each probe."
@@ -191,19 +205,25 @@ def probe_table(results):
     for r in results.get("rows", {}).values():
         if "cells" not in r: continue
         cells = [(r["cells"].get(c, {}).get("mean"), r.get("versus", {}).get(c, {}).get("mean")) for c in PROBES]
-        lines.append((r["group"], r["label"], *("–" if c is None else spanned(c) if v is None else "{}, p {}, McNemar {}".format(signed(v), *p_holm(v)) for c, v in cells)))
+        lines.append((r["group"], r["label"],
+                      *("–" if c is None else spanned(c) if v is None else "{}, p {}, McNemar {}".format(signed(v), *p_holm(v)) for c, v in cells)))
     lines += [("baseline", *row) for row in baseline_rows(results, PROBES)]
-    return Table("Where a part helps: closed accuracy on the probes, and differences from it", ("part", "row", *(f"{name} (claim of {PROBES[name][0]})" for name in PROBES)), tuple(lines),
+    return Table("Where a part helps: closed accuracy on the probes, and differences from it",
+                 ("part", "row", *(f"{name} (claim of {PROBES[name][0]})" for name in PROBES)), tuple(lines),
                  "Rows that are compared with another show the difference from it, the others accuracy; Holm over rows and probes. " + ABLATION_NOTE)
 
-CURVE_NOTE = "Equal steps, one learning rate, no search for either. Final loss: of training, mean of the last 20 steps and of the seeds. Best constant: of the same training cases. " + INSTRUMENT + TESTS + "Research use only."
+CURVE_NOTE = ("Equal steps, one learning rate, no search for either. Final loss: of training, mean of the last 20 steps and of the seeds. "
+              "Best constant: of the same training cases. " + INSTRUMENT + TESTS + "Research use only.")
 
 def curve_table(results):
     "Accuracy and final loss against the share of the training cases, beside the best constant and chance."
     curve, lines = results.get("curve", {}), []
     for share, c in curve.get("difference", {}).items():
-        lines.append((f"{share} %", *(spanned(curve[k][share]) for k in (*CURVE, "constant")), spanned(results["baselines"]["chance"]["phantom"]["mean"]), signed(c), *p_holm(c), *(f"{curve['loss'][k][share]:.3f}" for k in CURVE)))
-    return Table("Data efficiency: closed accuracy against the share of the training cases", ("training cases", *CURVE, "best constant", "chance", "difference", "p (Holm)", "McNemar (Holm)", *(f"final loss, {k}" for k in CURVE)), tuple(lines), CURVE_NOTE)
+        lines.append((f"{share} %", *(spanned(curve[k][share]) for k in (*CURVE, "constant")), spanned(results["baselines"]["chance"]["phantom"]["mean"]),
+                      signed(c), *p_holm(c), *(f"{curve['loss'][k][share]:.3f}" for k in CURVE)))
+    return Table("Data efficiency: closed accuracy against the share of the training cases",
+                 ("training cases", *CURVE, "best constant", "chance", "difference", "p (Holm)", "McNemar (Holm)", *(f"final loss, {k}" for k in CURVE)),
+                 tuple(lines), CURVE_NOTE)
 
 def differences_figure(results, corpus="phantom", title=""):
     "Forest of the rows' differences on a corpus, by part."

@@ -52,7 +52,7 @@ class PackedVolumes(torch.utils.data.Dataset):
         self.store, self.tokenizer, self.config, self.seed, self.constant = store, processor.tokenizer, config, seed, constant
         self.weighting, self.forms, self.policy = weighting, forms, policy
         self.groups = list(by_image([s for s in samples if s.task in tasks]).items())
-        self.prefix, self.epoch = image_prefix(self.tokenizer, config.visual_tokens), 0
+        self.prefix, self.epoch, self.known = image_prefix(self.tokenizer, config.visual_tokens), 0, {}
 
     def __len__(self): return len(self.groups)
     def __getitem__(self, i):
@@ -60,9 +60,15 @@ class PackedVolumes(torch.utils.data.Dataset):
         instruction = instruction_index(self.seed, self.epoch, image)
         pairs = [task_pair(s, self.config.answer_style, instruction)
                  for s in samples if self.forms == "both" or len(samples) == 1 or asked_now(s, self.seed, self.epoch)]
-        segments = [(prompt_ids(self.tokenizer, p), target_ids(self.tokenizer, t)) for p, t in pairs]
         features = self.store[image][0] if self.constant is None else self.constant
-        return i, features, pack_examples(self.prefix, segments, self.config.context, self.policy, self.weighting)
+        return i, features, pack_examples(self.prefix, [self.segment(*pair) for pair in pairs], self.config.context, self.policy, self.weighting)
+
+    def segment(self, prompt, target):
+        "Their token ids; the same words come again with other volumes and in later epochs, so up to 65,536 pairs are remembered."
+        if (prompt, target) in self.known: return self.known[prompt, target]
+        ids = prompt_ids(self.tokenizer, prompt), target_ids(self.tokenizer, target)
+        if len(self.known) < 2**16: self.known[prompt, target] = ids
+        return ids
 
     def names(self, rows):
         "The images of the rows of a batch."
