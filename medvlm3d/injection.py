@@ -52,7 +52,9 @@ def as_tokens(x):
 # %% ../nbs/05_injection.ipynb #c0986c0d
 def attend(query, key, value, mask=None):
     "Softmax attention, one head, scale 1/√C: (…, M, C), (…, L, C), (…, L, C) → (…, M, C); mask (M, L) allows. Eq. (18)."
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    if query.ndim != 3: return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    heads = (t.unsqueeze(1) for t in (query, key, value))      # torch's fused kernels want an axis of heads
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask).squeeze(1)
 
 # %% ../nbs/05_injection.ipynb #4a5f4b4a
 def regions(x, scale):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['READER', 'known_of', 'fact_table', 'architecture', 'cost', 'crossmodal_table', 'titled', 'paper_tables',
-           'write_paper_tables', 'interval', 'found', 'tested', 'rows_compared', 'listing', 'sorted_out', 'trainings',
-           'seeing_line', 'types_line', 'against_paper', 'encoders_compared', 'modules_line', 'probes_line',
-           'curve_line', 'findings']
+           'write_paper_tables', 'interval', 'found', 'tested', 'rows_compared', 'listing', 'points', 'sorted_out',
+           'trainings', 'seeing_line', 'types_line', 'against_paper', 'encoders_compared', 'modules_line',
+           'probes_line', 'curve_line', 'findings']
 
 # %% ../nbs/16e_tables.ipynb #15b2d34f
 from pathlib import Path
@@ -95,13 +95,17 @@ def rows_compared(results, corpora=("phantom",)):
 
 def listing(rows): return "; ".join(f"{label} ({tested(v)})" + (f" on `{c}`" if c != "phantom" else "") for label, c, v in rows) or "none"
 
+def points(head, *said):
+    "A line of findings with its points below it, as Markdown inside a numbered list; empty ones are left out."
+    return head + "".join(f"\n   - {one}" for one in said if one)
+
 def sorted_out(rows):
-    "What was found worse and better among `rows`, and how many are open."
+    "Three points: what was found worse and better among `rows`, and how many are open."
     worse, better = ([r for r in rows if found(r[2]) and r[2]["difference"] * sign > 0] for sign in (-1, 1))
     largest = max((abs(v["difference"]) for _, _, v in rows if not found(v)), default=0)
     left = len(rows) - len(worse) - len(better)
-    return (f"worse: {listing(worse)}; better: {listing(better)}; "
-            + (f"for the other {left} no difference is resolved (the largest is {largest:.1f} points)" if left else "all are resolved"))
+    return (f"worse: {listing(worse)}", f"better: {listing(better)}",
+            f"no difference resolved for the other {left} (the largest is {largest:.1f} points)" if left else "all are resolved")
 
 def trainings(results):
     "Over how many trainings the mean over types was measured, and what they gave."
@@ -154,7 +158,7 @@ def encoders_compared(results):
     rows = results["rows"]
     said = [f"{r['label']} against {rows[r['versus row']]['label']} ({tested(r['versus']['phantom']['mean'])})"
             for r in rows.values() if r.get("group") == "encoder" and "phantom" in r.get("versus", {})]
-    return f" Encoder: {'; '.join(said)}." if said else ""
+    return f"encoder: {'; '.join(said)}" if said else ""
 
 def modules_line(results):
     "Which parts matter in the ablation's instrument, and what the paper says of the same parts."
@@ -163,16 +167,18 @@ def modules_line(results):
     levels = [f"{name} {cell['phantom']['mean']['mean']:.1f}" for name, cell in
               (("best constant", results.get("baselines", {}).get("constant")), ("chance", results.get("baselines", {}).get("chance"))) if cell]
     start = f" Full method {', '.join([interval(full, 'mean') + ' %', *levels])}." if full else ""
-    return (f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, "
-            f"{results['cases']['phantom']} paired test cases, {len(rows)} rows, p by Holm.{start} "
-            f"Against the row they are compared with, {sorted_out(rows)}. The paper's rows: {against_paper(results)}.{encoders_compared(results)}")
+    return points(f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, {results['cases']['phantom']} paired test cases, {len(rows)} rows, "
+                  f"p by Holm.{start} Against the row they are compared with:",
+                  *sorted_out(rows), f"the paper's rows: {against_paper(results)}", encoders_compared(results))
 
 def probes_line(results):
     "Where parts matter: the probes."
     if not results.get("rows"): return "**Where do they matter?** Not run."
     probes = {c: n for c, n in results.get("cases", {}).items() if c != "phantom"}
-    return (f"**Where do they matter?** Same reader, on the probes ({', '.join(f'`{c}` {n} cases' for c, n in probes.items())}), "
-            f"p by Holm over rows and probes: {sorted_out(rows_compared(results, probes))}.")
+    full = results["rows"].get("full", {}).get("cells", {})
+    levels = ", ".join(f"`{c}` {n} cases" + (f", full method {interval(full[c]['mean'], 'mean')} %" if c in full else "") for c, n in probes.items())
+    return points(f"**Where do they matter?** Same reader, on the probes ({levels}), p by Holm over rows and probes:",
+                  *sorted_out(rows_compared(results, probes)))
 
 def curve_line(results):
     "What more data bring, and what the frozen encoder saves."
