@@ -242,7 +242,7 @@ def test_files_are_utf8_and_whole():
 
 
 def test_research_use_only_is_said():
-    for name in ("README.md", "nbs/index.ipynb", "medvlm3d/cli.py"): assert "esearch use only" in (ROOT/name).read_text(encoding="utf-8"), name
+    for name in ("README.md", "nbs/index.ipynb", "medvlm3d/scan_cli.py"): assert "esearch use only" in (ROOT/name).read_text(encoding="utf-8"), name
     for group in ([], ["data"]): assert "Research use only" in CliRunner().invoke(app, [*group, "--help"]).output, group
 
 

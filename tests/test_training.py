@@ -23,6 +23,7 @@ from medvlm3d.model import MedVLM3D
 from medvlm3d.phantom import make_phantom
 from medvlm3d.prediction import predict_items
 from medvlm3d.reader import make_reader, reader_tokenizer
+from medvlm3d.tokenization import prompt_ids, target_ids
 from medvlm3d.training import PackedVolumes, Plan, begin, launch, measure_targets, train, train_stage
 from medvlm3d.volume import Preprocess
 
@@ -100,16 +101,29 @@ def test_plans_choices_arrive(corpus, tmp_path, monkeypatch, capsys):
     assert f"({cut.manifest['truncated_tokens']} tokens)" in (cut/"model"/"README.md").read_text()
 
 
-def test_tokens_that_are_cut_are_counted_as_they_are_packed(corpus):
-    from medvlm3d.features import FeatureStore
-    from medvlm3d.model import assemble
+def packed(corpus, **how):
+    "The corpus' training questions, packed for a reader with a context of 40."
     from medvlm3d.connector import MedVLM3DConfig
+    from medvlm3d.features import FeatureStore
     from medvlm3d.language import load_tokenizer
+    from medvlm3d.model import assemble
     reader = str(corpus[0]/"reader")
     model = assemble(MedVLM3DConfig(**{**plan(corpus).model, "context": 40}), load_llm(reader), load_tokenizer(reader))
     samples = [s for s in load_m3d(corpus[0]/"data") if s.split == "train" and s.task != "report"]
-    data = PackedVolumes(samples, FeatureStore(corpus[0]/"store"), model.processor, model.config, ("closed", "open"), policy="truncate")
+    return samples, model, PackedVolumes(samples, FeatureStore(corpus[0]/"store"), model.processor, model.config, ("closed", "open"), **how)
+
+
+def test_tokens_that_are_cut_are_counted_as_they_are_packed(corpus):
+    samples, model, data = packed(corpus, policy="truncate")
     assert measure_targets(samples, model.config, model.processor.tokenizer, "truncate")[1] == sum(data[i][2].truncated for i in range(len(data))) > 0
+
+
+def test_remembered_words_keep_their_ids(corpus):
+    "Packing and truncating leave what is remembered as it was, and a second pass packs the same."
+    _, model, data = packed(corpus, policy="truncate")
+    first, tokenizer = [data[i][2] for i in range(len(data))], model.processor.tokenizer
+    assert [data[i][2] for i in range(len(data))] == first
+    assert data.known and all(ids == (prompt_ids(tokenizer, p), target_ids(tokenizer, t)) for (p, t), ids in data.known.items())
 
 
 def test_features_made_otherwise_neither_train_nor_answer(corpus, tmp_path):
