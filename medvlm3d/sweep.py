@@ -168,7 +168,8 @@ INSTRUMENT = ("The probe reader of notebook 16e_heads on phantoms, no language m
 TESTS = ("p: permutation of cases, on the mean over seeds. "
          "McNemar: each seed alone, questions taken as independent, pooled over seeds by their median. Both adjusted by Holm. ")
 ABLATION_NOTE = (f"Here: {INSTRUMENT[0].lower()}{INSTRUMENT[1:]}{TESTS}Best constant: of the options offered, "
-                 "the answer most frequent in training for the corpus and type. The paper: whole model on M3D, protocol m3d, one run. Research use only.")
+                 "the answer most frequent in training for the corpus and type. Fusion, injection and downsampling: on evenly spaced slices. "
+                 "The paper: whole model on M3D, protocol m3d, one run. Research use only.")
 
 def spanned(c, key="mean"):
     return (f"{c[key]:.1f}" + (f" [{c['low']:.1f}, {c['high']:.1f}]" if c.get("low") is not None else "")
