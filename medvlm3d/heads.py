@@ -76,18 +76,17 @@ class ProbeReader(nn.Module):
 
 # %% ../nbs/16e_heads.ipynb #91746af4
 class VolumeEncoder(nn.Module):
-    "Volumes (B, D, H, W) in [0, 1] → a grid (B, *size, c): four 3D convolutions with group norm, then adaptive pooling; trained from scratch."
+    "Volumes (B, D, H, W) in [0, 1] → a grid (B, *size, c): patches, three 3D convolutions with group norm, adaptive pooling; trained from scratch."
     def __init__(self, size, channels, widths=(16, 32, 64)):
         super().__init__()
         self.size = tuple(size)
-        def reduce(a, b, stride):
-            kernel, padding = [s + 1 + s % 2 for s in stride], [(s + s % 2) // 2 for s in stride]
-            return nn.Conv3d(a, b, kernel, stride, padding), nn.GroupNorm(8, b), nn.GELU()
-        steps = zip((1, *widths), widths, ((2, 4, 4), (2, 2, 2), (1, 2, 2)))
-        self.layers = nn.Sequential(*(part for step in steps for part in reduce(*step)),
+        patches = nn.Conv3d(1, widths[0], (2, 4, 4), (2, 4, 4))
+        steps = zip(widths, widths[1:], ((2, 2, 2), (1, 2, 2)))
+        convolutions = (part for a, b, stride in steps for part in (nn.Conv3d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.GELU()))
+        self.layers = nn.Sequential(patches, nn.GroupNorm(8, widths[0]), nn.GELU(), *convolutions,
                                     nn.Conv3d(widths[-1], channels, 3, padding=1), nn.GroupNorm(8, channels))
     def forward(self, volumes):
-        return F.adaptive_avg_pool3d(self.layers(volumes[:, None] * 4 - 2), self.size).movedim(1, -1)
+        return F.adaptive_avg_pool3d(self.layers(volumes[:, None]), self.size).movedim(1, -1)
 
 # %% ../nbs/16e_heads.ipynb #cca5d5b7
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOTICE', 'scan_app', 'Series', 'Frame', 'AxisOrder', 'Modality', 'Intensity', 'Suv', 'NonFinite', 'MaxVoxels',
-           'open_scan', 'predict', 'note_unknown', 'demo_model', 'load_model', 'answer_dict', 'readable',
+           'scans', 'open_scan', 'predict', 'note_unknown', 'demo_model', 'load_model', 'answer_dict', 'readable',
            'draw_overlay', 'encode', 'write_features']
 
 # %% ../nbs/16f_scan_cli.ipynb #7aa189f2
@@ -19,6 +19,10 @@ from .data_cli import say
 # %% ../nbs/16f_scan_cli.ipynb #50901dfb
 NOTICE = "Research use only, not a medical device."
 scan_app = typer.Typer(no_args_is_help=True)
+
+@scan_app.callback()
+def scans(): "Ask about a scan, or keep the features of many. Research use only, not a medical device."
+
 Series = Annotated[Optional[int], typer.Option(help="Of several DICOM series: which, from 0.")]
 Frame = Annotated[Optional[int], typer.Option(help="Of several volumes in one file: which, from 0.")]
 AxisOrder = Annotated[Optional[str], typer.Option(help="Axes of an array (DHW), or the orientation a header lacks (RAS).")]
