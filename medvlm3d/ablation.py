@@ -38,7 +38,7 @@ class Row:
     group: str
     label: str
     encoder: str = "dinov2-s"
-    pixels: int = 112
+    pixels: int = 84
     selection: str = "cosine"
     rho: float = 28
     fusion: str = "both"

@@ -190,7 +190,7 @@ def curve_line(results):
     ahead, behind = ([s for s, c in versus.items() if found(c) and c["difference"] * sign > 0] for sign in (1, -1))
     left = [s for s in versus if s not in ahead + behind]
     sides = [f"{what} at {', '.join(shares)} %" for what, shares in (("ahead", ahead), ("behind", behind), ("no difference resolved", left)) if shares]
-    return (f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps, one learning rate, no search for either; "
+    return (f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps, each side with a learning rate of its own; "
             f"at {'; at '.join(shown)} (Holm). The frozen encoder: {'; '.join(sides)}. A pre-trained 3D encoder was not compared.")
 
 def findings(study=None, ablation=None):
