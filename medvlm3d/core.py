@@ -120,9 +120,11 @@ def git_commit():
     return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno", "--", ".", ":!reports").stdout.strip() else "")
 
 def hardware():
-    "The device in words, without host or user names."
+    "The device in words, without host or user names; times of CPUs with and without bf16 instructions are not comparable."
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "gpus": gpus}
+    bf16 = {"AVX512-BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
+    instructions = " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name, there in bf16.items() if there)])
+    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "instructions": instructions, "gpus": gpus}
 
 # %% ../nbs/00_core.ipynb #42e45564
 class RunFolder:

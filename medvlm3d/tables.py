@@ -191,7 +191,8 @@ def curve_line(results):
     left = [s for s in versus if s not in ahead + behind]
     sides = [f"{what} at {', '.join(shares)} %" for what, shares in (("ahead", ahead), ("behind", behind), ("no difference resolved", left)) if shares]
     return (f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps, each side with a learning rate of its own; "
-            f"at {'; at '.join(shown)} (Holm). The frozen encoder: {'; '.join(sides)}. A pre-trained 3D encoder was not compared.")
+            f"at {'; at '.join(shown)} (Holm). The frozen encoder: {'; '.join(sides)}. It reads the kept slices, the other all voxels. "
+            "A pre-trained 3D encoder was not compared.")
 
 def findings(study=None, ablation=None):
     "Five lines of Markdown: what was found, and with what certainty."
