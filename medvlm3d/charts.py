@@ -34,7 +34,9 @@ def reliability_figure(systems, title=""):
 def centre(c): return next(c[k] for k in ("difference", "mean", "value") if k in c)
 
 def forest_figure(groups, xlabel="difference (points)", zero=0., title="", width=6.4):
-    "Rows (label, cell) under the headings of `groups`, from top to bottom, with 95 % intervals; `zero` None draws no line of reference."
+    """Rows (label, cell) under the headings of `groups`, from top to bottom, with 95 % intervals; `zero` None draws no line of reference.
+
+    A dot is open where the interval holds zero, or where a cell's `p_holm` is not below .05."""
     import seaborn as sns
     if not any(groups.values()): raise MedVLM3DError("forest", "has no row", "Run something first.")
     lines = [row for name, rows in groups.items() if rows for row in [(name, None), *rows]]
@@ -42,7 +44,7 @@ def forest_figure(groups, xlabel="difference (points)", zero=0., title="", width
     if zero is not None: ax.axvline(zero, color="k", ls="--", lw=.8)
     for y, (_, c) in enumerate(lines):
         if c is None: continue
-        crosses = zero is not None and c["low"] is not None and c["low"] <= zero <= c["high"]
+        crosses = zero is not None and c["low"] is not None and c["low"] <= zero <= c["high"] or c.get("p_holm", 0) >= .05
         if c["low"] is not None: ax.plot([c["low"], c["high"]], [y, y], color="C0", lw=1.2)
         ax.plot(centre(c), y, "o", ms=4.5, color="C0", mfc="w" if crosses else "C0")
     ax.set(yticks=range(len(lines)), ylim=(len(lines) - .4, -.6), xlabel=xlabel)
