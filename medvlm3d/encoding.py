@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['encode_volume', 'StoreSpec', 'plain', 'differences', 'shortened', 'stamp', 'volume_hashes', 'volume_digest', 'told',
-           'volume_key', 'map_ahead', 'or_problem', 'encode_many']
+           'volume_key', 'map_ahead', 'or_problem', 'thread_pool', 'abreast', 'encode_many']
 
 # %% ../nbs/10_encoding.ipynb #5b39338c
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -111,10 +112,27 @@ def or_problem(where, act, mine=Exception):
     except MedVLM3DError as e: return Problem(where, e.why, e.remedy)
     except mine as e: return Problem(where, f"cannot be read ({type(e).__name__})", "Restore or remove the file.")
 
-def encode_many(images, load, encode, workers=1, ahead=3, places=None):
-    "Yield (image, what `encode` gives, or a `Problem` at its place in `places`) for each image: `load(image)` in threads, `encode` of that here."
+@contextmanager
+def thread_pool(workers, threads):
+    "A pool of `workers` threads, each of which computes on `threads` cores; the caller's own number is as before afterwards."
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,)) as pool: yield pool
+    finally: torch.set_num_threads(before)
+
+def abreast(device):
+    "How many volumes are encoded at once: on a CPU one a core, at most eight; one on other devices, which are filled by a single volume."
+    return min(8, torch.get_num_threads()) if torch.device(device).type == "cpu" else 1
+
+def encode_many(images, load, encode, workers=1, ahead=3, places=None, many=1):
+    """Yield (image, what `encode` gives, or a `Problem` at its place in `places`) for each image, in order.
+
+    `load(image)` runs in `workers` threads, `encode` of that in `many` threads, which have the cores in equal parts."""
     def where(image): return (places or {}).get(image) or f"volume {alias(image)}"
-    def loaded(image): return or_problem(where(image), lambda: load(image))
-    with ThreadPoolExecutor(workers) as pool:
-        for image, pixels in zip(images, map_ahead(pool, loaded, images, ahead)):
-            yield image, pixels if isinstance(pixels, Problem) else or_problem(where(image), lambda: encode(pixels), MedVLM3DError)
+    def loaded(image): return image, or_problem(where(image), lambda: load(image))
+    def encoded(pair):
+        image, pixels = pair
+        return image, pixels if isinstance(pixels, Problem) else or_problem(where(image), lambda: encode(pixels), MedVLM3DError)
+    with ThreadPoolExecutor(workers) as readers, thread_pool(many, max(1, torch.get_num_threads() // many)) as encoders:
+        yield from map_ahead(encoders, encoded, map_ahead(readers, loaded, images, ahead), many)
+

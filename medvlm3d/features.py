@@ -22,7 +22,7 @@ from .checks import OTHER_VOLUME, alias, reading, reason
 from .core import MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, sha256_tensors, write_json
 from .datasets import Problem, by_image, read_image, settle
 from .encoder import load_encoder, quick_dtype
-from .encoding import StoreSpec, differences, encode_many, encode_volume, map_ahead, or_problem, stamp, told, volume_hashes
+from .encoding import StoreSpec, abreast, differences, encode_many, encode_volume, map_ahead, or_problem, stamp, told, volume_hashes
 from .manifest import load_samples
 from .ranks import Ranks, only_writer, or_one_line, rank_device
 from .readers import read_volume
@@ -141,12 +141,12 @@ def volume_keys(root, images, known, samples=(), fresh=False, workers=1, places=
         return {"key": digest + told(path, **(reading(s) if s else {})), "stamp": mark, "sha256": whole}
     with ThreadPoolExecutor(workers) as pool: return dict(zip(images, pool.map(lambda i: or_problem(places[i], lambda: look(i)), images)))
 
-def encode_missing(path, todo, load, encode, shard_size, workers, bar, places=None):
-    "Encode `todo` (image → key) into new shards below `path`: `load` gives pixels and notes, `encode` passes the notes on; returns the problems."
+def encode_missing(path, todo, load, encode, shard_size, workers, bar, places=None, many=1):
+    "Encode `todo` (image → key) into new shards below `path`: `load` gives pixels and notes, `encode`, `many` at once, passes them on; returns the problems."
     ready, said, problems = {}, {}, []
     def write(): return write_shard(path, ready, said)
     try:
-        for image, found in encode_many(todo, load, encode, workers, places=places):
+        for image, found in encode_many(todo, load, encode, workers, places=places, many=many):
             if isinstance(found, Problem): problems.append(found)
             else: ready[todo[image]], said[todo[image]] = found
             if len(ready) == shard_size:
@@ -196,7 +196,7 @@ def encode_images(path, root, images, encoder, preprocess, rho=28, strategy="cos
         with ranks.bar(len(todo), 0, "encode", "volumes", progress) as bar:
             def load(image): return preprocess(volume := read(Path(root)/image, **listed.get(image, {}))), volume.warnings
             def encode(loaded): return encode_volume(loaded[0], encoder, preprocess, rho, strategy, seed, grid), loaded[1]
-            problems += sum(ranks.gather(encode_missing(path, todo, load, encode, shard_size, workers, bar, places)), [])
+            problems += sum(ranks.gather(encode_missing(path, todo, load, encode, shard_size, workers, bar, places, abreast(encoder.like.device))), [])
         store = FeatureStore(path, spec)
         for line in remarks_counted(store, images) if progress and not ranks.rank else (): print(line, file=sys.stderr)
         ranks.lead(lambda: settle(relative(path), problems, rejects))

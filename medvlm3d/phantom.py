@@ -130,7 +130,7 @@ class Item:
 def draw_item(item):
     "The demonstration's drawing: a CT."
     scene = draw_scene(item.case, item.shape)
-    return to_unit(draw_ct(scene)), scene.masks, {}
+    return to_unit(draw_ct(scene, item.contrast)), scene.masks, {}
 
 def write_item(job):
     "Write one item's volume (1, D, H, W; float16 in [0, 1]), masks and text; return its row of truth."
@@ -188,11 +188,12 @@ def numbered(sizes):
     "(split, number of cases, first id) of each split of a corpus."
     return zip(sizes, sizes.values(), np.cumsum([0, *sizes.values()]).tolist())
 
-def make_phantom(root, train=840, validation=120, test=240, shape=(32, 112, 112), seed=0, workers=2, progress=True):
-    "Draw a phantom corpus in M3D's layout at `root` with disjoint cases per split; returns the rows of truth."
+def make_phantom(root, train=840, validation=120, test=240, shape=(32, 112, 112), seed=0, workers=2, progress=True, contrast=1.):
+    "Draw a phantom corpus in M3D's layout at `root` with disjoint cases per split, findings at `contrast` times their own; returns the rows of truth."
     sizes = {"train": train, "validation": validation, "test": test}
-    items = [Item(case, split, draw_item, tuple(shape)) for split, n, first in numbered(sizes) for case in sample_cases(n, seed, first=first)]
-    return write_corpus(root, items, {**sizes, "shape": list(shape), "seed": seed, "version": 2}, seed, workers=workers, progress=progress)
+    items = [Item(case, split, draw_item, tuple(shape), contrast) for split, n, first in numbered(sizes) for case in sample_cases(n, seed, first=first)]
+    config = {**sizes, "shape": list(shape), "seed": seed, "version": 2} | ({"contrast": contrast} if contrast != 1 else {})
+    return write_corpus(root, items, config, seed, workers=workers, progress=progress)
 
 def read_truth(root):
     "The rows of `truth.jsonl`, by image path."

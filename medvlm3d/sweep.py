@@ -5,24 +5,27 @@
 # %% auto #0
 __all__ = ['CORPORA', 'CURVE', 'INSTRUMENT', 'TESTS', 'ABLATION_NOTE', 'CURVE_NOTE', 'percent', 'right_answers', 'groups_within',
            'over_groups', 'pooled', 'versus', 'score_rows', 'score_baselines', 'adjust_family', 'adjust', 'subset',
-           'run_curve', 'curve_constants', 'score_curve', 'ablate', 'spanned', 'p_holm', 'baseline_rows', 'paper_text',
-           'ablation_table', 'probe_table', 'curve_table', 'differences_figure', 'data_figure', 'ablation_tables',
-           'render_ablation']
+           'curve_reader', 'run_curve', 'curve_constants', 'score_curve', 'ablate', 'dial_text', 'spanned', 'p_holm',
+           'baseline_rows', 'paper_text', 'ablation_table', 'probe_table', 'curve_table', 'differences_figure',
+           'data_figure', 'ablation_tables', 'render_ablation']
 
 # %% ../nbs/16e_sweep.ipynb #d6f83499
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 
-from .ablation import Row, Slices, chances, constant_letters, draw_corpora, images_of, items_of, read_rows, run_probe, run_rows
+from .ablation import Row, Slices, chances, constant_letters, draw_corpora, items_of, read_rows, run_rows
 from .charts import curve_figure, forest_figure
 from .core import MedVLM3DError, RunFolder, open_run, project_root, relative, sha256_json, write_json
 from .features import FeatureStore
-from .heads import Lesson, ProbeReader, VolumeEncoder, answer_table
+from .heads import Lesson, Pooled, ProbeReader, VolumeEncoder
 from .probes import PROBES
 from .readers import read_volume
 from .report import Table, p_text, published, published_value, save_figure, signed, write_table
+from .trials import Bench, Trial, images_of, run_trials
 from .uncertainty import compare_seeds, holm, mcnemar, over_seeds
 from .volume import Preprocess
 
@@ -93,32 +96,36 @@ def adjust(scored):
     return scored
 
 # %% ../nbs/16e_sweep.ipynb #ac25b81b
-CURVE = ("frozen 2D encoder", "3D encoder from scratch")
+CURVE = {"kept": "frozen 2D encoder, kept slices", "all": "frozen 2D encoder, all slices", "3D": "3D encoder from scratch"}
 
 def subset(images, share, seed):
     "The first `share` percent of `images` in an order drawn from `seed`."
     order = np.random.default_rng((seed, 7)).permutation(len(images))
     return [images[i] for i in sorted(order[:max(2, round(len(images) * share / 100))])]
 
-def run_curve(out, data, store, samples, lesson, volume_lr, channels, grid, shares, seeds, preprocess, config, progress=True):
-    "Label → share → records, one per seed, of both encoders on the phantom; the 3D encoder learns at the rate `volume_lr`."
+def curve_reader(table, side, size, channels):
+    "The probe reader of a side: all see a grid of `size` and `channels` in the end."
+    fronts = {"kept": lambda: None, "all": lambda: Pooled(size), "3D": lambda: VolumeEncoder(size, channels)}
+    return ProbeReader(size, table, channels, front=fronts[side]())
+
+def run_curve(out, data, store, samples, lesson, volume_lr, channels, grid, shares, seeds, preprocess, config, workers=2, progress=True):
+    "Side of `CURVE` → share → records, one per seed, on the phantom; the 3D encoder learns at the rate `volume_lr`."
     samples = [s for s in samples if s.image.startswith("phantom/")]
-    train, test = images_of(samples, "train"), images_of(samples, "test")
-    images, table, row = train + test, answer_table([s for s in samples if s.split == "train"]), Row("curve", "", "", selection="uniform")
-    frozen = Slices(store, images, train, channels, grid, progress).kept(row)
-    size = tuple(frozen.shape[1:4])
+    train, row = images_of(samples, "train"), Row("curve", "", "", selection="uniform")
+    images = train + images_of(samples, "test")
+    slices = Slices(store, images, train, channels, grid, progress)
+    kept = slices.kept(row.rho, row.selection)
     volumes = torch.stack([preprocess(read_volume(data/image)).half() for image in images])
-    makers = {CURVE[0]: (frozen, lesson, lambda: ProbeReader(size, table, channels)),
-              CURVE[1]: (volumes, replace(lesson, lr=volume_lr), lambda: ProbeReader(size, table, channels, front=VolumeEncoder(size, channels)))}
-    found = {}
-    for label, (inputs, lesson, make) in makers.items():
-        for share in shares:
-            for seed in seeds:
-                key = sha256_json([label, share, asdict(lesson), channels, config, store.spec if label == CURVE[0] else None])
-                path = out/"curve"/f"{label.split()[0]}-{share:g}-seed-{seed}.json"
-                record = run_probe(path, key, make, inputs, images, samples, table, lesson, seed, progress, subset(train, share, seed))
-                found.setdefault(label, {}).setdefault(share, []).append(record)
-    return found
+    def trial(side, share, seed):
+        mine = replace(lesson, lr=volume_lr) if side == "3D" else lesson
+        key = sha256_json([side, share, asdict(mine), channels, config, store.spec])
+        make = partial(curve_reader, side=side, size=(kept.shape[1], *grid), channels=channels)
+        return Trial(out/"curve"/f"{side}-{share:g}-seed-{seed}.json", key, make, mine, seed, "volumes" if side == "3D" else "slices",
+                     kept if side == "kept" else None, tuple(subset(train, share, seed)))
+    trials = {at: trial(*at) for at in product(reversed(CURVE), shares, seeds)}      # the longest first
+    found = dict(zip(trials, run_trials(Bench({"slices": slices.grids, "volumes": volumes}, images, samples), [*trials.values()],
+                                        workers, progress, "curve of data")))
+    return {side: {share: [found[side, share, seed] for seed in seeds] for share in shares} for side in CURVE}
 
 def curve_constants(samples, shares, seeds):
     "Share → letters of the best constant of the same training cases of the phantom, one text a seed."
@@ -127,21 +134,22 @@ def curve_constants(samples, shares, seeds):
     return {share: [constant_letters(samples, {*subset(train, share, seed)}) for seed in seeds] for share in shares}
 
 def score_curve(found, constants, items, seed=0, n=2000):
-    """`curve` of `results.json`: cells of both labels and of the `constants`, the difference of the first from the second label,
+    """`curve` of `results.json`: cells of each side and of the `constants`, the differences of the frozen encoder's from the 3D encoder's,
     and the mean loss of the last 20 steps, each by share."""
     items = [i for i in items if i[2] == "phantom"]
-    clusters, right = [i[1] for i in items], {label: {f"{share:g}": right_answers(r, items) for share, r in shares.items()} for label, shares in found.items()}
+    clusters, right = [i[1] for i in items], {side: {f"{share:g}": right_answers(r, items) for share, r in shares.items()} for side, shares in found.items()}
     right["constant"] = {f"{share:g}": right_answers([{"letters": l} for l in letters], items) for share, letters in constants.items()}
-    cells = {label: {share: percent(over_seeds(r, clusters, seed, n)) for share, r in shares.items()} for label, shares in right.items()}
-    differences = {share: versus(r, right[CURVE[1]][share], clusters, seed, n) for share, r in right[CURVE[0]].items()}
-    adjust_family([*differences.values()])
-    loss = {label: {f"{share:g}": round(float(np.mean([r["loss"] for r in records])), 4) for share, records in shares.items()}
-            for label, shares in found.items()}
+    cells = {side: {share: percent(over_seeds(r, clusters, seed, n)) for share, r in shares.items()} for side, shares in right.items()}
+    differences = {side: {share: versus(r, right["3D"][share], clusters, seed, n) for share, r in right[side].items()} for side in ("kept", "all")}
+    adjust_family([cell for shares in differences.values() for cell in shares.values()])
+    loss = {side: {f"{share:g}": round(float(np.mean([r["loss"] for r in records])), 4) for share, records in shares.items()}
+            for side, shares in found.items()}
     return {**cells, "difference": differences, "loss": loss}
 
+
 # %% ../nbs/16e_sweep.ipynb #2cd4fdb4
-def ablate(out, data, store, rows="runs/ablate", train=500, test=320, probe_train=96, probe_test=64, dial=None, depth=24, size=84, channels=32,
-           grid=(6, 6), steps=300, batch=32, lr=3e-3, volume_lr=1e-3, seeds=(0, 1, 2), shares=(5, 10, 25, 50, 100),
+def ablate(out, data, store, rows="runs/ablate", train=500, test=320, probe_train=180, probe_test=100, dial=None, depth=24, size=84, channels=32,
+           grid=(6, 6), steps=300, batch=32, lr=3e-3, volume_lr=2e-3, seeds=(0, 1, 2), shares=(5, 10, 25, 50, 100),
            drawn=0, resamples=2000, workers=2, progress=True):
     "Run what is missing of an ablation and of the data curve; write and return `results.json`. `shares` empty: no curve."
     folder, data, store = (project_root()/p for p in (out, data, store))
@@ -153,10 +161,10 @@ def ablate(out, data, store, rows="runs/ablate", train=500, test=320, probe_trai
         samples, cluster = draw_corpora(data, **corpora, workers=workers, progress=progress)
         items = items_of(samples, cluster)
         write_json(folder/"items.json", items)
-        scored = score_rows(run_rows(folder, table, store, data, samples, lesson, channels, tuple(grid), seeds, preprocess, corpora, progress),
+        scored = score_rows(run_rows(folder, table, store, data, samples, lesson, channels, tuple(grid), seeds, preprocess, corpora, workers, progress),
                             table, items, n=resamples)
         found = run_curve(folder, data, FeatureStore(store/table["full"].encoder), samples, lesson, volume_lr, channels, tuple(grid),
-                          shares, seeds, preprocess, corpora, progress) if shares else {}
+                          shares, seeds, preprocess, corpora, workers, progress) if shares else {}
         results = {"schema": "medvlm3d.ablation/1", **config, "items": {c: len([i for i in items if i[2] == c]) for c in CORPORA},
                    "cases": {c: len({i[1] for i in items if i[2] == c}) for c in CORPORA}, "rows": scored,
                    "baselines": score_baselines(constant_letters(samples), chances(samples), items, n=resamples),
@@ -173,6 +181,12 @@ TESTS = ("p: permutation of cases, on the mean over seeds. "
 ABLATION_NOTE = (f"Here: {INSTRUMENT[0].lower()}{INSTRUMENT[1:]}{TESTS}Best constant: of the options offered, "
                  "the answer most frequent in training for the corpus and type. Fusion, injection and downsampling: on evenly spaced slices. "
                  "The paper: whole model on M3D, protocol m3d, one run. Research use only.")
+
+def dial_text(results):
+    "Where the dial of each corpus stood."
+    turned = results.get("corpora", {}).get("dial", {})
+    said = [f"{name} {', '.join(f'{k} {v:g}' for k, v in how.items())}" for name, how in turned.items()]
+    return f"Findings, times those of notebooks 08 and 08c: {'; '.join(said)}. " if said else ""
 
 def spanned(c, key="mean"):
     return (f"{c[key]:.1f}" + (f" [{c['low']:.1f}, {c['high']:.1f}]" if c.get("low") is not None else "")
@@ -201,7 +215,8 @@ def ablation_table(results, rows=None):
                       made[r["versus row"]]["label"] if versus else "–", signed(versus) if versus else "–", *(p_holm(versus) if versus else "––")))
     lines += [("baseline", name, "–", "–", text, *"––––") for name, text in baseline_rows(results, ["phantom"])]
     return Table("Table 8: ablation, closed accuracy", ("part", "row", "paper, m3d (difference)", "tokens", "here, both protocols",
-                                                        "compared with", "difference", "p (Holm)", "McNemar (Holm)"), tuple(lines), ABLATION_NOTE)
+                                                        "compared with", "difference", "p (Holm)", "McNemar (Holm)"),
+                 tuple(lines), dial_text(results) + ABLATION_NOTE)
 
 def probe_table(results):
     "Where a part helps: each row's difference on each probe."
@@ -214,7 +229,8 @@ def probe_table(results):
     lines += [("baseline", *row) for row in baseline_rows(results, PROBES)]
     return Table("Where a part helps: closed accuracy on the probes, and differences from it",
                  ("part", "row", *(f"{name} (claim of {PROBES[name][0]})" for name in PROBES)), tuple(lines),
-                 "Rows that are compared with another show the difference from it, the others accuracy; Holm over rows and probes. " + ABLATION_NOTE)
+                 "Rows that are compared with another show the difference from it, the others accuracy; Holm over rows and probes. "
+                 + dial_text(results) + ABLATION_NOTE)
 
 CURVE_NOTE = ("Equal steps; the learning rate of each side was chosen on another draw. Final loss: of training, mean of the last 20 steps and of the seeds. "
               "Best constant: of the same training cases. " + INSTRUMENT + TESTS + "Research use only.")
@@ -222,12 +238,16 @@ CURVE_NOTE = ("Equal steps; the learning rate of each side was chosen on another
 def curve_table(results):
     "Accuracy and final loss against the share of the training cases, beside the best constant and chance."
     curve, lines = results.get("curve", {}), []
-    for share, c in curve.get("difference", {}).items():
-        lines.append((f"{share} %", *(spanned(curve[k][share]) for k in (*CURVE, "constant")), spanned(results["baselines"]["chance"]["phantom"]["mean"]),
-                      signed(c), *p_holm(c), *(f"{curve['loss'][k][share]:.3f}" for k in CURVE)))
+    for share in curve.get("kept", {}):
+        for side, label in CURVE.items():
+            c = curve["difference"].get(side, {}).get(share)
+            lines.append((f"{share} %", label, spanned(curve[side][share]), f"{curve['loss'][side][share]:.3f}",
+                          *((signed(c), *p_holm(c)) if c else "–––")))
+        lines.append((f"{share} %", "best constant", spanned(curve["constant"][share]), *"––––"))
+    if lines: lines.append(("all", "chance", spanned(results["baselines"]["chance"]["phantom"]["mean"]), *"––––"))
     return Table("Data efficiency: closed accuracy against the share of the training cases",
-                 ("training cases", *CURVE, "best constant", "chance", "difference", "p (Holm)", "McNemar (Holm)", *(f"final loss, {k}" for k in CURVE)),
-                 tuple(lines), CURVE_NOTE)
+                 ("training cases", "encoder", "accuracy", "final loss", "difference from the 3D encoder", "p (Holm)", "McNemar (Holm)"),
+                 tuple(lines), dial_text(results) + CURVE_NOTE)
 
 def differences_figure(results, corpus="phantom", title=""):
     "Forest of the rows' differences on a corpus, by part."
@@ -238,7 +258,8 @@ def differences_figure(results, corpus="phantom", title=""):
 
 def data_figure(results):
     "The curve of data of an ablation, with the best constant and chance."
-    curves = {label: {float(share): c for share, c in results["curve"][key].items()} for label, key in (*zip(CURVE, CURVE), ("best constant", "constant"))}
+    labels = {**CURVE, "constant": "best constant"}
+    curves = {label: {float(share): c for share, c in results["curve"][side].items()} for side, label in labels.items()}
     return curve_figure(curves, "closed accuracy (%)", results["baselines"]["chance"]["phantom"]["mean"]["mean"], "phantom, mean over question types")
 
 def ablation_tables(results):

@@ -6,7 +6,7 @@
 __all__ = ['READER', 'known_of', 'fact_table', 'architecture', 'cost', 'crossmodal_table', 'titled', 'paper_tables',
            'write_paper_tables', 'interval', 'found', 'tested', 'rows_compared', 'listing', 'points', 'sorted_out',
            'trainings', 'seeing_line', 'types_line', 'against_paper', 'encoders_compared', 'modules_line',
-           'probes_line', 'curve_line', 'findings']
+           'probes_line', 'curve_line', 'standing', 'findings']
 
 # %% ../nbs/16e_tables.ipynb #15b2d34f
 from pathlib import Path
@@ -15,7 +15,7 @@ from .ablation import read_rows
 from .core import RunFolder, project_root, read_json
 from .evaluation import lookup
 from .report import PUBLISHED, RESEARCH, Table, cell_text, p_text, published, published_value, report_table, signed, vqa_table, write_table
-from .sweep import CURVE, ablation_table
+from .sweep import CURVE, ablation_table, dial_text
 
 # %% ../nbs/16e_tables.ipynb #9d624abd
 def known_of(folder, name):
@@ -166,9 +166,9 @@ def modules_line(results):
     rows, full = rows_compared(results), results["rows"].get("full", {}).get("cells", {}).get("phantom", {}).get("mean")
     levels = [f"{name} {cell['phantom']['mean']['mean']:.1f}" for name, cell in
               (("best constant", results.get("baselines", {}).get("constant")), ("chance", results.get("baselines", {}).get("chance"))) if cell]
-    start = f" Full method {', '.join([interval(full, 'mean') + ' %', *levels])}." if full else ""
+    start = f"Full method {', '.join([interval(full, 'mean') + ' %', *levels])}. " if full else ""
     return points(f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, {results['cases']['phantom']} paired test cases, {len(rows)} rows, "
-                  f"p by Holm.{start} Against the row they are compared with:",
+                  f"p by Holm. {dial_text(results)}{start}Against the row they are compared with:",
                   *sorted_out(rows), f"the paper's rows: {against_paper(results)}", encoders_compared(results))
 
 def probes_line(results):
@@ -183,16 +183,21 @@ def probes_line(results):
 def curve_line(results):
     "What more data bring, and what the frozen encoder saves."
     if not (curve := results.get("curve")): return "**Is it data-efficient?** Not run."
-    versus = curve["difference"]
-    def beside(share): return ", ".join(f"{k} {interval(curve[k][share], 'mean')}" for k in CURVE)
-    shown = [f"{s} % of the training cases: {beside(s)}, difference {tested(versus[s])}"
-             for s in dict.fromkeys((min(versus, key=float), max(versus, key=float)))]
-    ahead, behind = ([s for s, c in versus.items() if found(c) and c["difference"] * sign > 0] for sign in (1, -1))
-    left = [s for s in versus if s not in ahead + behind]
-    sides = [f"{what} at {', '.join(shares)} %" for what, shares in (("ahead", ahead), ("behind", behind), ("no difference resolved", left)) if shares]
-    return (f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps, each side with a learning rate of its own; "
-            f"at {'; at '.join(shown)} (Holm). The frozen encoder: {'; '.join(sides)}. It reads the kept slices, the other all voxels. "
-            "A pre-trained 3D encoder was not compared.")
+    shares = sorted(curve["3D"], key=float)
+    def beside(share): return ", ".join(f"{label} {interval(curve[side][share], 'mean')}" for side, label in CURVE.items())
+    shown = [f"{s} % of the training cases: {beside(s)}" for s in dict.fromkeys((shares[0], shares[-1]))]
+    return (f"**Is it data-efficient?** {READER}, {len(results['seeds'])} seeds, equal steps and tokens, each side with a learning rate of its own; at "
+            + "; at ".join(shown) + ". Against the 3D encoder (Holm): "
+            + "; ".join(f"{CURVE[side]} {standing(cells)}" for side, cells in curve["difference"].items())
+            + ". A pre-trained 3D encoder was not compared.")
+
+def standing(cells):
+    "Where a side is ahead of the other, behind, or not resolved: shares, with the differences that are resolved."
+    ahead, behind = ([s for s, c in cells.items() if found(c) and c["difference"] * sign > 0] for sign in (1, -1))
+    left = [s for s in cells if s not in ahead + behind]
+    def named(shares): return ", ".join(f"{s} % ({signed(cells[s])})" for s in shares)
+    return ", ".join(f"{what} at {text}" for what, text in (("ahead", named(ahead)), ("behind", named(behind)),
+                                                            ("not resolved", f"{', '.join(left)} %" if left else "")) if text)
 
 def findings(study=None, ablation=None):
     "Five lines of Markdown: what was found, and with what certainty."

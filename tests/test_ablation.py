@@ -79,9 +79,9 @@ def test_a_constant_and_chance_stand_in_every_table(ran):
     for name in ("ablation", "probes"):
         rows = list(csv.reader((out/"tables"/f"{name}.csv").open(encoding="utf-8")))
         assert [r[1] for r in rows if r[0] == "baseline"] == ["best constant", "chance"]
-    header, *rows = csv.reader((out/"tables"/"curve.csv").open(encoding="utf-8"))
+    rows = {(r[0], r[1]): r[2] for r in csv.reader((out/"tables"/"curve.csv").open(encoding="utf-8"))}
     best = results["curve"]["constant"]["100"]
-    assert [r[header.index("chance")] for r in rows] == ["25.0"] * 2 and rows[-1][header.index("best constant")].startswith(f"{best['mean']:.1f} [")
+    assert rows["all", "chance"] == "25.0" and rows["100 %", "best constant"].startswith(f"{best['mean']:.1f} [")
     assert best["seeds"] == [results["baselines"]["constant"]["phantom"]["mean"]["mean"]] * 2, "all cases, whatever the seed"
     assert len(results["curve"]["constant"]["50"]["seeds"]) == 2
 
@@ -89,9 +89,10 @@ def test_a_constant_and_chance_stand_in_every_table(ran):
 def test_the_loss_at_the_end_is_the_records_own(ran):
     out = ran[0]/"out"
     loss = json.loads((out/"results.json").read_text())["curve"]["loss"]
-    for label, shares in loss.items():
+    assert {*loss} == {"kept", "all", "3D"}
+    for side, shares in loss.items():
         for share, value in shares.items():
-            assert value == pytest.approx(sum(json.loads((out/"curve"/f"{label.split()[0]}-{share}-seed-{seed}.json").read_text())["loss"]
+            assert value == pytest.approx(sum(json.loads((out/"curve"/f"{side}-{share}-seed-{seed}.json").read_text())["loss"]
                                               for seed in (0, 1)) / 2, abs=1e-4)
 
 
@@ -112,7 +113,7 @@ def test_a_second_run_does_nothing(ran):
     files = lambda: {p: p.stat().st_mtime_ns for p in (base/"out").rglob("*.json") if p.parent.name in ("rows", "curve")}
     before, said = files(), []
     run_plan(plan, base/"out", show=False, tell=said.append)
-    assert files() == before and len(before) == 2 * 2 + 2 * 2 * 2 and all("already done" in line for line in said)
+    assert files() == before and len(before) == 2 * 2 + 3 * 2 * 2 and all("already done" in line for line in said)
 
 
 def test_a_cut_run_continues(ran):
