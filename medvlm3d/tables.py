@@ -163,12 +163,13 @@ def encoders_compared(results):
 def modules_line(results):
     "Which parts matter in the ablation's instrument, and what the paper says of the same parts."
     if not results.get("rows"): return "**Which parts matter?** Not run."
+    conspicuous = "Findings are larger or stand out more than the demonstration's (the tables say how much). " if dial_text(results) else ""
     rows, full = rows_compared(results), results["rows"].get("full", {}).get("cells", {}).get("phantom", {}).get("mean")
     levels = [f"{name} {cell['phantom']['mean']['mean']:.1f}" for name, cell in
               (("best constant", results.get("baselines", {}).get("constant")), ("chance", results.get("baselines", {}).get("chance"))) if cell]
     start = f"Full method {', '.join([interval(full, 'mean') + ' %', *levels])}. " if full else ""
     return points(f"**Which parts matter?** {READER}, {len(results['seeds'])} seeds, {results['cases']['phantom']} paired test cases, {len(rows)} rows, "
-                  f"p by Holm. {dial_text(results)}{start}Against the row they are compared with:",
+                  f"p by Holm. {conspicuous}{start}Against the row they are compared with:",
                   *sorted_out(rows), f"the paper's rows: {against_paper(results)}", encoders_compared(results))
 
 def probes_line(results):
