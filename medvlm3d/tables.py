@@ -90,8 +90,9 @@ def found(c): return c["p_holm"] < .05 and (c["low"] > 0 or c["high"] < 0)
 def tested(c): return f"{signed(c)}, p {p_text(c['p_holm'])}"
 
 def rows_compared(results, corpora=("phantom",)):
-    "(label, corpus, difference) of the rows that are compared with another."
-    return [(r["label"], c, r["versus"][c]["mean"]) for r in results.get("rows", {}).values() for c in corpora if c in r.get("versus", {})]
+    "(part and label, corpus, difference) of the rows that are compared with another."
+    return [(f"{r.get('group', '')} {r['label']}".strip(), c, r["versus"][c]["mean"])
+            for r in results.get("rows", {}).values() for c in corpora if c in r.get("versus", {})]
 
 def listing(rows): return "; ".join(f"{label} ({tested(v)})" + (f" on `{c}`" if c != "phantom" else "") for label, c, v in rows) or "none"
 
