@@ -87,7 +87,7 @@ def check_dial(dial):
     "Refuse a dial that names no corpus or turns one to nothing."
     for name, turned in (dial or {}).items():
         if name not in DIALS: raise MedVLM3DError(f"dial {name!r}", "is no corpus", f"Choose among {', '.join(DIALS)}.")
-        if not turned or {*turned} - {*DIALS[name]} or not all(value > 0 for value in turned.values()):
+        if not (isinstance(turned, dict) and turned and {*turned} <= {*DIALS[name]} and all(value > 0 for value in turned.values())):
             raise MedVLM3DError(f"dial {name!r}", f"is {turned!r}", f"Give how many times more {' or '.join(DIALS[name])}, as in {{'texture': {{'size': 2}}}}.")
 
 # %% ../nbs/16e_rows.ipynb #b0ebf561
