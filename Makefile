@@ -6,8 +6,8 @@ JOBS   ?= 2
 ARGS   ?=
 BIN    := .venv/bin
 STAMP  := .venv/installed
-COMPONENTS = $(wildcard nbs/[01]*.ipynb) nbs/index.ipynb
-REFRESH := $(BIN)/python -c "import sys; from medvlm3d.runners import refresh; refresh(*sys.argv[1:])"
+COMPONENTS = $(filter-out $(wildcard nbs/runners/*),$(wildcard nbs/*/*.ipynb)) nbs/index.ipynb
+REFRESH := $(BIN)/python -c "import sys; from medvlm3d.front.runners import refresh; refresh(*sys.argv[1:])"
 # one thread a kernel and no GPU: stored outputs are the same whatever else the machine does
 STEADY := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }
@@ -48,7 +48,7 @@ notebooks: fetch  ## execute every component notebook from a fresh kernel and st
 
 readme: setup  ## README.md from nbs/index.ipynb
 	@$(STEADY) $(REFRESH) nbs/index.ipynb && $(BIN)/nbdev_clean --fname nbs/index.ipynb
-	@$(BIN)/python -c "from medvlm3d.runners import write_readme; write_readme()"
+	@$(BIN)/python -c "from medvlm3d.front.runners import write_readme; write_readme()"
 
 docs: setup  ## the site, in site/ (installs mkdocs)
 	@$(BIN)/python -c "import material, mkdocs_jupyter" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'

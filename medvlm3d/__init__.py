@@ -1,6 +1,6 @@
 __version__ = "0.1.0"
 
-from medvlm3d import compat
+from medvlm3d.base import compat
 
 compat.install()
 
@@ -8,10 +8,10 @@ PUBLIC = ("MedVLM3D", "MedVLM3DConfig", "MedVLM3DProcessor", "tiny", "demo", "pa
 
 
 def __getattr__(name):
-    "The model's names, imported from `medvlm3d.model` when first used: a bare import stays cheap."
+    "The model's names, imported from `medvlm3d.method.model` when first used: a bare import stays cheap."
     if name not in PUBLIC:
         raise AttributeError(f"module 'medvlm3d' has no attribute {name!r}")
-    from medvlm3d import model
+    from medvlm3d.method import model
     return getattr(model, name)
 
 

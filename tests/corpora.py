@@ -3,14 +3,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from medvlm3d.crossmodal import Facts
-from medvlm3d.datasets import load_m3d
-from medvlm3d.encoder import load_encoder
-from medvlm3d.features import encode_images
-from medvlm3d.phantom import make_phantom
-from medvlm3d.plan import Plan
-from medvlm3d.reader import make_reader, reader_tokenizer
-from medvlm3d.volume import Preprocess
+from medvlm3d.studies.crossmodal import Facts
+from medvlm3d.data.m3d import load_m3d
+from medvlm3d.method.encoder import load_encoder
+from medvlm3d.features.store import encode_images
+from medvlm3d.phantoms.phantom import make_phantom
+from medvlm3d.training.plan import Plan
+from medvlm3d.training.reader import make_reader, reader_tokenizer
+from medvlm3d.scans.volume import Preprocess
 
 LORA = {"r": 2, "alpha": 4, "dropout": .1, "targets": "all-linear"}
 

@@ -9,7 +9,7 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from medvlm3d.volume import codes_affine
+from medvlm3d.scans.volume import codes_affine
 
 ALL_CODES = ["".join(signs[j][axis] for j, axis in enumerate(order)) for order in permutations((0, 1, 2)) for signs in product(("RAS", "LPI"), repeat=3)]
 NAME, NUMBER, BIRTH, ROOT = "Zaphod^Planted", "PID-0815-42", "19420101", "1.2.826"

@@ -6,17 +6,17 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medvlm3d.ablation import read_rows
-from medvlm3d.connector import MedVLM3DConfig
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.fusion import OPTIONS as FUSION
-from medvlm3d.injection import OPTIONS as INJECTION
-from medvlm3d.probes import PROBES
-from medvlm3d.runners import read_plan, run_plan
-from medvlm3d.selection import STRATEGIES
-from medvlm3d.sweep import ablate, pooled
-from medvlm3d.tables import findings, paper_tables
-from medvlm3d.uncertainty import mcnemar
+from medvlm3d.studies.ablation import read_rows
+from medvlm3d.method.connector import MedVLM3DConfig
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.method.fusion import OPTIONS as FUSION
+from medvlm3d.method.injection import OPTIONS as INJECTION
+from medvlm3d.phantoms.probes import PROBES
+from medvlm3d.front.runners import read_plan, run_plan
+from medvlm3d.method.selection import STRATEGIES
+from medvlm3d.studies.sweep import ablate, pooled
+from medvlm3d.studies.paper_tables import findings, paper_tables
+from medvlm3d.evaluation.uncertainty import mcnemar
 
 ROWS = read_rows(ROOT/"runs"/"ablate")
 

@@ -17,13 +17,13 @@ from corpora import LORA, corpus, make_plan  # noqa: F401  (a fixture)
 from processes import apart
 from safetensors.torch import load_file
 
-from medvlm3d import checkpoint, trainer, training
-from medvlm3d.checkpoint import checkpoints, newest_whole
-from medvlm3d.core import MedVLM3DError, RunFolder, read_json
-from medvlm3d.datasets import load_m3d
-from medvlm3d.model import MedVLM3D
-from medvlm3d.ranks import only_writer
-from medvlm3d.training import train
+from medvlm3d.training import checkpoint; from medvlm3d.training import trainer; from medvlm3d.training import stages as training
+from medvlm3d.training.checkpoint import checkpoints, newest_whole
+from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json
+from medvlm3d.data.m3d import load_m3d
+from medvlm3d.method.model import MedVLM3D
+from medvlm3d.base.ranks import only_writer
+from medvlm3d.training.stages import train
 
 STAGE = {"stage": 2, "tasks": ["closed"], "epochs": 3, "lr": 5e-3, "batch": 2, "accumulation": 1, "lora": LORA}
 

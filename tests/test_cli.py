@@ -13,8 +13,8 @@ from conftest import ROOT
 from scan_files import PET, patient, save_dicom
 from typer.testing import CliRunner
 
-from medvlm3d.cli import app
-from medvlm3d.core import MedVLM3DError
+from medvlm3d.front.cli import app
+from medvlm3d.base.core import MedVLM3DError
 
 SCRIPT = Path(sys.executable).parent/"medvlm3d"
 VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "ablate", "efficiency", "predict", "encode", "data", "data phantom", "data crossmodal"]
@@ -166,7 +166,7 @@ def test_errors_are_one_line_and_status_one(args, message, model, tmp_path):
 
 
 def test_options_of_training_are_parameters_of_its_runner(monkeypatch, tmp_path):
-    from medvlm3d import runners
+    from medvlm3d.front import runners
     told = []
     monkeypatch.setattr(runners, "run_notebook", lambda name, given, out: told.append(runners.check_parameters(name, given)) or out)
     CliRunner().invoke(app, ["train", "--config", "demo", "--out", str(tmp_path), "--ranks", "2", "--allow-changes", "-p", "policy=truncate"],

@@ -13,22 +13,22 @@ from conftest import ROOT
 from corpora import invented
 from typer.testing import CliRunner
 
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.cli import app
-from medvlm3d.corpora import load_autopet, load_brats
-from medvlm3d.crossmodal import (MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies,
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.front.cli import app
+from medvlm3d.data.corpora import load_autopet, load_brats
+from medvlm3d.studies.crossmodal import (MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies,
                                  review, simulated_raters, split_by_patient, study_facts, true_answer)
-from medvlm3d.core import sha256_file
-from medvlm3d.crossmodal_study import (accuracy_table, agreement_figure, agreement_table, build, by_modality,
+from medvlm3d.base.core import sha256_file
+from medvlm3d.studies.crossmodal_study import (accuracy_table, agreement_figure, agreement_table, build, by_modality,
                                        contact_sheet, difference_table, open_corpora, run, score, scores, source_table)
-from medvlm3d.datasets import read_image
-from medvlm3d.evaluation import evaluate_systems
-from medvlm3d.layouts import sample_brains, write_layout
-from medvlm3d.judging import keeping, open_review, read_round, review_widget
-from medvlm3d.manifest import read_manifest, write_manifest
-from medvlm3d.metrics import offered, parse_choice
-from medvlm3d.prediction import prediction_line
-from medvlm3d.raters import (SHEET, agreement, cohen_kappa, disagreement, error_rate, fleiss_kappa, pattern_counts, read_rows, read_sheet, set_verdict,
+from medvlm3d.data.m3d import read_image
+from medvlm3d.evaluation.scores import evaluate_systems
+from medvlm3d.phantoms.layouts import sample_brains, write_layout
+from medvlm3d.studies.judging import keeping, open_review, read_round, review_widget
+from medvlm3d.data.manifest import read_manifest, write_manifest
+from medvlm3d.evaluation.metrics import offered, parse_choice
+from medvlm3d.evaluation.prediction import prediction_line
+from medvlm3d.studies.raters import (SHEET, agreement, cohen_kappa, disagreement, error_rate, fleiss_kappa, pattern_counts, read_rows, read_sheet, set_verdict,
                              sheet_rows, simulated_names, simulated_votes, votes_from_sheets, write_rows)
 
 SHAPE, STUDIES = (20, 36, 36), 24

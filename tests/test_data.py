@@ -20,23 +20,23 @@ from PIL import Image
 from scan_files import nrrd_bytes, patient, save_dicom, save_enhanced
 from typer.testing import CliRunner
 
-from medvlm3d.benchmark import make_benchmark
-from medvlm3d.cli import app
-from medvlm3d.core import MedVLM3DError, RunFolder
-from medvlm3d.corpora import BRATS, find_scans, left_over, load_autopet, load_brats, load_folder, study_samples
-from medvlm3d.data_cli import data_app
-from medvlm3d.datasets import COLUMNS, Sample, image_reader, load_m3d, read_image, read_m3d
-from medvlm3d.encoder import load_encoder
-from medvlm3d.features import main as encode
-from medvlm3d.leakage import audit, find_ties, take_census
-from medvlm3d.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root, scan_manifest, with_hashes, write_manifest
-from medvlm3d.phantom import make_phantom
-from medvlm3d.reader import make_reader, reader_tokenizer
-from medvlm3d.scale import varied_report
-from medvlm3d.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
-from medvlm3d.split import assign, groups_of, split_corpus
-from medvlm3d.training import train
-from medvlm3d.volume import Preprocess
+from medvlm3d.phantoms.benchmark import make_benchmark
+from medvlm3d.front.cli import app
+from medvlm3d.base.core import MedVLM3DError, RunFolder
+from medvlm3d.data.corpora import BRATS, find_scans, left_over, load_autopet, load_brats, load_folder, study_samples
+from medvlm3d.front.data import data_app
+from medvlm3d.data.m3d import COLUMNS, Sample, image_reader, load_m3d, read_image, read_m3d
+from medvlm3d.method.encoder import load_encoder
+from medvlm3d.features.store import main as encode
+from medvlm3d.data.leakage import audit, find_ties, take_census
+from medvlm3d.data.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root, scan_manifest, with_hashes, write_manifest
+from medvlm3d.phantoms.phantom import make_phantom
+from medvlm3d.training.reader import make_reader, reader_tokenizer
+from medvlm3d.data.scale import varied_report
+from medvlm3d.data.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
+from medvlm3d.data.split import assign, groups_of, split_corpus
+from medvlm3d.training.stages import train
+from medvlm3d.scans.volume import Preprocess
 
 NAME = "Beeblebrox_Zaphod_1952-03-11"
 QUIET = dict(workers=1, progress=False)

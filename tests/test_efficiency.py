@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import ROOT
 
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.cost import ViT, count_flops
-from medvlm3d.efficiency import Finding, Tower3D, goal_rows, interleave, peak_memory, ratio
-from medvlm3d.goals import packing_findings, small
-from medvlm3d.runners import run_plan
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.training.cost import ViT, count_flops
+from medvlm3d.studies.efficiency import Finding, Tower3D, goal_rows, interleave, peak_memory, ratio
+from medvlm3d.studies.goals import packing_findings, small
+from medvlm3d.front.runners import run_plan
 
 
 def test_the_yardstick_has_the_size_of_the_original():
@@ -32,7 +32,7 @@ def test_each_round_runs_everybody_once_in_changing_order_and_the_first_does_not
 
 def test_a_case_that_fails_is_named_and_not_weighed():
     with pytest.raises(MedVLM3DError, match=r"efficiency.fill: could not be weighed: TypeError.*Give options"):
-        peak_memory("medvlm3d.efficiency", "fill", kilobytes=3)
+        peak_memory("medvlm3d.studies.efficiency", "fill", kilobytes=3)
 
 
 def test_a_missed_goal_is_called_missed():

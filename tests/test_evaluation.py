@@ -2,12 +2,12 @@
 import pytest
 import torch
 
-from medvlm3d.baselines import Blank, Reversed, lend, nearest_lines, neighbours
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.datasets import Sample
-from medvlm3d.evaluation import compare, evaluate_systems
-from medvlm3d.prediction import prediction_line
-from medvlm3d.uncertainty import compare_seeds, holm
+from medvlm3d.evaluation.baselines import Blank, Reversed, lend, nearest_lines, neighbours
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.data.m3d import Sample
+from medvlm3d.evaluation.scores import compare, evaluate_systems
+from medvlm3d.evaluation.prediction import prediction_line
+from medvlm3d.evaluation.uncertainty import compare_seeds, holm
 
 # --- tests over a table ---------------------------------------------------------------------------------------------
 

@@ -10,21 +10,21 @@ import pytest
 import torch
 from processes import torchrun, two_ranks
 
-from medvlm3d.checks import alias
-from medvlm3d.core import MedVLM3DError, write_json
-from medvlm3d.datasets import load_m3d, read_image, series_facts
-from medvlm3d.encoder import load_encoder
-from medvlm3d.encoding import StoreSpec
-from medvlm3d.features import FORMAT, FeatureStore, encode_images, encode_volume, main, write_shard
-from medvlm3d.phantom import make_phantom
-from medvlm3d.ranks import only_writer
-from medvlm3d.volume import Preprocess
+from medvlm3d.data.samples import alias
+from medvlm3d.base.core import MedVLM3DError, write_json
+from medvlm3d.data.m3d import load_m3d, read_image, series_facts
+from medvlm3d.method.encoder import load_encoder
+from medvlm3d.features.encode import StoreSpec
+from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, encode_volume, main, write_shard
+from medvlm3d.phantoms.phantom import make_phantom
+from medvlm3d.base.ranks import only_writer
+from medvlm3d.scans.volume import Preprocess
 
 TYPED = ["--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--float32", "--quiet"]
 KILLED = """
 import os, signal, sys
-import medvlm3d.features as features
-from medvlm3d.ranks import or_one_line
+import medvlm3d.features.store as features
+from medvlm3d.base.ranks import or_one_line
 count, encode_volume = 0, features.encode_volume
 def dies(*args):
     global count
@@ -58,7 +58,7 @@ def test_two_ranks_write_what_one_writes_though_one_of_them_is_killed(corpus, tm
     left = FeatureStore(tmp_path/"store", verify=True)
     kept = {file for file, _ in left.rows.values()}
     assert 2 <= len(left.rows) < 12 and same(left, alone, [i for i in images if i in left])
-    done = torchrun("medvlm3d.features", root/"data", tmp_path/"store", "--shard-size", "2", *TYPED[:-1])
+    done = torchrun("medvlm3d.features.store", root/"data", tmp_path/"store", "--shard-size", "2", *TYPED[:-1])
     assert done.returncode == 0 and re.search(r"encode \(rank 0 of 2\): 100%.* volumes/s", done.stderr), done.stderr
     store = FeatureStore(tmp_path/"store", verify=True)
     assert len(store) == 13 and len(store.rows) == 12 and same(store, alone, images)
@@ -150,7 +150,7 @@ def test_what_the_reader_remarked_stays_with_the_features_and_is_counted(tmp_pat
 
 READ_ALL = """
 import sys
-from medvlm3d.features import FeatureStore
+from medvlm3d.features.store import FeatureStore
 def resident(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1e3
 store = FeatureStore(sys.argv[1], most_open=int(sys.argv[2]))
 images = [f"{key}.npy" for key in store.rows]

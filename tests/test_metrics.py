@@ -9,17 +9,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from medvlm3d.benchmark import make_benchmark
-from medvlm3d.cli import app
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.datasets import load_m3d
-from medvlm3d.fetch import fetch
-from medvlm3d.findings import (FINDINGS, LEXICON, Finding, extract_facts, finding_counts, finding_rows, load_ratescore, mentions, read_findings,
+from medvlm3d.phantoms.benchmark import make_benchmark
+from medvlm3d.front.cli import app
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.data.m3d import load_m3d
+from medvlm3d.base.fetch import fetch
+from medvlm3d.evaluation.findings import (FINDINGS, LEXICON, Finding, extract_facts, finding_counts, finding_rows, load_ratescore, mentions, read_findings,
                                true_finding)
-from medvlm3d.metrics import (METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, parse_choice, rouge1, rouge_l,
+from medvlm3d.evaluation.metrics import (METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, parse_choice, rouge1, rouge_l,
                               text_scores, tokens_13a, words)
-from medvlm3d.outputs import evaluate_file, read_outputs
-from medvlm3d.phantom import make_phantom, read_truth
+from medvlm3d.evaluation.outputs import evaluate_file, read_outputs
+from medvlm3d.phantoms.phantom import make_phantom, read_truth
 from typer.testing import CliRunner
 
 REFERENCE = "There is a small renal cyst on the left side."

@@ -3,9 +3,9 @@ import re
 
 import nbformat
 import pytest
-from conftest import COMPONENTS
+from conftest import COMPONENTS, place
 
-from medvlm3d.runners import execute
+from medvlm3d.front.runners import execute
 
 TEXT = ("text/plain", "text/markdown", "text/html", "text/latex")
 SLOW_FIRST = sorted(COMPONENTS, key=lambda p: -p.stat().st_size)
@@ -24,8 +24,8 @@ def shown(cell):
     return [normal(printed), *displays]
 
 
-@pytest.mark.parametrize("path", SLOW_FIRST, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SLOW_FIRST, ids=place)
 def test_notebook_runs_and_agrees(path):
     stored, fresh = nbformat.read(path, 4), execute(path, timeout=420)
     for old, new in zip(stored.cells, fresh.cells, strict=True):
-        assert shown(old) == shown(new), f"{path.stem}: run `make notebooks`; differs at: {old.source[:200]}"
+        assert shown(old) == shown(new), f"{place(path)}: run `make notebooks`; differs at: {old.source[:200]}"

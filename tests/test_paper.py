@@ -8,21 +8,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from medvlm3d import features
-from medvlm3d.cli import app
-from medvlm3d.core import MedVLM3DError, read_json, seed_everything
-from medvlm3d.encoder import load_encoder, quietly
-from medvlm3d.language import base_hash, load_llm, load_tokenizer
-from medvlm3d.model import MedVLM3D, assemble, paper
-from medvlm3d.phantom import make_phantom
-from medvlm3d.parts import cut_short, llm_parts
-from medvlm3d.plan import Plan
-from medvlm3d.planning import Corpus, dry_run, load_of
-from medvlm3d.preset import paper_plan, start
-from medvlm3d.runners import run_plan
-from medvlm3d.tokenization import build_prompt, collate, image_prefix, pack_examples, padding_id, prompt_ids, target_ids
-from medvlm3d.training import paper_stages
-from medvlm3d.volume import Preprocess
+from medvlm3d.features import store as features
+from medvlm3d.front.cli import app
+from medvlm3d.base.core import MedVLM3DError, read_json, seed_everything
+from medvlm3d.method.encoder import load_encoder, quietly
+from medvlm3d.method.language import base_hash, load_llm, load_tokenizer
+from medvlm3d.method.model import MedVLM3D, assemble, paper
+from medvlm3d.phantoms.phantom import make_phantom
+from medvlm3d.training.parts import cut_short, llm_parts
+from medvlm3d.training.plan import Plan
+from medvlm3d.training.planning import Corpus, dry_run, load_of
+from medvlm3d.training.preset import paper_plan, start
+from medvlm3d.front.runners import run_plan
+from medvlm3d.method.tokens import build_prompt, collate, image_prefix, pack_examples, padding_id, prompt_ids, target_ids
+from medvlm3d.training.stages import paper_stages
+from medvlm3d.scans.volume import Preprocess
 
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]
 TEXTS = ["The liver is normal.", "Which organ is enlarged? Choices: A. liver B. spleen",
@@ -277,9 +277,9 @@ def test_the_plan_as_a_command(nothing, llama, monkeypatch):
     assert "Add --out FOLDER" in str(typed("train", "--preset", "paper").exception)
     shown = typed("train", "--preset", "paper", "--out", nothing/"run", "--llm", llama, "--gpus", 2)
     assert shown.exit_code == 0 and "12 × 2 × 2 volumes a step" in shown.output
-    for line in (f"torchrun --standalone --nproc-per-node 2 -m medvlm3d.training {nothing/'run'}",
-                 f"--module medvlm3d.training {nothing/'run'}", f"runs/slurm.sbatch {nothing/'run'}",
-                 "-m medvlm3d.features", "--encoder biomedclip --depth 50 --size 224 --rho 28 --strategy cosine --grid 14 14",
+    for line in (f"torchrun --standalone --nproc-per-node 2 -m medvlm3d.training.stages {nothing/'run'}",
+                 f"--module medvlm3d.training.stages {nothing/'run'}", f"runs/slurm.sbatch {nothing/'run'}",
+                 "-m medvlm3d.features.store", "--encoder biomedclip --depth 50 --size 224 --rho 28 --strategy cosine --grid 14 14",
                  "Missing:", "M3D_Cap.json", "store.json"):
         assert line in shown.output, line
     plan = Plan.of(yaml.safe_load((nothing/"run"/"plan.yaml").read_text()))

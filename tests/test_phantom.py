@@ -10,18 +10,18 @@ from conftest import ROOT
 from corpora import invented
 from scipy.ndimage import gaussian_filter
 
-from medvlm3d.anatomy import MORE_KINDS, TISSUES, draw_scene, sample_cases
-from medvlm3d.benchmark import asked_of, make_benchmark, report_about, sample_findings
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.crossmodal import Drafter
-from medvlm3d.datasets import by_image, load_m3d
-from medvlm3d.evaluation import constant_predictions, evaluate_systems
-from medvlm3d.fetch import fetch
-from medvlm3d.metrics import LEXICON, METEOR, BERTScore, tokens_13a
-from medvlm3d.modalities import MODES, draw_mode
-from medvlm3d.phantom import ASKED, TYPES, Case, draw_ct, draw_letters, make_phantom, questions, read_masks, read_truth, render, report, to_unit
-from medvlm3d.prediction import prediction_line
-from medvlm3d.probes import PROBES, TEXTURES, make_probe, reflected
+from medvlm3d.phantoms.anatomy import MORE_KINDS, TISSUES, draw_scene, sample_cases
+from medvlm3d.phantoms.benchmark import asked_of, make_benchmark, report_about, sample_findings
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.studies.crossmodal import Drafter
+from medvlm3d.data.m3d import by_image, load_m3d
+from medvlm3d.evaluation.scores import constant_predictions, evaluate_systems
+from medvlm3d.base.fetch import fetch
+from medvlm3d.evaluation.metrics import LEXICON, METEOR, BERTScore, tokens_13a
+from medvlm3d.phantoms.scanner import MODES, draw_mode
+from medvlm3d.phantoms.phantom import ASKED, TYPES, Case, draw_ct, draw_letters, make_phantom, questions, read_masks, read_truth, render, report, to_unit
+from medvlm3d.evaluation.prediction import prediction_line
+from medvlm3d.phantoms.probes import PROBES, TEXTURES, make_probe, reflected
 
 SMALL = dict(shape=(8, 32, 32), workers=1, progress=False)
 SETS = {"demonstration": (None, None), "CT": ("CT", MORE_KINDS), "MR": ("MR", None), "PT": ("PT", None)}
@@ -81,8 +81,8 @@ def test_masks_missing_from_an_older_phantom_are_added_without_touching_it(tmp_p
 
 def test_ct_is_drawn_as_the_formula_says():
     "The whole drawing once more, organ by organ on the full grid, without boxes or tables: equal in every bit."
-    from medvlm3d.anatomy import ANATOMY, build_patient, coordinates, inside, lesion_shape
-    from medvlm3d.phantom import paint_lesion
+    from medvlm3d.phantoms.anatomy import ANATOMY, build_patient, coordinates, inside, lesion_shape
+    from medvlm3d.phantoms.phantom import paint_lesion
     shape = (12, 40, 40)
     for case in sample_cases(8, seed=9):
         rng, phase = np.random.default_rng(case.seed), ASKED["Phase"][1].index(case.phase)
@@ -395,7 +395,7 @@ def test_a_probe_is_a_corpus_with_true_answers(name, tmp_path):
 @pytest.mark.parametrize("name", PROBES)
 def test_no_constant_answer_wins_a_probe(name):
     "The most frequent answer of 240 cases, per type, is at chance within three standard errors."
-    from medvlm3d.probes import reflected
+    from medvlm3d.phantoms.probes import reflected
     facts = [asdict(i.case) | {"location": i.case.location, "texture": i.variant}
              | (reflected(i.case, i.variant) if name == "mirror" else {}) for i in items(name, 240)]
     for kind, (fact, values, _) in PROBES[name][2].items():

@@ -6,17 +6,17 @@ import pytest
 import torch
 from processes import torchrun, two_ranks
 
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.datasets import load_m3d
-from medvlm3d.features import FeatureStore, encode_images
-from medvlm3d.model import MedVLM3D, tiny
-from medvlm3d.phantom import make_phantom
-from medvlm3d.prediction import main, parts_of, predict_items, read_predictions
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.data.m3d import load_m3d
+from medvlm3d.features.store import FeatureStore, encode_images
+from medvlm3d.method.model import MedVLM3D, tiny
+from medvlm3d.phantoms.phantom import make_phantom
+from medvlm3d.evaluation.prediction import main, parts_of, predict_items, read_predictions
 
 KILLED = """
 import os, signal, sys
-import medvlm3d.prediction as prediction
-from medvlm3d.ranks import or_one_line
+import medvlm3d.evaluation.prediction as prediction
+from medvlm3d.base.ranks import or_one_line
 count, answer_batch = 0, prediction.answer_batch
 def dies(*args, **how):
     global count
@@ -51,7 +51,7 @@ def test_neither_ranks_nor_batches_nor_order_change_an_answer(corpus, tmp_path):
     assert codes == [1, -signal.SIGKILL] and "lost another rank" in told[0]
     left = [line for part in parts_of(tmp_path/"two.jsonl").glob("*-of-2.jsonl") for line in read_predictions(part)]
     assert 0 < len(left) < len(samples) and not (tmp_path/"two.jsonl").exists()
-    done = torchrun("medvlm3d.prediction", *typed, "--batch-size", "7")
+    done = torchrun("medvlm3d.evaluation.prediction", *typed, "--batch-size", "7")
     assert done.returncode == 0, done.stderr
     lines = read_predictions(tmp_path/"two.jsonl")
     assert [line["id"] for line in lines] == [s.id for s in samples] and not parts_of(tmp_path/"two.jsonl").exists()

@@ -11,11 +11,11 @@ from corpora import LORA, corpus, make_plan  # noqa: F401  (a fixture)
 from processes import processes_of, until
 from safetensors.torch import load_file
 
-from medvlm3d.checkpoint import checkpoints, flaw
-from medvlm3d.core import MedVLM3DError, RunFolder, read_json
-from medvlm3d.launch import launch, on_hosts, on_ranks
-from medvlm3d.model import MedVLM3D
-from medvlm3d.training import train
+from medvlm3d.training.checkpoint import checkpoints, flaw
+from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json
+from medvlm3d.training.launch import launch, on_hosts, on_ranks
+from medvlm3d.method.model import MedVLM3D
+from medvlm3d.training.stages import train
 
 COMMON = {"tasks": ["closed"], "lr": 5e-3, "batch": 2, "accumulation": 1}
 STAGES = [{"stage": 1, "epochs": 1, **COMMON}, {"stage": 2, "epochs": 6, "lora": {**LORA, "dropout": 0.}, **COMMON}]
@@ -88,8 +88,8 @@ def test_zero_3_and_offload_leave_one_whole_model(corpus, tmp_path, config):  # 
 
 FAULTY = """
 import os, sys
-from medvlm3d import features, training
-from medvlm3d.core import MedVLM3DError
+from medvlm3d.features import store as features; from medvlm3d.training import stages as training
+from medvlm3d.base.core import MedVLM3DError
 def damaged(self, image): raise MedVLM3DError("shard-0", "is damaged", "Encode again.")
 if os.environ["RANK"] == "1": features.FeatureStore.__getitem__ = damaged
 training.main(sys.argv[2:])

@@ -10,16 +10,16 @@ import yaml
 from conftest import ROOT
 from IPython.display import Markdown
 
-from medvlm3d.core import read_json, sha256_file
-from medvlm3d.crossmodal_study import accuracy_table, difference_table, agreement_table, source_table
-from medvlm3d.data_study import audit_table, balance_table, scale_table, speed_table
-from medvlm3d.efficiency import COLUMNS, Finding, goal_rows
-from medvlm3d.leakage import write_audit
-from medvlm3d.report import Table, write_table
-from medvlm3d.stress import stress_note, stress_rows
-from medvlm3d.study import render
-from medvlm3d.sweep import ablation_tables
-from medvlm3d.tables import write_paper_tables
+from medvlm3d.base.core import read_json, sha256_file
+from medvlm3d.studies.crossmodal_study import accuracy_table, difference_table, agreement_table, source_table
+from medvlm3d.studies.data import audit_table, balance_table, scale_table, speed_table
+from medvlm3d.studies.efficiency import COLUMNS, Finding, goal_rows
+from medvlm3d.data.leakage import write_audit
+from medvlm3d.report.tables import Table, write_table
+from medvlm3d.studies.stress import stress_note, stress_rows
+from medvlm3d.studies.demo import render
+from medvlm3d.studies.sweep import ablation_tables
+from medvlm3d.studies.paper_tables import write_paper_tables
 
 REPORTS = ROOT/"reports"
 FOLDERS = sorted(p.parent for p in REPORTS.glob("*/tables"))
@@ -30,7 +30,7 @@ INDEX = nbformat.read(ROOT/"nbs"/"index.ipynb", 4).cells
 
 def note_in(runner):
     "The text that a runner notebook puts below its table."
-    nodes = [n for c in nbformat.read(ROOT/"nbs"/f"{runner}.ipynb", 4).cells if c.cell_type == "code" for n in ast.walk(ast.parse(c.source))]
+    nodes = [n for c in nbformat.read(ROOT/"nbs"/"runners"/f"{runner}.ipynb", 4).cells if c.cell_type == "code" for n in ast.walk(ast.parse(c.source))]
     return next(n.value.value for n in nodes if isinstance(n, ast.Assign) and n.targets[0].id == "note")
 
 
@@ -62,7 +62,7 @@ def render_study(folder, scratch, patch):
     scratch.mkdir()
     for part in folder.iterdir():
         if part.name not in ("tables", "figures", "model", "notebooks"): (scratch/part.name).symlink_to(part)
-    patch.setattr("medvlm3d.rendering.save_figure", lambda *_: None)
+    patch.setattr("medvlm3d.report.rendering.save_figure", lambda *_: None)
     render(scratch)
     asked = yaml.safe_load((ROOT/"runs"/f"{folder.name}.yaml").read_text())["99_report"]
     write_paper_tables(scratch, study=asked["out"], **{k: v for k, v in asked.items() if k in ("ablation", "crossmodal")})

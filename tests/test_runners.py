@@ -6,8 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT, RUNNERS
 
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.runners import check_parameters, read_plan, run_notebook, runner_parameters
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.front.runners import check_parameters, read_plan, run_notebook, runner_parameters
 
 PLANS = sorted((ROOT/"runs").glob("*.yaml"))
 
@@ -56,7 +56,7 @@ def test_plan_is_valid_yaml(path):
 
 def test_a_failing_item_does_not_end_an_evaluation_and_a_lost_one_does():
     "The last cell of 92_evaluate."
-    check = nbformat.read(ROOT/"nbs"/"92_evaluate.ipynb", 4).cells[-1].source
+    check = nbformat.read(ROOT/"nbs"/"runners"/"92_evaluate.ipynb", 4).cells[-1].source
     def system(answered, failed, report=4): return {"items": {"closed": 20, "open": 20, "report": report, "answered": answered, "failed": failed, "cases": 4}}
     def run(**systems):
         exec(check, {"results": {"asked": {"closed": 20, "open": 20, "report": 4},
@@ -73,7 +73,7 @@ def test_parameter_arrives(tmp_path):
     source = tmp_path/"95_arrive.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}), source)
     record = run_notebook(source, {"depth": 5}, tmp_path/"out", show=False)
-    assert nbformat.read(record, 4).cells[-1].outputs[0].text == "aaaaa nbs\n"
+    assert nbformat.read(record, 4).cells[-1].outputs[0].text == "aaaaa nbs/runners\n"
     assert str(ROOT) not in record.read_text() and str(tmp_path) not in record.read_text()
 
 

@@ -17,9 +17,9 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, MPEG2MPML
 from scan_files import cut, meta_bytes, nifti_bytes, nrrd_bytes, patient, save_dicom, save_enhanced, save_nifti
 
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.readers import read_volume
-from medvlm3d.volume import Preprocess
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.scans.readers import read_volume
+from medvlm3d.scans.volume import Preprocess
 
 VOXELS = np.random.default_rng(0).integers(0, 900, (9, 8, 7)).astype(np.int16)
 PAIR = np.stack([VOXELS, VOXELS + 1], -1)
@@ -223,8 +223,8 @@ def test_pictures_beside_dicom(tmp_path):
 
 def test_fewer_kept_slices_than_the_scale(tmp_path):
     "A scan of three slices, one of them kept, cannot be halved along depth: the error says how to keep more."
-    from medvlm3d.injection import downsample
-    from medvlm3d.selection import select_slices
+    from medvlm3d.method.injection import downsample
+    from medvlm3d.method.selection import select_slices
     x = Preprocess(3, 8, 8)(read_volume(save_nifti(tmp_path/"a.nii", *patient(VOXELS, "RAS"))))
     kept, _ = select_slices(x.reshape(3, 16, 4), rho=34)
     assert len(kept) == 1
@@ -471,10 +471,10 @@ def test_more_files_than_the_limit(tmp_path, monkeypatch):
     with zipfile.ZipFile(tmp_path/"s.zip", "w") as z:
         for p in series.iterdir(): z.write(p, p.name)
     for path in (series, tmp_path/"s.zip"):
-        monkeypatch.setattr("medvlm3d.bounded.MAX_FILES", len(STACK) - 1)
+        monkeypatch.setattr("medvlm3d.scans.guard.MAX_FILES", len(STACK) - 1)
         with pytest.raises(MedVLM3DError, match="holds 7 files, above the limit of 6. Give the one series") as e: read_volume(path)
         assert str(path) in e.value.what
-        monkeypatch.setattr("medvlm3d.bounded.MAX_FILES", len(STACK))
+        monkeypatch.setattr("medvlm3d.scans.guard.MAX_FILES", len(STACK))
         assert read_volume(path).shape == STACK.shape
 
 
@@ -532,7 +532,7 @@ def test_nothing_hostile_allocates(tmp_path):
 
 MEASURE = """
 import resource, sys
-from medvlm3d.readers import read_volume
+from medvlm3d.scans.readers import read_volume
 import nibabel, nrrd, pydicom, PIL.Image
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 before = peak()

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from medvlm3d.evaluation import score_predictions
-from medvlm3d.prediction import read_predictions
-from medvlm3d.runners import run_plan
-from medvlm3d.study import file_stem
+from medvlm3d.evaluation.scores import score_predictions
+from medvlm3d.evaluation.prediction import read_predictions
+from medvlm3d.front.runners import run_plan
+from medvlm3d.studies.demo import file_stem
 
 STEPS = ("90_prepare", "91_train", "92_evaluate", "99_report")
 SEED = 5
@@ -109,7 +109,7 @@ def test_the_demo_plan_names_the_four_steps():
 
 
 def test_ranks_and_allowances_reach_the_launcher(tmp_path, monkeypatch):
-    from medvlm3d import study
+    from medvlm3d.studies import demo as study
     told = []
     monkeypatch.setattr(study, "launch", lambda folder, plan, **how: told.append(how) or (_ for _ in ()).throw(InterruptedError))
     with pytest.raises(InterruptedError): study.train_twins(tmp_path, study.Plan("data", "store", {}), ranks=2, allow_changes=True, allow_shared=True)

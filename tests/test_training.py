@@ -13,19 +13,19 @@ import torch
 import yaml
 from processes import ended, forked, processes_of, until
 
-from medvlm3d.checkpoint import newest_whole, step_of
-from medvlm3d.core import MedVLM3DError, RunFolder, read_json, write_text
-from medvlm3d.datasets import load_m3d
-from medvlm3d.encoder import load_encoder
-from medvlm3d.features import encode_images
-from medvlm3d.language import base_hash, load_llm
-from medvlm3d.model import MedVLM3D
-from medvlm3d.phantom import make_phantom
-from medvlm3d.prediction import predict_items
-from medvlm3d.reader import make_reader, reader_tokenizer
-from medvlm3d.tokenization import prompt_ids, target_ids
-from medvlm3d.training import PackedVolumes, Plan, begin, launch, measure_targets, train, train_stage
-from medvlm3d.volume import Preprocess
+from medvlm3d.training.checkpoint import newest_whole, step_of
+from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json, write_text
+from medvlm3d.data.m3d import load_m3d
+from medvlm3d.method.encoder import load_encoder
+from medvlm3d.features.store import encode_images
+from medvlm3d.method.language import base_hash, load_llm
+from medvlm3d.method.model import MedVLM3D
+from medvlm3d.phantoms.phantom import make_phantom
+from medvlm3d.evaluation.prediction import predict_items
+from medvlm3d.training.reader import make_reader, reader_tokenizer
+from medvlm3d.method.tokens import prompt_ids, target_ids
+from medvlm3d.training.stages import PackedVolumes, Plan, begin, launch, measure_targets, train, train_stage
+from medvlm3d.scans.volume import Preprocess
 
 STAGES = [{"stage": 1, "tasks": ["report"], "epochs": 2, "lr": 5e-3, "batch": 4, "accumulation": 1},
           {"stage": 2, "tasks": ["report", "closed", "open"], "epochs": 12, "lr": 5e-3, "batch": 4, "accumulation": 2,
@@ -103,10 +103,10 @@ def test_plans_choices_arrive(corpus, tmp_path, monkeypatch, capsys):
 
 def packed(corpus, **how):
     "The corpus' training questions, packed for a reader with a context of 40."
-    from medvlm3d.connector import MedVLM3DConfig
-    from medvlm3d.features import FeatureStore
-    from medvlm3d.language import load_tokenizer
-    from medvlm3d.model import assemble
+    from medvlm3d.method.connector import MedVLM3DConfig
+    from medvlm3d.features.store import FeatureStore
+    from medvlm3d.method.language import load_tokenizer
+    from medvlm3d.method.model import assemble
     reader = str(corpus[0]/"reader")
     model = assemble(MedVLM3DConfig(**{**plan(corpus).model, "context": 40}), load_llm(reader), load_tokenizer(reader))
     samples = [s for s in load_m3d(corpus[0]/"data") if s.split == "train" and s.task != "report"]
@@ -212,7 +212,7 @@ def test_offline_with_an_empty_cache_says_at_once_what_to_place_where(corpus, tm
     root = corpus[0]
     given = plan(corpus, llm="meta-llama/Llama-2-7b-hf", store=str(root/"nothing"), data=str(root/"nowhere"))
     write_text(tmp_path/"run"/"plan.yaml", yaml.safe_dump(given.to_dict()))
-    ended = subprocess.run([sys.executable, "-m", "medvlm3d.training", str(tmp_path/"run")], capture_output=True, text=True, timeout=60,
+    ended = subprocess.run([sys.executable, "-m", "medvlm3d.training.stages", str(tmp_path/"run")], capture_output=True, text=True, timeout=60,
                            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path/"empty")})
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     for word in ("needs 3 things", "meta-llama/Llama-2-7b-hf", "*.safetensors", "the features of its volumes", "nowhere", "Nothing was begun"):
@@ -222,7 +222,7 @@ def test_offline_with_an_empty_cache_says_at_once_what_to_place_where(corpus, tm
 def test_a_language_model_that_is_not_whole_or_not_in_reach_is_missed_at_once(corpus, tmp_path, monkeypatch):
     "A shard or the tokenizer left behind in a folder; a name on a hub that does not answer, whether or not HF_HUB_OFFLINE is set."
     import huggingface_hub
-    from medvlm3d.language import load_tokenizer
+    from medvlm3d.method.language import load_tokenizer
     for lost in ("model.safetensors", "tokenizer.json"):
         folder = shutil.copytree(corpus[0]/"reader", tmp_path/lost)
         (folder/lost).unlink()
@@ -242,7 +242,7 @@ def test_smollm2_learns_speaks_and_is_saved_as_a_reference(corpus, tmp_path):
     root, fields = corpus
     stages = [{**STAGES[0], "epochs": 3, "lr": 2e-3, "batch": 2}, {**STAGES[1], "tasks": ["closed"], "epochs": 3, "lr": 1e-3, "batch": 2, "accumulation": 1}]
     given = plan(corpus, llm=None, stages=stages, save_every=1000, model={**fields, "llm_reference": {"name": "smollm2", "sha256": None}})
-    from medvlm3d.features import FeatureStore
+    from medvlm3d.features.store import FeatureStore
     store = FeatureStore(root/"store")
     samples = [s for s in load_m3d(root/"data") if s.split == "train"]
     samples = [s for s in samples if s.image in {t.image for t in samples[:4]}]

@@ -15,10 +15,10 @@ from PIL import Image
 from pydicom.uid import RLELossless
 from scan_files import ALL_CODES, DRUG, NAME, NUMBER, PET, SECRETS, cut, item, nifti_bytes, patient, save_dicom, save_enhanced, save_meta, save_nifti, save_nrrd
 
-from medvlm3d.augment import Augment
-from medvlm3d.core import MedVLM3DError
-from medvlm3d.readers import read_volume
-from medvlm3d.volume import PLANES, Preprocess, acquired_plane, lesion_slices, make_volume, resample_mask
+from medvlm3d.scans.augment import Augment
+from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.scans.readers import read_volume
+from medvlm3d.scans.volume import PLANES, Preprocess, acquired_plane, lesion_slices, make_volume, resample_mask
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,7 @@ def test_zip_of_a_series(tmp_path, voxels):
 
 
 def test_zip_that_declares_too_much(tmp_path, monkeypatch):
-    monkeypatch.setattr("medvlm3d.bounded.MAX_BYTES", 1000)
+    monkeypatch.setattr("medvlm3d.scans.guard.MAX_BYTES", 1000)
     with zipfile.ZipFile(tmp_path/"s.zip", "w", zipfile.ZIP_DEFLATED) as z: z.writestr("a.dcm", bytes(10**6))
     with pytest.raises(MedVLM3DError, match="s.zip.*unpacks to 1000000 bytes, above the limit.*not the whole archive"): read_volume(tmp_path/"s.zip")
 
@@ -436,7 +436,7 @@ def test_augmentation_never_makes_left_false():
 
 def test_real_scans_lie_as_they_should():
     "The heart's side: with the canonical view, the chest's soft tissue between the lungs leans to the patient's left, the image's right."
-    from medvlm3d.readers import real_scans
+    from medvlm3d.scans.readers import real_scans
     scans = real_scans("lung2", "brain2")
     ct, mask = scans["lung2"]
     assert mask.array[:, :, :256].sum() == 0 and mask.array.sum() > 0        # a left lesion at the image's right
@@ -458,7 +458,7 @@ def test_a_real_series_lies_where_nibabel_puts_it():
     "nibabel reads each file of the clinical MR series alone, by its own formula: every pixel is found at its place in our volume."
     from nibabel.nicom.dicomwrappers import wrapper_from_file
 
-    from medvlm3d.fetch import fetch
+    from medvlm3d.base.fetch import fetch
     folder, rng = fetch("brain-mr-dicom"), np.random.default_rng(0)
     volume = read_volume(folder)
     files = sorted(folder.glob("*.dcm"))
