@@ -19,7 +19,7 @@ def make_corpus(root, train=8):
     "A phantom of `train` cases below `root` with its features and a random reader; returns the fields of a model for it."
     make_phantom(root/"data", train=train, validation=1, test=1, shape=(8, 32, 32), workers=1, progress=False)
     encoder, preprocess = load_encoder("tiny", size=32), Preprocess(8, 32, 32)
-    encode_images(root/"store", root/"data", [s.image for s in load_m3d(root/"data")], encoder, preprocess, rho=50, progress=False)
+    encode_images(root/"store", root/"data", images=[s.image for s in load_m3d(root/"data")], encoder=encoder, preprocess=preprocess, rho=50, progress=False)
     tokenizer = reader_tokenizer()
     make_reader(tokenizer, hidden=16, layers=1, heads=2).save_pretrained(root/"reader")
     tokenizer.save_pretrained(root/"reader")
@@ -47,6 +47,6 @@ def invented(n, modalities=("MR", "PT")):
     for i in range(n):
         side, level = rng.choice(["right", "left"]), rng.choice(["upper", "lower"])
         shares = (1., 0.) if side == "right" else (0., 1.)
-        made.append(Facts(f"c{i}", f"p{i // 2}", "invented", modalities[i // 2 % len(modalities)], "x",
-                          ROOT/f"volume-{i}.nii.gz", ROOT/f"mask-{i}.nii.gz", str(side), str(level), shares))
+        made.append(Facts(f"c{i}", f"p{i // 2}", source="invented", modality=modalities[i // 2 % len(modalities)], kind="x",
+                          image=ROOT/f"volume-{i}.nii.gz", mask=ROOT/f"mask-{i}.nii.gz", side=str(side), level=str(level), shares=shares))
     return made

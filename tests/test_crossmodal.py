@@ -37,7 +37,7 @@ SHAPE, STUDIES = (20, 36, 36), 24
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     root = tmp_path_factory.mktemp("crossmodal")
-    for layout in ("brats", "autopet", "phantom"): write_layout(root/layout, layout, STUDIES, SHAPE, seed=5)
+    for layout in ("brats", "autopet", "phantom"): write_layout(root/layout, layout, studies=STUDIES, shape=SHAPE, seed=5)
     return root
 
 
@@ -298,7 +298,7 @@ def test_kappa_of_textbooks():
 
 
 def test_kappa_where_nobody_rejects_is_undefined_and_not_one():
-    account = agreement(np.ones((60, 3), bool), np.arange(60), ("a", "b", "c"), n=50)
+    account = agreement(np.ones((60, 3), bool), np.arange(60), names=("a", "b", "c"), n=50)
     assert account["Fleiss"]["value"] is None and account["mean Cohen"]["value"] is None and account["accepted by all"]["value"] == 1
     assert "undefined" in agreement_table({**account, "rounds": [{"judged": 60, "accepted by all": 60}], "replaced": 0}).markdown()
 
@@ -306,7 +306,7 @@ def test_kappa_where_nobody_rejects_is_undefined_and_not_one():
 def test_intervals_resample_patients():
     "The same votes in fewer patients give wider intervals."
     votes = simulated_votes(np.repeat(np.random.default_rng(5).random(60) < .8, 10), .05, seed=1)
-    width = lambda patients: (v := agreement(votes, patients, ("a", "b", "c"), n=400)["Fleiss"])["high"] - v["low"]
+    width = lambda patients: (v := agreement(votes, patients, names=("a", "b", "c"), n=400)["Fleiss"])["high"] - v["low"]
     assert width(np.arange(600) // 10) > 1.5 * width(np.arange(600))
 
 
@@ -319,7 +319,7 @@ def test_the_known_error_rate_of_simulated_raters_is_recovered(error):
     assert abs(float(error_rate(counts)) - error) < 4 * np.sqrt(error * (1 - error) / (3 * n)) / (1 - 2 * error)
     def covered(seed):
         votes = simulated_votes(np.random.default_rng(seed).random(600) < .93, error, seed=seed)
-        found = agreement(votes, np.arange(600) // 3, simulated_names(3, error), seed, n=300)["error rate"]
+        found = agreement(votes, np.arange(600) // 3, names=simulated_names(3, error), seed=seed, n=300)["error rate"]
         return found["low"] <= error <= found["high"]
     assert sum(map(covered, range(40))) >= 33
 
@@ -362,7 +362,7 @@ def test_the_account_is_of_the_first_round_before_replacement(reviewed):
     drafter, pairs, done = reviewed
     first, votes = done.first
     assert [p.id for p in first] == [p.id for p in pairs] and not votes.all()
-    account = agreement(votes, [p.patient for p in first], simulated_names(3, .02), n=300)
+    account = agreement(votes, [p.patient for p in first], names=simulated_names(3, .02), n=300)
     assert account["pairs"] == 720 and .5 < account["mean Cohen"]["value"] < .95
     assert account["error rate"]["low"] <= .02 <= account["error rate"]["high"]
 
@@ -447,10 +447,10 @@ def test_simulated_and_generated_are_said_everywhere(whole, data, facts):
 
 def test_real_volumes_that_only_programs_judged_are_marked(data, tmp_path):
     for name in ("brats", "autopet"): (shutil.copytree(data/name, tmp_path/name)/"GENERATED.json").unlink()
-    build(tmp_path/"out", tmp_path, studies := open_corpora(tmp_path, ("brats", "autopet")), volumes=2, resamples=20)
+    build(tmp_path/"out", tmp_path, studies=(studies := open_corpora(tmp_path, ("brats", "autopet"))), volumes=2, resamples=20)
     assert {p.source for p in read_manifest(tmp_path/"crossmodal.jsonl")} == {f"{name}, accepted by simulated raters" for name in ("BraTS 2023", "AutoPET")}
     with pytest.raises(MedVLM3DError, match="are all MRI: to ask for the modality would be to answer"):
-        build(tmp_path/"out", tmp_path, [s for s in studies if s.source == "BraTS 2023"], volumes=2)
+        build(tmp_path/"out", tmp_path, studies=[s for s in studies if s.source == "BraTS 2023"], volumes=2)
 
 
 def test_the_record_identifies_its_pairs(whole):
@@ -462,7 +462,7 @@ def test_a_constant_learned_on_all_training_pairs_is_at_chance_by_modality(many,
     """Lesion and place: at chance under MRI and under PET. The modality: the one that is named is right there and wrong in the other,
     where a constant learned within each modality would be right in both."""
     write_manifest(tmp_path/"crossmodal.jsonl", many)
-    results = score(tmp_path, tmp_path, many, {"simulated": True}, resamples=20)
+    results = score(tmp_path, tmp_path, pairs=many, account={"simulated": True}, resamples=20)
     cells = {(word, kind): results[word]["systems"]["constant"]["standard"]["closed"]["accuracy"][kind] for word in ("MRI", "PET") for kind in QUESTIONS}
     assert {cells[word, "Modality Identification"]["value"] for word in ("MRI", "PET")} == {0, 100}
     for kind, chance in (("Lesion Detection", .5), ("Anatomical Localization", .25)):
@@ -475,7 +475,7 @@ def test_differences_are_corrected_over_all_rows_that_are_printed(many, tmp_path
     "Two systems, three types and their mean, all pairs and two modalities: the least p is multiplied by the number of rows."
     asked = [p for p in many if p.split == "test"]
     results = scores({"model": [prediction_line(p, f"{p.letter}. {p.answer}") for p in asked], "other image": [prediction_line(p, "A") for p in asked]},
-                     asked, [p for p in many if p.split == "train"], n=20)
+                     asked, training=[p for p in many if p.split == "train"], n=20)
     table = difference_table(results, {"simulated": True, "raters": ["a", "b", "c"]})
     assert len(table.rows) == 3 * 2 * 4 and "Holm: adjusted for all rows of this table" in table.note
     cells = [c for r in by_modality(results).values() for tasks in r["comparisons"].values() for g, c in tasks["closed"]["accuracy"].items() if g != "micro"]
@@ -521,7 +521,7 @@ def test_a_real_corpus_is_never_written_over_and_an_empty_one_is_no_licence_to_g
     before = {p: p.stat().st_mtime_ns for p in real.rglob("*")}
     assert {s.source for s in open_corpora(tmp_path, ("brats",), studies=2)} == {"BraTS 2023"}
     assert {p: p.stat().st_mtime_ns for p in real.rglob("*")} == before
-    with pytest.raises(MedVLM3DError, match="nothing real is ever written over"): write_layout(real, "brats", 2)
+    with pytest.raises(MedVLM3DError, match="nothing real is ever written over"): write_layout(real, "brats", studies=2)
     (tmp_path/"autopet").mkdir()
     with pytest.raises(MedVLM3DError, match="holds no study"): open_corpora(tmp_path, ("autopet",), studies=2)
 

@@ -25,7 +25,8 @@ from medvlm3d.front.cli import app
 from medvlm3d.base.core import MedVLM3DError, RunFolder
 from medvlm3d.data.corpora import BRATS, find_scans, left_over, load_autopet, load_brats, load_folder, study_samples
 from medvlm3d.front.data import data_app
-from medvlm3d.data.m3d import COLUMNS, Sample, image_reader, load_m3d, read_image, read_m3d
+from medvlm3d.data.m3d import COLUMNS, image_reader, load_m3d, read_image, read_m3d
+from medvlm3d.data.samples import Sample
 from medvlm3d.method.encoder import load_encoder
 from medvlm3d.features.store import main as encode
 from medvlm3d.data.leakage import audit, find_ties, take_census
@@ -99,7 +100,7 @@ def listing(tmp_path, n=12, **changes):
         image = f"v/{i}/axial.npy"
         (root/image).parent.mkdir(parents=True, exist_ok=True)
         np.save(root/image, smooth(100 + i, (8, 24, 24))[None])
-        samples.append(Sample(f"s{i}", f"c{i}", image, "train" if i < n - 4 else "test", "report", "Report",
+        samples.append(Sample(f"s{i}", f"c{i}", image=image, split="train" if i < n - 4 else "test", task="report", type="Report",
                               answer=varied_report(np.random.default_rng((3, i))), **changes))
     return with_hashes(root, samples, workers=1), root
 
@@ -219,7 +220,7 @@ def test_numbers_are_read_as_what_the_corpus_says_they_are(tmp_path):
     found = {name: read_image(tmp_path/name) for name in ("BraTS-GLI-00002-000-t2f.nii.gz", "SUV.nii.gz", "CTres.nii.gz", "scan.nii.gz")}
     assert [(v.modality, v.intensity) for v in found.values()] == [("MR", "arbitrary"), ("PT", "SUV"), ("CT", "HU"), ("CT", "HU")]
     assert "taken for CT in HU because of its values" in found["scan.nii.gz"].warnings and "PT, SUV: as told" in found["SUV.nii.gz"].warnings
-    read = image_reader(tmp_path, [Sample("1", "c", "scan.nii.gz", "", "image", "Image", modality="MR")])
+    read = image_reader(tmp_path, [Sample("1", "c", image="scan.nii.gz", split="", task="image", type="Image", modality="MR")])
     assert (read("scan.nii.gz").modality, read(tmp_path/"scan.nii.gz").intensity) == ("MR", "arbitrary")
 
 
@@ -397,7 +398,7 @@ def test_what_a_path_does_not_determine_is_listed(tmp_path):
     save_dicom(save_dicom(root/"two", STACK, AFFINE), STACK[:4] + 1, AFFINE, series=2)
     write_nifti(root/"times.nii.gz", np.stack([smooth(5, (9, 8, 7)), smooth(6, (9, 8, 7))], -1))
     np.save(root/"bare.npy", smooth(7, (8, 9, 7)))
-    plain = [Sample(str(n), str(n), image, "train", "report", "Report", answer=varied_report(np.random.default_rng(n)))
+    plain = [Sample(str(n), str(n), image=image, split="train", task="report", type="Report", answer=varied_report(np.random.default_rng(n)))
              for n, image in enumerate(("two", "times.nii.gz", "bare.npy"))]
     told = [replace(s, **choice) for s, choice in zip(plain, ({"series": 1}, {"frame": 1}, {"axis_order": "HWD"}))]
     write_manifest(root/"plain.jsonl", with_hashes(root, plain))
@@ -435,7 +436,7 @@ class Words:
 
 
 def test_reports_longer_than_their_room_are_counted_and_named(tmp_path):
-    samples = [Sample(f"s{n}", f"c{n}", "x", "train", "report", "Report", answer="word " * n, where=f"m.jsonl:{n}") for n in (3, 9, 12)]
+    samples = [Sample(f"s{n}", f"c{n}", image="x", split="train", task="report", type="Report", answer="word " * n, where=f"m.jsonl:{n}") for n in (3, 9, 12)]
     refused(lambda: check_lengths(samples, Words(), 8), "m.jsonl:9: its report has 10 tokens, room is for 8", "m.jsonl:12: ", "Allow policy='truncate'")
     assert check_lengths(samples, Words(), 8, "truncate") == (2, "2 of 3 answers and reports have more than 8 tokens and will be cut (longest 13)")
     refused(lambda: check_lengths(samples, Words(), 8, "cut"), "Use 'error' or 'truncate'")
@@ -686,7 +687,7 @@ def test_a_crowd_of_equal_texts_stays_tied_in_bounded_work():
     texts = [f"There is no focal lesion in this examination of the abdomen and pelvis number {n}." for n in range(1000)]
     i, j, _, crowded = near_texts(texts)
     assert crowded and len(i) < 1000 * 64 * 21
-    census = take_census(Sample(str(n), str(n), f"{n}.npy", "train", "report", "Report", answer=t) for n, t in enumerate(texts))
+    census = take_census(Sample(str(n), str(n), image=f"{n}.npy", split="train", task="report", type="Report", answer=t) for n, t in enumerate(texts))
     assert len(set(groups_of(1000, list(find_ties(census, kinds=("near text",)).values())).tolist())) == 1
 
 
@@ -756,7 +757,7 @@ def test_a_chain_of_ties_goes_to_one_side(tmp_path):
 def test_no_split_tears_a_group_and_shares_are_met(seed):
     rng = np.random.default_rng(seed)
     case = np.sort(rng.integers(0, 150, 400))
-    census = take_census(Sample(str(v), f"c{c}", f"{v}.npy", "", "report", "Report", answer=f"text number {rng.integers(300)}", patient=f"p{c // 3}")
+    census = take_census(Sample(str(v), f"c{c}", image=f"{v}.npy", split="", task="report", type="Report", answer=f"text number {rng.integers(300)}", patient=f"p{c // 3}")
                          for v, c in enumerate(case))
     ties = find_ties(census, kinds=("case", "patient"))
     group = groups_of(400, list(ties.values()))

@@ -4,7 +4,7 @@ import torch
 
 from medvlm3d.evaluation.baselines import Blank, Reversed, lend, nearest_lines, neighbours
 from medvlm3d.base.core import MedVLM3DError
-from medvlm3d.data.m3d import Sample
+from medvlm3d.data.samples import Sample
 from medvlm3d.evaluation.scores import compare, evaluate_systems
 from medvlm3d.evaluation.prediction import prediction_line
 from medvlm3d.evaluation.uncertainty import compare_seeds, holm
@@ -15,7 +15,7 @@ def answers(skill, n=40):
     lines = []
     for i in range(n):
         right = i % 10 < 10 * skill
-        sample = Sample(f"{i:03d}", f"c{i // 2}", f"i{i}", "test", "closed", "Organ" if i % 2 else "Plane", "?", ("a", "b", "NA", "NA"), "a", "A")
+        sample = Sample(f"{i:03d}", f"c{i // 2}", image=f"i{i}", split="test", task="closed", type="Organ" if i % 2 else "Plane", question="?", choices=("a", "b", "NA", "NA"), answer="a", letter="A")
         lines.append(prediction_line(sample, "A. a" if right else "B. b"))
     return lines
 
@@ -32,7 +32,7 @@ def test_holm_covers_the_whole_table():
 
 def test_seeds_must_be_paired():
     with pytest.raises(MedVLM3DError, match=r"compare_seeds: has \(2, 4\) against \(3, 4\).*Run both with the same seeds"):
-        compare_seeds(torch.zeros(2, 4).numpy(), torch.zeros(3, 4).numpy(), list("abcd"))
+        compare_seeds(torch.zeros(2, 4).numpy(), torch.zeros(3, 4).numpy(), clusters=list("abcd"))
 
 
 # --- baselines ------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_the_nearest_case_is_found_whatever_its_scale():
 
 def test_the_nearest_offered_answer_is_lent():
     def sample(i, answer, split="train", choices=("liver", "spleen", "NA", "NA"), letter="A"):
-        return Sample(f"{i}/1", str(i), f"i{i}", split, "closed", "Organ", "?", choices, answer, letter)
+        return Sample(f"{i}/1", str(i), image=f"i{i}", split=split, task="closed", type="Organ", question="?", choices=choices, answer=answer, letter=letter)
     training = [sample(0, "lung", choices=("lung", "spleen", "NA", "NA")), sample(1, "spleen", letter="B")]
     asked = [sample(2, "liver", "test")]
     assert nearest_lines(asked, training, {"i2": ["i0", "i1"]})[0]["prediction"] == "B. spleen"    # a lung is not offered

@@ -15,7 +15,8 @@ from medvlm3d.base.core import MedVLM3DError, write_json
 from medvlm3d.data.m3d import load_m3d, read_image, series_facts
 from medvlm3d.method.encoder import load_encoder
 from medvlm3d.features.encode import StoreSpec
-from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, encode_volume, main, write_shard
+from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, main, write_shard
+from medvlm3d.features.encode import encode_volume
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.base.ranks import only_writer
 from medvlm3d.scans.volume import Preprocess
@@ -121,7 +122,7 @@ def test_every_form_of_m3d_is_read(tmp_path):
     for i, picture in enumerate(array): Image.fromarray((picture * 255).astype(np.uint8)).save(folder/"Coronal_c"/f"{i}.png")
     images = [f"M3D_Cap/ct_case/000001/{name}" for name in ("Axial_a.npy", "Sagittal_b.nii.gz", "Coronal_c")]
     encoder, preprocess = load_encoder("tiny", size=32), Preprocess(8, 32, 32, plane="axial")
-    store = encode_images(tmp_path/"store", tmp_path, images, encoder, preprocess, 50, progress=False, read=read_image)
+    store = encode_images(tmp_path/"store", tmp_path, images=images, encoder=encoder, preprocess=preprocess, rho=50, progress=False, read=read_image)
     for image in images: assert torch.equal(store[image][0], encode_volume(read_image(tmp_path/image), encoder, preprocess, 50)[0])
     assert [store.key(image)[64:] for image in images] == [":m3d:axial:CT", ":m3d:sagittal:CT", ":m3d:coronal:CT"] and store.spec["reader"] == "read_image"
 
@@ -138,7 +139,7 @@ def test_what_the_reader_remarked_stays_with_the_features_and_is_counted(tmp_pat
     odd.set_qform(np.diag([3., 3, 3, 1]), 1)
     nibabel.save(odd, tmp_path/"odd.nii.gz")
     images = ["mixed0.npy", "mixed1.npy", "mixed2.npy", "plain.npy", "odd.nii.gz"]
-    made = encode_images(tmp_path/"store", tmp_path, images, load_encoder("tiny", size=32), Preprocess(8, 32, 32), 50, shard_size=2)
+    made = encode_images(tmp_path/"store", tmp_path, images=images, encoder=load_encoder("tiny", size=32), preprocess=Preprocess(8, 32, 32), rho=50, shard_size=2)
     said = capfd.readouterr().err
     assert ("3 volumes: the slices look interleaved: check their order\n" in said
             and "1 volume: qform and sform differ: the sform is used\n" in said and "mixed" not in said)

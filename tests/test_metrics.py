@@ -391,13 +391,13 @@ def roberta(tmp_path_factory):
 
 def test_any_encoder_gives_a_bertscore_under_its_own_name(roberta):
     "Also a RoBERTa, whose positions begin after the padding index: the longest text fits."
-    score = BERTScore(roberta, 1, "tiny-roberta", batch_size=3)
+    score = BERTScore(roberta, 1, name="tiny-roberta", batch_size=3)
     assert (score.name, score.limit, len(score.model.encoder.layer)) == ("BERTScore(tiny-roberta)", 38, 1)
     texts = [REFERENCE, "cyst", "a cyst on the left " * 30, ""]
     together = score(texts, [REFERENCE] * 4)
     assert together[0] == pytest.approx(1, abs=1e-6) and together[3] == 0 and 0 < together[1] < 1
     assert together == pytest.approx([BERTScore(roberta, 1, batch_size=1)([t], [REFERENCE])[0] for t in texts], abs=1e-5)
-    with pytest.raises(MedVLM3DError, match="has 2 layers, not 17"): BERTScore(roberta, 17, "roberta-large")
+    with pytest.raises(MedVLM3DError, match="has 2 layers, not 17"): BERTScore(roberta, 17, name="roberta-large")
 
 
 FILES = {"closed.csv": CLOSED, "open.csv": OPEN, "report.csv": REPORT, "ours.jsonl": json.dumps(LINE)}

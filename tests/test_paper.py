@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from medvlm3d.features import store as features
 from medvlm3d.front.cli import app
 from medvlm3d.base.core import MedVLM3DError, read_json, seed_everything
-from medvlm3d.method.encoder import load_encoder, quietly
+from medvlm3d.method.encoder import load_encoder
+from medvlm3d.method.weights import quietly
 from medvlm3d.method.language import base_hash, load_llm, load_tokenizer
 from medvlm3d.method.model import MedVLM3D, assemble, paper
 from medvlm3d.phantoms.phantom import make_phantom
@@ -21,7 +22,7 @@ from medvlm3d.training.planning import Corpus, dry_run, load_of
 from medvlm3d.training.preset import paper_plan, start
 from medvlm3d.front.runners import run_plan
 from medvlm3d.method.tokens import build_prompt, collate, image_prefix, pack_examples, padding_id, prompt_ids, target_ids
-from medvlm3d.training.stages import paper_stages
+from medvlm3d.training.plan import paper_stages
 from medvlm3d.scans.volume import Preprocess
 
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]
@@ -196,7 +197,7 @@ def test_one_step_of_both_stages_at_full_connector_width(llama):
     with quietly(): model = assemble(paper(text_config=text, llm_reference=None, lora=None, dtype="float32"), tokenizer=tok)
     assert model.config.visual_tokens == 343
     questions = [(prompt_ids(tok, TEXTS[1]), target_ids(tok, "B. spleen")), (prompt_ids(tok, "Where is the lesion?"), target_ids(tok, "In the left lung."))]
-    batch = collate([pack_examples(image_prefix(tok, 343), questions, model.config.context)], padding_id(tok))
+    batch = collate([pack_examples(image_prefix(tok, 343), questions, context=model.config.context)], padding_id(tok))
     features = torch.randn(1, 14, 196, 768).bfloat16()
     for stage in paper_stages():
         if stage.lora: model.add_lora(**stage.lora)
@@ -318,6 +319,6 @@ def test_steps_of_a_given_size_are_measured_by_a_runner(tmp_path):
 
 
 def test_packing_shortens_the_work():
-    packed, apart = (load_of(paper_stages()[1], Corpus("", 960, 4.), paper(), 4, p) for p in (True, False))
+    packed, apart = (load_of(paper_stages()[1], Corpus("", 960, 4.), config=paper(), gpus=4, packed=p) for p in (True, False))
     assert (packed.batch, packed.sequences, apart.sequences, packed.steps, apart.steps) == (96, 960, 4800, 40, 200)
     assert packed.tokens == 343 + 13 + 130 + 240

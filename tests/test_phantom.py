@@ -14,12 +14,15 @@ from medvlm3d.phantoms.anatomy import MORE_KINDS, TISSUES, draw_scene, sample_ca
 from medvlm3d.phantoms.benchmark import asked_of, make_benchmark, report_about, sample_findings
 from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.studies.crossmodal import Drafter
-from medvlm3d.data.m3d import by_image, load_m3d
+from medvlm3d.data.samples import by_image
+from medvlm3d.data.m3d import load_m3d
 from medvlm3d.evaluation.scores import constant_predictions, evaluate_systems
 from medvlm3d.base.fetch import fetch
-from medvlm3d.evaluation.metrics import LEXICON, METEOR, BERTScore, tokens_13a
+from medvlm3d.evaluation.findings import LEXICON
+from medvlm3d.evaluation.metrics import METEOR, BERTScore, tokens_13a
 from medvlm3d.phantoms.scanner import MODES, draw_mode
-from medvlm3d.phantoms.phantom import ASKED, TYPES, Case, draw_ct, draw_letters, make_phantom, questions, read_masks, read_truth, render, report, to_unit
+from medvlm3d.phantoms.phantom import ASKED, TYPES, draw_ct, draw_letters, make_phantom, questions, read_masks, read_truth, render, report, to_unit
+from medvlm3d.phantoms.anatomy import Case
 from medvlm3d.evaluation.prediction import prediction_line
 from medvlm3d.phantoms.probes import PROBES, TEXTURES, make_probe, reflected
 

@@ -34,7 +34,7 @@ def corpus(tmp_path_factory):
     root, model = tmp_path_factory.mktemp("asked"), tiny()
     make_phantom(root/"data", train=1, validation=1, test=6, shape=(8, 64, 64), workers=1, progress=False)
     samples = [s for s in load_m3d(root/"data") if s.split == "test"]
-    encode_images(root/"store", root/"data", [s.image for s in samples], model.encoder, model.processor.preprocess, model.config.rho, progress=False)
+    encode_images(root/"store", root/"data", images=[s.image for s in samples], encoder=model.encoder, preprocess=model.processor.preprocess, rho=model.config.rho, progress=False)
     weight = model.get_output_embeddings().weight
     with torch.no_grad(): weight.copy_(weight[0] + 1e-7 * weight)
     model.save_pretrained(root/"model")
@@ -59,7 +59,7 @@ def test_neither_ranks_nor_batches_nor_order_change_an_answer(corpus, tmp_path):
     model, store = MedVLM3D.from_pretrained(root/"model"), FeatureStore(root/"store")
     for batch_size in (1, 32):
         shuffled = random.Random(batch_size).sample(samples, len(samples))
-        alone = predict_items(model, model.processor, shuffled, store, batch_size, tmp_path/f"{batch_size}.jsonl", max_new_tokens=4, progress=False)
+        alone = predict_items(model, model.processor, samples=shuffled, features=store, batch_size=batch_size, out_path=tmp_path/f"{batch_size}.jsonl", max_new_tokens=4, progress=False)
         assert said(alone) == said(lines)
         scores = {line["id"]: line["option_logprobs"] or [] for line in alone}
         assert all(abs(a - b) < 1e-4 for line in lines for a, b in zip(line["option_logprobs"] or [], scores[line["id"]], strict=True))
@@ -80,6 +80,6 @@ def test_answers_of_another_model_or_split_are_refused(corpus, tmp_path):
 def test_the_cache_goes_by_the_name_that_the_installed_transformers_knows(corpus, tmp_path, recwarn):
     root, samples = corpus
     model = MedVLM3D.from_pretrained(root/"model")
-    predict_items(model, model.processor, samples[:2], FeatureStore(root/"store"), 2, tmp_path/"few.jsonl", max_new_tokens=2, progress=False)
+    predict_items(model, model.processor, samples=samples[:2], features=FeatureStore(root/"store"), batch_size=2, out_path=tmp_path/"few.jsonl", max_new_tokens=2, progress=False)
     model.generate(input_ids=torch.tensor([[1, 2]]), max_new_tokens=2)
     assert not [str(w.message) for w in recwarn if "past_key_values" in str(w.message)]

@@ -17,7 +17,7 @@ from medvlm3d.studies.efficiency import COLUMNS, Finding, goal_rows
 from medvlm3d.data.leakage import write_audit
 from medvlm3d.report.tables import Table, write_table
 from medvlm3d.studies.stress import stress_note, stress_rows
-from medvlm3d.studies.demo import render
+from medvlm3d.report.rendering import render
 from medvlm3d.studies.sweep import ablation_tables
 from medvlm3d.studies.paper_tables import write_paper_tables
 

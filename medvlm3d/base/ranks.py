@@ -69,7 +69,7 @@ class Ranks:
         if error: raise MedVLM3DError(*error)
         return found
 
-    def bar(self, total, done, what, unit, show=True):
+    def bar(self, total, done, *, what, unit, show=True):
         "A progress bar of this rank's share, with its rate and the time left; shown by rank 0."
         what = what if self.world == 1 else f"{what} (rank 0 of {self.world})"
         return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", bar_format=BAR, disable=not show or self.rank > 0)

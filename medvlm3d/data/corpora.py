@@ -59,13 +59,13 @@ def brats_study(folder):
     named, case = BRATS_NAME.fullmatch(folder.name), folder.name
     if missing := [kind for kind in BRATS if kind not in files]: return None, f"{', '.join(missing)} missing"
     if not named: case = pseudonym(folder.name)
-    return Study(case, named[1] if named else case, {kind: files[kind] for kind in BRATS}, files.get("seg"), "BraTS 2023"), None
+    return Study(case, named[1] if named else case, images={kind: files[kind] for kind in BRATS}, mask=files.get("seg"), source="BraTS 2023"), None
 
 def public_name(folder):
     "The part of a path that is an id given by the organisers of a corpus, or None."
     return next((p for p in reversed(folder.parts) if re.fullmatch(rf"{BRATS_NAME.pattern}|PETCT_[0-9a-f]+", p)), None)
 
-def load_studies(root, folders, reader, layout, rejects=None):
+def load_studies(root, folders, *, reader, layout, rejects=None):
     "The studies in `folders`, read by `reader`; every problem is reported at once, or written to `rejects`."
     root, studies, problems = Path(root), [], []
     for n, folder in enumerate(folders, 1):
@@ -77,7 +77,7 @@ def load_studies(root, folders, reader, layout, rejects=None):
             problems.append(Problem(public_name(folder) or f"study {n} (in order of path)", why, f"The layout is {layout}."))
         else: studies.append(study)
     if not folders: problems.append(Problem("the folder", "holds no study", f"The layout is {layout}."))
-    settle(relative(root), problems, rejects)
+    settle(relative(root), problems, rejects=rejects)
     if twice := [case for case, n in Counter(s.case for s in studies).items() if n > 1]:
         raise MedVLM3DError(relative(root), f"holds {len(twice)} cases in two folders", "Keep one copy of each.")
     return studies
@@ -85,7 +85,7 @@ def load_studies(root, folders, reader, layout, rejects=None):
 def load_brats(root, rejects=None):
     "The studies of a folder in the layout of BraTS 2023."
     folders = sorted({p.parent for p in Path(root).rglob("*.nii*") if p.name.startswith(p.parent.name + "-")})
-    return load_studies(root, folders, brats_study, "<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz", rejects)
+    return load_studies(root, folders, reader=brats_study, layout="<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz", rejects=rejects)
 
 # %% ../../nbs/data/corpora.ipynb #4e8ce703
 AUTOPET = {"CT": "CTres.nii.gz", "PT": "SUV.nii.gz"}
@@ -95,18 +95,18 @@ def autopet_study(folder, number=1):
     if missing := [name for name in AUTOPET.values() if not (folder/name).exists()]: return None, f"{', '.join(missing)} missing"
     patient = public_name(folder) or pseudonym(folder.name)
     mask = folder/"SEG.nii.gz" if (folder/"SEG.nii.gz").exists() else None
-    return Study(f"{patient}/{number}", patient, {kind: folder/name for kind, name in AUTOPET.items()}, mask, "AutoPET"), None
+    return Study(f"{patient}/{number}", patient, images={kind: folder/name for kind, name in AUTOPET.items()}, mask=mask, source="AutoPET"), None
 
 def load_autopet(root, rejects=None):
     "The studies of a folder in the layout of AutoPET."
     folders = sorted({p.parent for name in (*AUTOPET.values(), "SEG.nii.gz") for p in Path(root).rglob(name)})
     number = {f: sum(g.parent == f.parent for g in folders[:i + 1]) if f.name[:6] != "PETCT_" else 1 for i, f in enumerate(folders)}
-    return load_studies(root, folders, lambda f: autopet_study(f, number[f]), "PETCT_<patient>/<study>/{CTres,SUV,SEG}.nii.gz", rejects)
+    return load_studies(root, folders, reader=lambda f: autopet_study(f, number[f]), layout="PETCT_<patient>/<study>/{CTres,SUV,SEG}.nii.gz", rejects=rejects)
 
 # %% ../../nbs/data/corpora.ipynb #ee972a41
 def study_samples(studies, root):
     "One `Sample` of task `image` per volume of each study, with paths below `root`, not yet split."
-    return [Sample(f"{s.case}/{kind}", s.case, path.relative_to(root).as_posix(), "", "image", "Image", patient=s.patient, source=s.source,
+    return [Sample(f"{s.case}/{kind}", s.case, image=path.relative_to(root).as_posix(), split="", task="image", type="Image", patient=s.patient, source=s.source,
                    modality=kind if kind in AUTOPET else "MR") for s in studies for kind, path in s.images.items()]
 
 # %% ../../nbs/data/corpora.ipynb #e4e36dce
@@ -182,7 +182,7 @@ def load_folder(root, source="", licence="", rejects=None):
         if len(problems) > known: continue
         patient = image.split("/")[0] if "/" in image else case
         plane = next((p for p in PLANE_NAMES[:3] if p in stem_of(scan).lower()), "")
-        s = Sample(pseudonym(image), pseudonym(case), image, "", "report", "Report", answer=words,
+        s = Sample(pseudonym(image), pseudonym(case), image=image, split="", task="report", type="Report", answer=words,
                    patient=pseudonym(patient), plane=plane, source=source, licence=licence, where=where)
         if bad := text_problem(s): problems.append(Problem(where, *bad))
         else: samples.append(s)
@@ -191,5 +191,5 @@ def load_folder(root, source="", licence="", rejects=None):
     if loose := loose_slices(root, scans):
         problems.append(Problem(f"{len(loose)} slices", "lie in the root itself", "Give the slices of each series a folder of their own, with the report."))
     if not scans: problems.append(Problem("the folder", "holds no scan", "Formats are " + ", ".join(SCANS) + ", DICOM and numbered pictures."))
-    settle(relative(root), problems, rejects)
+    settle(relative(root), problems, rejects=rejects)
     return samples

@@ -60,8 +60,8 @@ def take_census(samples):
         if s.task == "report": of_text[v, texts.setdefault(" ".join(re.findall(r"\w+", s.answer.lower())), len(texts))] = None
     where, sha256, how, *numbers = zip(*rows) if rows else [()] * 6
     case, patient, source = (np.array(n, int) for n in numbers)
-    return Census(list(images), list(where), list(sha256), list(how), np.array(side, int), case,
-                  patient, source, list(texts), np.array(list(of_text), int).reshape(-1, 2), counts)
+    return Census(list(images), list(where), sha256=list(sha256), reading=list(how), side=np.array(side, int), case=case,
+                  patient=patient, source=source, texts=list(texts), of_text=np.array(list(of_text), int).reshape(-1, 2), counts=counts)
 
 # %% ../../nbs/data/leakage.ipynb #c6c7177f
 @dataclass
@@ -80,7 +80,7 @@ def look(image, told, root):
     except MedVLM3DError as e: return None, None, (), (e.why, e.remedy)
     except OSError as e: return None, None, (), (f"it cannot be opened ({type(e).__name__})", "Restore the file, or make it readable.")
 
-def seen_problems(where, listed, digest, warnings, bad):
+def seen_problems(where, listed, *, digest, warnings, bad):
     "The problems with one volume, at the place `where` it was listed with the hash `listed`."
     if bad: yield Problem(where, f"its volume cannot be read: {bad[0]}", bad[1])
     if digest and listed not in ("", digest): yield Problem(where, *OTHER_VOLUME)
@@ -96,7 +96,7 @@ def look_at_volumes(census, root, workers=2, progress=True):
                                                                total=len(hashes), desc="volumes", disable=not progress)):
             sha256.append(digest)
             if seen is not None: hashes[v] = seen
-            problems += seen_problems(census.where[v], census.sha256[v], digest, warnings, bad)
+            problems += seen_problems(census.where[v], census.sha256[v], digest=digest, warnings=warnings, bad=bad)
     return Looks(sha256, hashes, problems)
 
 class NoPool:
@@ -121,11 +121,11 @@ class Tie:
     @property
     def items(self): return int(self.item.max(initial=-1)) + 1
 
-def find_ties(census, looks=None, text=.8, image=.95, kinds=KIND):
+def find_ties(census, looks=None, *, text=.8, image=.95, kinds=KIND):
     "The ties of each kind asked for; those of bytes and images need `looks`."
     every, (v, t) = np.arange(len(census.images)), census.of_text.T
     make = {"case": lambda: Tie("case", every, census.case), "patient": lambda: Tie("patient", every, census.patient), "text": lambda: Tie("text", v, t)}
-    def near(kind, volume, item, found): return Tie(kind, volume, item, np.stack(found[:2], 1), found[2], found[3])
+    def near(kind, volume, item, found): return Tie(kind, volume, item=item, pairs=np.stack(found[:2], 1), likeness=found[2], crowded=found[3])
     if len(census.texts) > 1: make["near text"] = lambda: near("near text", v, t, near_texts(census.texts, text))
     if looks is not None:
         live = np.array([i for i, digest in enumerate(looks.sha256) if digest], int)
@@ -180,7 +180,7 @@ def open_corpus(path, root=None):
     if path.is_dir(): return partial(scan_m3d, path), path
     return (lambda problems: scan_manifest(path, problems, root)), Path(root or path.parent)
 
-def audit(path, root=None, images=True, allow=(), text=.8, image=.95, workers=2, progress=True):
+def audit(path, root=None, *, images=True, allow=(), text=.8, image=.95, workers=2, progress=True):
     "Audit a manifest or an M3D folder: a dictionary of counts, findings and the verdict `passed`."
     if unknown := set(allow) - set(KIND): raise MedVLM3DError("allow", f"does not know {', '.join(sorted(unknown))}", f"Kinds are {', '.join(KIND)}.")
     problems = []
@@ -188,7 +188,7 @@ def audit(path, root=None, images=True, allow=(), text=.8, image=.95, workers=2,
     census = take_census(read(problems))
     looks = look_at_volumes(census, root, workers, progress) if images else None
     problems += looks.problems if looks else []
-    ties = find_ties(census, looks, text, image)
+    ties = find_ties(census, looks, text=text, image=image)
     findings = [finding(tie, census) for tie in ties.values()]
     sources = ({kind: len(across(tie, census.source)[1]) for kind, tie in ties.items() if kind not in ("case", "patient")}
                if {1, 2} <= set(census.source.tolist()) else {})

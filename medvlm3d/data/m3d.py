@@ -6,23 +6,17 @@
 __all__ = ['NAMED', 'COLUMNS', 'report_text', 'case_of', 'series_facts', 'facts_of', 'forms', 'locate', 'corpus_modality',
            'read_m3d', 'read_image', 'image_reader', 'find', 'listed_reports', 'read_reports', 'table_rows',
            'row_samples', 'read_questions', 'is_series', 'raw_case', 'read_raw', 'tables_of', 'is_m3d', 'scan_m3d',
-           'load_m3d', 'PLANE_NAMES', 'SIDES', 'TYPES', 'Problem', 'Sample', 'by_image', 'path_problem', 'read_text',
-           'settle', 'shared_cases', 'side_problem', 'text_lines', 'text_problem']
+           'load_m3d']
 
 # %% ../../nbs/data/m3d.ipynb #6f30b22d
 import csv, json
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-
-from .samples import (PLANE_NAMES, SIDES, TYPES, Problem, Sample, alias, by_image, path_problem,
-                             read_text, reading, settle, shared_cases, side_problem, text_lines, text_problem)
+from .samples import PLANE_NAMES, SIDES, TYPES, Problem, Sample, alias, path_problem, read_text, reading, settle, side_problem, text_lines, text_problem
 from ..base.core import read_json, relative
 from ..scans.readers import PICTURES, check_options, read_nifti, read_volume
 from ..scans.volume import make_volume
-
-_all_ = ["PLANE_NAMES", "SIDES", "TYPES", "Problem", "Sample", "by_image", "path_problem",
-         "read_text", "settle", "shared_cases", "side_problem", "text_lines", "text_problem"]
 
 # %% ../../nbs/data/m3d.ipynb #690b1333
 def report_text(raw):
@@ -124,7 +118,7 @@ def read_reports(root, problems):
                      for part, bad in (("image", why), ("text", path_problem(root, entry["text"]))) if bad]
         if len(problems) > known: continue
         text = report_text(read_text(Path(root)/entry["text"], where, problems))
-        s = Sample(f"{split}/report/{n}", case_of(image), image, split, "report", "Report", answer=text, modality="CT", **facts_of(image), where=where)
+        s = Sample(f"{split}/report/{n}", case_of(image), image=image, split=split, task="report", type="Report", answer=text, modality="CT", **facts_of(image), where=where)
         if len(problems) == known and (bad := text_problem(s)): problems.append(Problem(where, *bad))
         if len(problems) == known: samples.append(s)
     return samples
@@ -190,7 +184,7 @@ def read_raw(root, problems):
             continue
         answer = report_text(read_text(text, where, problems))
         series = [p.relative_to(root).as_posix() for p in sorted(case.iterdir()) if is_series(p)]
-        made = [Sample(f"raw/report/{len(samples) + i}", name, p, "", "report", "Report", answer=answer, modality="CT", **facts_of(p), where=where)
+        made = [Sample(f"raw/report/{len(samples) + i}", name, image=p, split="", task="report", type="Report", answer=answer, modality="CT", **facts_of(p), where=where)
                 for i, p in enumerate(series)]
         if not made: problems.append(Problem(where, "has no series beside it", "Restore the folders with slices."))
         bad = ([("a series: " + why, "Copy the files themselves.") for why in (path_problem(root, p) for p in series) if why]
@@ -221,5 +215,5 @@ def load_m3d(root, allow_shared=False, rejects=None):
     problems, seen, drawn = [], {}, (Path(root)/"phantom.json").exists()
     samples = scan_m3d(root, problems)
     leaks = [] if allow_shared else [p for s in samples if (p := side_problem(s, seen, not drawn))]
-    settle(relative(root), problems + leaks, None if leaks else rejects)
+    settle(relative(root), problems + leaks, rejects=None if leaks else rejects)
     return samples

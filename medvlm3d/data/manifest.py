@@ -134,7 +134,7 @@ def read_manifest(path, root=None, allow_shared=False, rejects=None):
     samples = list(scan_manifest(path, problems, root, leaks))
     leaks = [] if allow_shared else leaks
     if not samples and not problems: problems.append(Problem(Path(path).name, "holds no line", "Make it again."))
-    settle(relative(path), problems + leaks, None if leaks else rejects)
+    settle(relative(path), problems + leaks, rejects=None if leaks else rejects)
     return samples
 
 def listing_of(path):

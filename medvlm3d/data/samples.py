@@ -72,7 +72,7 @@ def reason(why):
 
 ASIDE = "Repair the places named above, or set them aside with a file for `rejects`."
 
-def settle(what, problems, rejects=None, most=40, remedy=ASIDE):
+def settle(what, problems, *, rejects=None, most=40, remedy=ASIDE):
     "Raise all `problems` of `what` in one error; with a file `rejects`, write them there, one JSON object a line, and go on."
     if rejects: return write_text(rejects, "".join(json.dumps(asdict(p)) + "\n" for p in problems))
     if not problems: return

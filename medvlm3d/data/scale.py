@@ -9,6 +9,7 @@ __all__ = ['PLACES', 'LOOKS', 'THINGS', 'SINCE', 'NORMAL', 'SAYS', 'CLOSES', 'SH
 
 # %% ../../nbs/data/scale.ipynb #238e5983
 import json, resource, sys, time
+from functools import partial
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import write_json
-from .m3d import TYPES, Sample
+from .samples import TYPES, Sample
 from .leakage import audit, write_audit
 from .manifest import write_manifest
 from .split import split_corpus
@@ -106,7 +107,7 @@ def corpus_samples(volumes, questions, leaks=50, seed=0):
             yield Sample(f"{v}/{q}", task="closed", type=list(TYPES.values())[q % 5], question=f"What is seen in {PLACES['lungs'][q % 5]}?",
                          choices=tuple(choices), answer=choices[q % 4], letter="ABCD"[q % 4], **known)
 
-def write_volumes(root, volumes, leaks=50, seed=0, progress=True):
+def write_volumes(root, volumes, *, leaks=50, seed=0, progress=True):
     "Write the volumes of `corpus_samples`; the first of a leaking case is a copy of its partner's first, or nearly so."
     from tqdm import tqdm
     case, _, leak = case_plan(volumes, leaks, seed)
@@ -119,10 +120,10 @@ def write_volumes(root, volumes, leaks=50, seed=0, progress=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, array)
 
-def make_corpus(root, volumes=100_000, questions=500_000, leaks=50, seed=0, progress=True):
+def make_corpus(root, volumes=100_000, *, questions=500_000, leaks=50, seed=0, progress=True):
     "A generated corpus at `root`, its manifest `manifest.jsonl`; returns the number of lines."
     root = Path(root)
-    write_volumes(root, volumes, leaks, seed, progress)
+    write_volumes(root, volumes, leaks=leaks, seed=seed, progress=progress)
     return write_manifest(root/"manifest.jsonl", corpus_samples(volumes, questions, leaks, seed))
 
 # %% ../../nbs/data/scale.ipynb #749fadd8
@@ -130,25 +131,26 @@ def megabytes(who): return round(resource.getrusage(who).ru_maxrss / (1024 if sy
 
 def processor_seconds(): return sum(used.ru_utime + used.ru_stime for used in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
-def timed(job, *args):
+def timed(job, *args, **options):
     "Seconds by the clock and of the processor (all processes), peak MB of this process and of its largest child; call it in a process of its own."
     start, used = time.perf_counter(), processor_seconds()
-    job(*args)
+    job(*args, **options)
     return {"seconds": round(time.perf_counter() - start, 1), "processor seconds": round(processor_seconds() - used, 1),
             "peak MB": megabytes(resource.RUSAGE_SELF), "peak MB of a worker": megabytes(resource.RUSAGE_CHILDREN)}
 
 def verify_step(root, name, images, workers): write_audit(root/name, audit(root/f"{name}.jsonl", images=images, workers=workers, progress=False))
 def split_step(root, workers): split_corpus(root/"manifest.jsonl", workers=workers, progress=False)
 
-def benchmark(root, volumes=100_000, questions=500_000, workers=2, progress=True):
+def benchmark(root, volumes=100_000, *, questions=500_000, workers=2, progress=True):
     "Make a corpus at `root`, verify and split it, verify the split; write `scale.json` with seconds and peak memory of each step."
     root = Path(root)
-    steps = {"make the corpus": (make_corpus, root, volumes, questions, 50, 0, progress),
-             "verify": (verify_step, root, "manifest", True, workers), "split by case": (split_step, root, workers),
-             "verify the split": (verify_step, root, "manifest-by-case", True, workers)}
+    steps = {"make the corpus": partial(timed, make_corpus, root, volumes, questions=questions, progress=progress),
+             "verify": partial(timed, verify_step, root, "manifest", True, workers),
+             "split by case": partial(timed, split_step, root, workers),
+             "verify the split": partial(timed, verify_step, root, "manifest-by-case", True, workers)}
     record = {"volumes": volumes, "questions": questions, "workers": workers, "steps": {}}
     for name, step in steps.items():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: record["steps"][name] = pool.submit(timed, *step).result()
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: record["steps"][name] = pool.submit(step).result()
         if progress: print(name, record["steps"][name], flush=True)
     for name in ("manifest", "manifest-by-case"):
         record[name] = {k: v for k, v in json.loads((root/name/"audit.json").read_text()).items()

@@ -48,7 +48,7 @@ def band_keys(signatures, bands=BANDS):
     mix = np.random.default_rng(1).integers(2**63, size=width // bands, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     return (signatures.reshape(n, bands, -1).astype(np.uint64) * mix).sum(2)
 
-def near_pairs(keys, measure, threshold, window=64, chunk=200_000):
+def near_pairs(keys, measure, *, threshold, window=64, chunk=200_000):
     """Pairs of items that share one of their `keys` (N, bands) and whose `measure(i, j)` reaches the threshold.
 
     Returns i < j, the likeness, and whether some key was shared by more than `window` items."""
@@ -71,7 +71,7 @@ def near_texts(texts, threshold=.8):
     "Pairs of `texts` whose shingles have a Jaccard index of at least `threshold`: (i, j, J, crowded)."
     sets = [shingles(t) for t in texts]
     matrix = set_matrix(sets)
-    return near_pairs(band_keys(minhash(sets)), lambda i, j: jaccard(matrix, i, j), threshold)
+    return near_pairs(band_keys(minhash(sets)), lambda i, j: jaccard(matrix, i, j), threshold=threshold)
 
 # %% ../../nbs/data/similarity.ipynb #83f12f29
 CELLS, KEPT = (16, 32, 32), 8
@@ -113,5 +113,5 @@ def near_volumes(hashes, threshold=.95):
     live = np.flatnonzero(hashes.any(1))
     if len(live) < 2: return np.zeros(0, int), np.zeros(0, int), np.zeros(0), False
     vectors = z_scores(hashes[live])
-    i, j, cosine, crowded = near_pairs(plane_keys(vectors), lambda i, j: np.einsum("nc,nc->n", vectors[i], vectors[j]), threshold, chunk=20_000)
+    i, j, cosine, crowded = near_pairs(plane_keys(vectors), lambda i, j: np.einsum("nc,nc->n", vectors[i], vectors[j]), threshold=threshold, chunk=20_000)
     return live[i], live[j], cosine, crowded

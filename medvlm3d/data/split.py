@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ..base.core import MedVLM3DError, relative, sha256_file, write_json, write_text
-from .m3d import settle
+from .samples import settle
 from .leakage import BIT, find_ties, look_at_volumes, open_corpus, side_names, take_census
 from .manifest import write_manifest
 
@@ -62,7 +62,7 @@ def ties_per_group(group, tie):
     first = dict(zip(tie.item.tolist(), tie.volume.tolist()))
     return Counter(int(group[first[a]]) for a in tie.pairs[:, 0].tolist())
 
-def ledger_rows(census, group, side, ties, most=3):
+def ledger_rows(census, group, *, side, ties, most=3):
     "One row a group, as plain values."
     held = {t.kind: ties_per_group(group, t) for t in ties}
     order = np.argsort(group, kind="stable")
@@ -85,7 +85,7 @@ def whole_lists(samples, left_out=None):
         if s.split not in PARTS: yield s
         elif left_out is not None: left_out[s.split] += 1
 
-def split_corpus(path, by="case", out=None, shares=(.8, .1, .1), seed=0, ties=OPTIONAL, images=True, text=.8, image=.95, workers=2, progress=True):
+def split_corpus(path, by="case", *, out=None, shares=(.8, .1, .1), seed=0, ties=OPTIONAL, images=True, text=.8, image=.95, workers=2, progress=True):
     """Write a split of a manifest or M3D folder that tears no tie, to `out` (default: beside it, named by-case or by-patient).
 
     Beside `out` go its `.ledger.jsonl` and `.summary.json`; the summary is returned. Raises MedVLM3DError with all problems of the corpus."""
@@ -101,12 +101,12 @@ def split_corpus(path, by="case", out=None, shares=(.8, .1, .1), seed=0, ties=OP
     if not census.images: raise MedVLM3DError(relative(path), "holds no volumes", "Give a corpus.")
     looks = look_at_volumes(census, root, workers, progress) if images else None
     settle(relative(path), [p for p in (looks.problems if looks else ()) if "interleaved" not in p.why], remedy="Repair the places named above first.")
-    found = list(find_ties(census, looks, text, image, {"case", *(["patient"] if by == "patient" else []), *ties}).values())
+    found = list(find_ties(census, looks, text=text, image=image, kinds={"case", *(["patient"] if by == "patient" else []), *ties}).values())
     group = groups_of(len(census.images), found)
     side = assign(np.bincount(group), shares, seed)
     check_shares(group, side, shares, found)
     written = write_manifest(out, with_sides(whole_lists(read([])), census, side[group], looks))
-    write_text(out.with_suffix(".ledger.jsonl"), "".join(json.dumps(row) + "\n" for row in ledger_rows(census, group, side, found)))
+    write_text(out.with_suffix(".ledger.jsonl"), "".join(json.dumps(row) + "\n" for row in ledger_rows(census, group, side=side, ties=found)))
     summary = {"by": by, "ties": [t.kind for t in found], "thresholds": {"near text": text, "near image": image},
                "images_read": images, "seed": seed, "shares": list(shares),
                "samples": written, "volumes": dict(zip(SPLITS, np.bincount(side[group], minlength=3).tolist())),

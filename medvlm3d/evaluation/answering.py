@@ -61,7 +61,7 @@ def read_alone(prefix, volume, ids):
 
 # %% ../../nbs/evaluation/answering.ipynb #1a2863d1
 @torch.no_grad()
-def generate_rows(prefix, rows, volumes, max_new_tokens=256, near=None):
+def generate_rows(prefix, rows, *, volumes, max_new_tokens=256, near=None):
     "New token ids of each row of prompt ids about its volume, greedy, up to the end token (left out)."
     end, near = prefix.tokenizer.eos_token_id, nearness(prefix.model) if near is None else near
     ids, mask, position, cache = prefix.start(rows, volumes)
@@ -120,13 +120,13 @@ def chosen_option(choices, logprobs):
     letter, text = max(zip(logprobs, offered(choices).items()), key=lambda pair: pair[0])[1]
     return f"{letter}. {text}"
 
-def answers(prefix, processor, asked, by=None, max_new_tokens=256):
+def answers(prefix, processor, *, asked, by=None, max_new_tokens=256):
     "Sample id → (text, tokens, option log-probabilities or None) for `asked`, pairs (volume of `prefix`, sample)."
     logprobs, said = option_scores(prefix, [(v, s) for v, s in asked if s.task == "closed"]), {}
     by_likelihood = way_of(prefix.model, by) == "options"
     for task in ("closed", "open", "report")[by_likelihood:]:
         if not (mine := [(v, s) for v, s in asked if s.task == task]): continue
-        rows = generate_rows(prefix, [prompt_ids(processor.tokenizer, sample_prompt(s)) for _, s in mine], [v for v, _ in mine], max_new_tokens)
+        rows = generate_rows(prefix, [prompt_ids(processor.tokenizer, sample_prompt(s)) for _, s in mine], volumes=[v for v, _ in mine], max_new_tokens=max_new_tokens)
         said |= {s.id: (processor.decode(row), len(row), logprobs.get(s.id)) for (_, s), row in zip(mine, rows)}
     if by_likelihood: said |= {s.id: (chosen_option(s.choices, logprobs[s.id]), 0, logprobs[s.id]) for _, s in asked if s.task == "closed"}
     return said

@@ -69,13 +69,13 @@ def case_facts(truth, case_of, modality="CT"):
     third = lambda voxels: THIRDS[min(2, int(3 * np.searchsorted(volumes, voxels) / len(volumes)))]
     return {case_of(row): {"modality": modality, **row, "lesion volume": third(row["lesion_voxels"])} for row in truth.values()}
 
-def strata(lines, facts, names=STRATA, seed=0, n=2000):
+def strata(lines, facts, *, names=STRATA, seed=0, n=2000):
     "Fact → value → group → cell: closed accuracy (strict) of the lines whose case has that value; facts that no case has, or that all share, are left out."
     lines = sorted((l for l in lines if l["task"] == "closed"), key=lambda l: l["id"])
     if missing := sorted({l["case"] for l in lines} - {*facts}):
         raise MedVLM3DError(", ".join(missing[:3]), "has lines but no facts", "Give the truth of the corpus that was answered.")
     right = np.stack([accuracy_values(lines), np.ones(len(lines))], 1)
-    def cells(mine): return grouped_cells(right[mine], [lines[i]["type"] for i in mine], [lines[i]["case"] for i in mine], seed=seed, n=n)
+    def cells(mine): return grouped_cells(right[mine], [lines[i]["type"] for i in mine], cases=[lines[i]["case"] for i in mine], seed=seed, n=n)
     found = {}
     for name in names:
         members = {}

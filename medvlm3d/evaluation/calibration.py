@@ -20,12 +20,12 @@ def probabilities(line):
     p = np.exp(logits - logits.max())
     return p / p.sum()
 
-def ratio_intervals(top, bottom, clusters, seed=0, n=2000):
+def ratio_intervals(top, bottom, *, clusters, seed=0, n=2000):
     "Column sums of `top` over those of `bottom`, both (N, K), with their intervals: (values, low, high), each K; None for bounds from one cluster."
     k = top.shape[1]
     ratio = lambda sums: sums[..., :k] / np.where(sums[..., k:], sums[..., k:], np.nan)
     both = np.concatenate([top, bottom], 1)
-    bounds = percentile_interval(ratio(bootstrap_sums(both, clusters, seed, n))) if len({*clusters}) > 1 else ([None] * k,) * 2
+    bounds = percentile_interval(ratio(bootstrap_sums(both, clusters, seed=seed, n=n))) if len({*clusters}) > 1 else ([None] * k,) * 2
     return ratio(both.sum(0)), *bounds
 
 def surest(confidence, coverages=COVERAGES):
@@ -54,7 +54,7 @@ def calibration(lines, bins=10, seed=0, n=2000):
     sure, right = np.array([q.max() for q in p]), np.array([q.argmax() == t for q, t in zip(p, truth)], float)
     kept, rows = surest(sure), reliability_bins(sure, right, bins)
     top, bottom = np.column_stack([brier, (1 - right)[:, None] * kept]), np.column_stack([np.ones(len(p)), kept])
-    score, *risks = [dict(zip(("value", "low", "high"), map(rounded, v))) for v in zip(*ratio_intervals(top, bottom, [l["case"] for l in known], seed, n))]
+    score, *risks = [dict(zip(("value", "low", "high"), map(rounded, v))) for v in zip(*ratio_intervals(top, bottom, clusters=[l["case"] for l in known], seed=seed, n=n))]
     return {"n": len(p), "left out": len(closed) - len(p), "brier": score["value"], "brier_low": score["low"], "brier_high": score["high"],
             "calibration_error": round(sum(r["n"] * abs(r["confidence"] - r["accuracy"]) for r in rows) / len(p), 4), "bins": rows,
             "risk_coverage": [{"coverage": c, "risk": r["value"], "low": r["low"], "high": r["high"]} for c, r in zip(COVERAGES, risks)]}

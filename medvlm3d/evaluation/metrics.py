@@ -6,7 +6,7 @@
 __all__ = ['closed_m3d', 'normalise', 'offered', 'parse_choice', 'tokenizer_13a', 'tokens_13a', 'bleu1', 'words', 'f_score',
            'rouge1', 'lcs_length', 'rouge_l', 'NoSynonyms', 'load_wordnet', 'load_punkt', 'METEOR', 'BERTScore',
            'greedy_f1', 'bertscore_name', 'sacrebleu4', 'ngrams', 'bleu4_statistics', 'bleu4_from_sums', 'corpus_bleu4',
-           'text_scores', 'LEXICON', 'extract_facts', 'fact_scores', 'mentions']
+           'text_scores']
 
 # %% ../../nbs/evaluation/metrics.ipynb #536ad367
 import math, re
@@ -16,11 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from ..base.core import MedVLM3DError
-from .findings import LEXICON, extract_facts, fact_scores, mentions
-
-_all_ = ["LEXICON", "extract_facts", "fact_scores", "mentions"]
 
 # %% ../../nbs/evaluation/metrics.ipynb #3e996a62
 def closed_m3d(prediction, letter):
@@ -138,7 +134,7 @@ class METEOR:
 # %% ../../nbs/evaluation/metrics.ipynb #e57de6d4
 class BERTScore:
     "BERTScore F1 by greedy matching at `layer` of the encoder in `folder`; no idf, no rescaling."
-    def __init__(self, folder, layer=5, name="MiniLM-L6", batch_size=64, device="cpu"):
+    def __init__(self, folder, layer=5, *, name="MiniLM-L6", batch_size=64, device="cpu"):
         from transformers import AutoModel, AutoTokenizer
         if not (Path(folder)/"config.json").exists():
             raise MedVLM3DError(folder, "holds no encoder (config.json is missing)", "Give a folder that AutoModel can load.")

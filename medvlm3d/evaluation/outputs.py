@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import MedVLM3DError, relative, sha256_file, versions, write_json, write_text
-from ..method.encoder import quietly
+from ..method.weights import quietly
 from .scores import TYPE_ORDER, evaluate_systems, grouped_cells
 from ..base.fetch import fetch
 from .findings import finding_rows, load_ratescore
@@ -150,7 +150,7 @@ def clinical(lines, seed=0, n=2000, ratescore=None):
     if not (reports := sorted((l for l in lines if l["task"] == "report"), key=lambda l: l["id"])): return {}
     texts, cases = [[l[k] for l in reports] for k in ("prediction", "answer")], [l["case"] for l in reports]
     rows = finding_rows(*texts) | ({"RaTEScore": np.stack([ratescore(*texts), np.ones(len(reports))], 1)} if ratescore else {})
-    return {name: {**grouped_cells(values, ["Report"] * len(reports), cases, seed=seed, n=n)["all"], "counted": int(values[:, 1].sum())}
+    return {name: {**grouped_cells(values, ["Report"] * len(reports), cases=cases, seed=seed, n=n)["all"], "counted": int(values[:, 1].sum())}
             for name, values in rows.items()}
 
 def shown(cell):
@@ -178,13 +178,13 @@ def outputs_table(results):
     return "\n\n".join([*map(block, blocks), f"× 100; in brackets 95 % intervals from resampling {results['resampled']}. Research use only."])
 
 # %% ../../nbs/evaluation/outputs.ipynb #db52a410
-def evaluate_file(path, out=None, questions=None, encoder=None, layer=5, seed=0, n=2000, tell=print, ratescore=None):
+def evaluate_file(path, out=None, *, questions=None, encoder=None, layer=5, seed=0, n=2000, tell=print, ratescore=None):
     """Score anybody's answers in `path` under both protocols with intervals; tells the table, writes `results.json` and `table.txt` to `out`.
 
     `encoder` is a folder for BERTScore at `layer` (the embedded MiniLM when None), `ratescore` one for RaTEScore of reports. Returns the results."""
     lines, meteor, bertscore = read_outputs(path, questions), None, None
     if any(l["task"] != "closed" for l in lines):
-        with quietly(): bertscore = BERTScore(encoder or fetch("minilm"), layer, Path(encoder).name if encoder else "MiniLM-L6")
+        with quietly(): bertscore = BERTScore(encoder or fetch("minilm"), layer, name=Path(encoder).name if encoder else "MiniLM-L6")
         meteor = METEOR(fetch("wordnet"))
     named = any(l["case"] != f"{relative(path)}:{int(l['id'])}" if l["id"].isdigit() else True for l in lines)
     results = evaluate_systems({"model": lines}, meteor=meteor, bertscore=bertscore, seed=seed, n=n,

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['GIVEN', 'REQUIRED', 'prediction_line', 'without_names', 'failed_line', 'read_predictions', 'cut_to_whole_lines',
            'other_images', 'answer_batch', 'attempt', 'bundles', 'predict_bundle', 'fingerprint', 'parts_of',
-           'remove_empty', 'check_lines', 'collected', 'write_whole', 'predict_items', 'main', 'Prefix',
-           'chosen_option', 'generate_rows', 'option_scores', 'sample_prompt', 'score_rows']
+           'remove_empty', 'check_lines', 'collected', 'write_whole', 'predict_items', 'main']
 
 # %% ../../nbs/evaluation/prediction.ipynb #3da6cb70
 import argparse, json, os, re, shutil, sys, time
@@ -14,20 +13,17 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-
-from .answering import Prefix, answers, chosen_option, generate_rows, option_scores, sample_prompt, score_rows, way_of
+from .answering import Prefix, answers, way_of
 from ..base.core import MedVLM3DError, relative, sha256_json, sha256_tensors, write_text
 from ..features.store import FeatureStore
 from ..data.manifest import load_samples
 from ..training.plan import agree
 from ..base.ranks import Ranks, only_writer, or_one_line, rank_device
 
-_all_ = ["Prefix", "chosen_option", "generate_rows", "option_scores", "sample_prompt", "score_rows"]
-
 # %% ../../nbs/evaluation/prediction.ipynb #47767d7f
 GIVEN = ("id", "case", "task", "type", "question", "answer", "letter")
 
-def prediction_line(sample, prediction="", option_logprobs=None, ms=0., tokens=0, error=None):
+def prediction_line(sample, prediction="", *, option_logprobs=None, ms=0., tokens=0, error=None):
     "The line of one sample: what was asked, the truth, and what came back."
     return {**{k: getattr(sample, k) for k in GIVEN}, "choices": list(sample.choices), "prediction": prediction,
             "option_logprobs": option_logprobs, "ms": round(float(ms), 2), "tokens": int(tokens), "error": error}
@@ -77,12 +73,12 @@ def other_images(samples, seed=0):
     return {image: pick(partner[case], i) for case, images in by_case.items() for i, image in enumerate(images)}
 
 # %% ../../nbs/evaluation/prediction.ipynb #472e4c07
-def answer_batch(prefix, processor, asked, by=None, max_new_tokens=256):
+def answer_batch(prefix, processor, *, asked, by=None, max_new_tokens=256):
     "Lines for `asked`, pairs (volume of `prefix`, sample); `by` is 'words' or 'options' (None: as the model was trained)."
     start = time.perf_counter()
-    said = answers(prefix, processor, asked, by, max_new_tokens)
+    said = answers(prefix, processor, asked=asked, by=by, max_new_tokens=max_new_tokens)
     ms = 1000 * (time.perf_counter() - start) / len(asked)
-    return [prediction_line(s, text, logprobs, ms, tokens) for _, s in asked for text, tokens, logprobs in [said[s.id]]]
+    return [prediction_line(s, text, option_logprobs=logprobs, ms=ms, tokens=tokens) for _, s in asked for text, tokens, logprobs in [said[s.id]]]
 
 def attempt(answer, asked):
     "`answer(asked)`; if it fails, each (volume, sample) alone, and a failed line for each that fails again."
@@ -101,20 +97,20 @@ def bundles(groups, batch_size):
         bundle.append(group)
     if bundle: yield bundle
 
-def predict_bundle(model, processor, bundle, features, batch_size, **how):
+def predict_bundle(model, processor, *, bundle, features, batch_size, **how):
     "Yield lists of lines for a list of (image, samples); `features(image)` gives its kept features (D̂, N, C) or None."
     try: prefix = Prefix(model, processor, [features(image) for image, _ in bundle])
     except Exception as e:
         if len(bundle) == 1: yield [failed_line(s, e) for s in bundle[0][1]]
         else:
-            for group in bundle: yield from predict_bundle(model, processor, [group], features, batch_size, **how)
+            for group in bundle: yield from predict_bundle(model, processor, bundle=[group], features=features, batch_size=batch_size, **how)
         return
     asked = [(volume, s) for volume, (_, samples) in enumerate(bundle) for s in samples]
     for start in range(0, len(asked), batch_size):
-        yield attempt(lambda part: answer_batch(prefix, processor, part, **how), asked[start:start+batch_size])
+        yield attempt(lambda part: answer_batch(prefix, processor, asked=part, **how), asked[start:start+batch_size])
 
 # %% ../../nbs/evaluation/prediction.ipynb #598fe895
-def fingerprint(model, features=None, images=None, by=None, max_new_tokens=256):
+def fingerprint(model, features=None, *, images=None, by=None, max_new_tokens=256):
     "Hash of all that answers: weights, the frozen language model, settings, and which features are looked at."
     return sha256_json({"weights": sha256_tensors(model.own_state()), "base": model.config.llm_reference, "way": way_of(model, by), "most": max_new_tokens,
                         "images": images, "features": "none" if features is None else getattr(features, "spec", "given")})[:16]
@@ -151,7 +147,7 @@ def write_whole(out, samples, by):
     shutil.rmtree(parts_of(out))
 
 # %% ../../nbs/evaluation/prediction.ipynb #85860e7a
-def predict_items(model, processor, samples, features, batch_size, out_path, images=None, by=None, max_new_tokens=256, progress=True):
+def predict_items(model, processor, *, samples, features, batch_size, out_path, images=None, by=None, max_new_tokens=256, progress=True):
     """Answer `samples`, `batch_size` at a time, into the file `out_path`; returns its lines. Under a launcher every rank calls it and takes a share.
 
     `features[image]` gives kept features (`features=None`: no image at all); `images` exchanges images."""
@@ -165,16 +161,16 @@ def predict_items(model, processor, samples, features, batch_size, out_path, ima
         def begin():
             held.enter_context(only_writer(parts))
             held.callback(remove_empty, parts)
-            name = fingerprint(model, features, images, by, max_new_tokens)
+            name = fingerprint(model, features, images=images, by=by, max_new_tokens=max_new_tokens)
             return name, {*collected(out_path, samples, name)}
         name, known = ranks.lead(begin)
         for s in sorted(samples, key=lambda s: (s.image, s.task, s.id)):
             if s.id not in known: todo.setdefault(s.image, []).append(s)
         mine = ranks.share(todo.items())
         with open(parts/f"{name}-{ranks.rank}-of-{ranks.world}.jsonl", "a", encoding="utf-8") as f, \
-             ranks.bar(len(known) + sum(len(asked) for _, asked in mine), len(known), "predict", "items", progress) as bar:
+             ranks.bar(len(known) + sum(len(asked) for _, asked in mine), len(known), what="predict", unit="items", show=progress) as bar:
             for bundle in bundles(mine, batch_size):
-                for lines in predict_bundle(model, processor, bundle, look_up, batch_size, by=by, max_new_tokens=max_new_tokens):
+                for lines in predict_bundle(model, processor, bundle=bundle, features=look_up, batch_size=batch_size, by=by, max_new_tokens=max_new_tokens):
                     f.writelines(json.dumps({**line, "by": name}, ensure_ascii=False) + "\n" for line in lines)
                     f.flush()
                     bar.update(len(lines))
@@ -202,6 +198,6 @@ def main(arguments=None):
     if not (asked := [s for s in load_samples(a.data) if s.split == a.split]):
         raise MedVLM3DError(a.split, "has no samples", "Choose a split that the data have.")
     model = MedVLM3D.from_pretrained(a.model, dtype=a.dtype).to(rank_device(a.device))
-    return predict_items(model, model.need_processor(), asked, FeatureStore(a.store), a.batch_size, a.out, None, a.by, a.max_new_tokens, not a.quiet)
+    return predict_items(model, model.need_processor(), samples=asked, features=FeatureStore(a.store), batch_size=a.batch_size, out_path=a.out, images=None, by=a.by, max_new_tokens=a.max_new_tokens, progress=not a.quiet)
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules: or_one_line(main)

@@ -6,20 +6,15 @@
 __all__ = ['TYPE_ORDER', 'M3D_TEXT', 'SCHEMA', 'COMPARED', 'ratio', 'ordered', 'cell', 'with_groups', 'grouped_cells',
            'likeliest', 'accuracy_values', 'closed_way', 'closed_scores', 'free_text_scores', 'fact_report',
            'score_predictions', 'chance_scores', 'central', 'constant_predictions', 'item_values', 'paired', 'compare',
-           'holm_table', 'evaluate_systems', 'lookup', 'other_images', 'predict_items', 'prediction_line',
-           'read_predictions', 'cluster_bootstrap']
+           'holm_table', 'evaluate_systems', 'lookup']
 
 # %% ../../nbs/evaluation/scores.ipynb #95342594
 import numpy as np
-
 from .calibration import calibration
 from ..base.core import MedVLM3DError
-from .metrics import (bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, extract_facts,
-                              fact_scores, normalise, offered, parse_choice, rouge1, text_scores)
-from .prediction import other_images, predict_items, prediction_line, read_predictions
-from .uncertainty import bootstrap_sums, cluster_bootstrap, holm, mcnemar, paired_permutation, percentile_interval
-
-_all_ = ["other_images", "predict_items", "prediction_line", "read_predictions", "cluster_bootstrap"]
+from .metrics import bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, normalise, offered, parse_choice, rouge1, text_scores
+from .findings import extract_facts, fact_scores
+from .uncertainty import bootstrap_sums, holm, mcnemar, paired_permutation, percentile_interval
 
 # %% ../../nbs/evaluation/scores.ipynb #8679f88b
 TYPE_ORDER = ("Plane", "Phase", "Organ", "Abnormality", "Location")
@@ -45,7 +40,7 @@ def with_groups(blocks, statistic):
     macro = np.where(known, by_type, 0).sum(-1) / np.maximum(known.sum(-1), 1)
     return np.concatenate([by_type, macro[..., None], statistic(blocks.sum(-2))[..., None]], -1)
 
-def grouped_cells(rows, types, cases, statistic=ratio, seed=0, n=2000):
+def grouped_cells(rows, types, *, cases, statistic=ratio, seed=0, n=2000):
     "Group → cell of summable rows (N, K): each type, `macro` and `micro`, or `all` for one unnamed type."
     rows = np.asarray(rows, float).reshape(len(types), -1)
     names = ordered(types)
@@ -54,7 +49,7 @@ def grouped_cells(rows, types, cases, statistic=ratio, seed=0, n=2000):
     split = lambda sums: sums.reshape(-1, len(names), rows.shape[1])
     values = with_groups(split(columns.sum(0)), statistic)[0]
     several = len({*cases}) > 1
-    low, high = percentile_interval(with_groups(split(bootstrap_sums(columns, cases, seed, n)), statistic)) if several else ([None] * len(values),) * 2
+    low, high = percentile_interval(with_groups(split(bootstrap_sums(columns, cases, seed=seed, n=n)), statistic)) if several else ([None] * len(values),) * 2
     counts = [*member.sum(0), len(rows), len(rows)]
     cells = {g: cell(*numbers) for g, *numbers in zip([*names, "macro", "micro"], values, low, high, counts)}
     return {"all": cells["micro"]} if names == ["Report"] else cells
@@ -81,7 +76,7 @@ def closed_way(lines):
 def closed_scores(lines, **boot):
     "Both protocols' cells of closed lines."
     types, cases, ones = [l["type"] for l in lines], [l["case"] for l in lines], np.ones(len(lines))
-    cells = lambda values: grouped_cells(np.stack([values, ones], 1), types, cases, **boot)
+    cells = lambda values: grouped_cells(np.stack([values, ones], 1), types, cases=cases, **boot)
     unparsed = np.array([parse_choice(l["prediction"], l["choices"]) is None for l in lines], float)
     standard = {"accuracy": cells(accuracy_values(lines)), "unparsed": cells(unparsed)}
     if any(l.get("option_logprobs") for l in lines): standard["option accuracy"] = cells(accuracy_values(lines, "options"))
@@ -94,11 +89,11 @@ def free_text_scores(lines, meteor=None, bertscore=None, **boot):
     "Both protocols' cells of open or report lines."
     types, cases = [l["type"] for l in lines], [l["case"] for l in lines]
     predictions, references, ones = [l["prediction"] for l in lines], [l["answer"] for l in lines], np.ones(len(lines))
-    cells = lambda values: grouped_cells(np.stack([values, ones], 1), types, cases, **boot)
+    cells = lambda values: grouped_cells(np.stack([values, ones], 1), types, cases=cases, **boot)
     found = text_scores(predictions, references, meteor, bertscore)
     exact = np.array([normalise(p) == normalise(r) for p, r in zip(predictions, references)], float)
     m3d = {name: cells(values) for name, values in found.items() if name.startswith(M3D_TEXT)}
-    bleu4 = grouped_cells(bleu4_statistics(predictions, references), types, cases, bleu4_from_sums, **boot)
+    bleu4 = grouped_cells(bleu4_statistics(predictions, references), types, cases=cases, statistic=bleu4_from_sums, **boot)
     return {"m3d": m3d, "standard": {"BLEU-4": bleu4, "ROUGE-L": cells(found["ROUGE-L"]), "exact match": cells(exact)}}
 
 def fact_report(lines, truth, lexicon, **boot):
@@ -111,11 +106,11 @@ def fact_report(lines, truth, lexicon, **boot):
         scores = [fact_scores(only(p, name), only(t, name)) for p, t in zip(said, true)]
         tp, fp, fn = np.array([[s["tp"], s["fp"], s["fn"]] for s in scores], float).T
         rows = {"F1": [2*tp, 2*tp + fp + fn], "precision": [tp, tp + fp], "recall": [tp, tp + fn], "omitted": [fn, tp + fn], "hallucinated": [fp, tp + fp]}
-        return {k: grouped_cells(np.stack(v, 1), ["Report"] * len(lines), [l["case"] for l in lines], **boot)["all"] for k, v in rows.items()}
+        return {k: grouped_cells(np.stack(v, 1), ["Report"] * len(lines), cases=[l["case"] for l in lines], **boot)["all"] for k, v in rows.items()}
     return {name: cells(name) for name in ("all", *lexicon)}
 
 # %% ../../nbs/evaluation/scores.ipynb #87fc022e
-def score_predictions(lines, truth=None, lexicon=None, meteor=None, bertscore=None, seed=0, n=2000):
+def score_predictions(lines, truth=None, *, lexicon=None, meteor=None, bertscore=None, seed=0, n=2000):
     "Scores of one system's prediction lines under both protocols, with 95 % intervals clustered by case."
     lines, boot = sorted(lines, key=lambda l: l["id"]), {"seed": seed, "n": n}
     by_task = {task: [l for l in lines if l["task"] == task] for task in ("closed", "open", "report")}
@@ -169,7 +164,7 @@ def constant_predictions(lines, training):
     return out
 
 # %% ../../nbs/evaluation/scores.ipynb #0f4fe425
-def item_values(lines, task="closed", protocol="standard", metric="accuracy", meteor=None, bertscore=None):
+def item_values(lines, task="closed", *, protocol="standard", metric="accuracy", meteor=None, bertscore=None):
     "One value per line of `task`, in [0, 1], for a per-item metric."
     if metric == "accuracy": return accuracy_values(lines, protocol)
     scores = text_scores([l["prediction"] for l in lines], [l["answer"] for l in lines], meteor, bertscore)
@@ -185,19 +180,19 @@ def paired(a, b, task):
     return [a[i] for i in sorted(a)], [b[i] for i in sorted(b)]
 
 # %% ../../nbs/evaluation/scores.ipynb #c61457aa
-def compare(a, b, task="closed", protocol="standard", metric="accuracy", seed=0, n=2000, meteor=None, bertscore=None):
+def compare(a, b, *, task="closed", protocol="standard", metric="accuracy", seed=0, n=2000, meteor=None, bertscore=None):
     "Group → difference a − b (× 100) with interval, p by permutation of cases (Holm over types), McNemar's p for accuracies."
     a, b = paired(a, b, task)
-    x, y = (item_values(lines, task, protocol, metric, meteor, bertscore) for lines in (a, b))
+    x, y = (item_values(lines, task, protocol=protocol, metric=metric, meteor=meteor, bertscore=bertscore) for lines in (a, b))
     types, cases = np.array([l["type"] for l in a]), np.array([l["case"] for l in a])
     names = ordered(types)
-    cells = grouped_cells(np.stack([x - y, np.ones(len(x))], 1), types.tolist(), cases.tolist(), seed=seed, n=n)
+    cells = grouped_cells(np.stack([x - y, np.ones(len(x))], 1), types.tolist(), cases=cases.tolist(), seed=seed, n=n)
     weights = {t: (types == t) / (types == t).sum() for t in names}
     weights |= {"macro": sum(weights[t] for t in names) / len(names), "micro": np.ones(len(x)) / len(x), "all": np.ones(len(x))}
     out = {}
     for group, c in cells.items():
         w = weights[group]
-        out[group] = {"difference": c["value"], **{k: c[k] for k in ("low", "high", "n")}, "p": paired_permutation(x * w, y * w, cases, seed)}
+        out[group] = {"difference": c["value"], **{k: c[k] for k in ("low", "high", "n")}, "p": paired_permutation(x * w, y * w, clusters=cases, seed=seed)}
         if metric == "accuracy": out[group]["mcnemar"] = mcnemar(x[w > 0], y[w > 0])
     tested = [t for t in names if t in out]
     for t, p in zip(tested, holm([out[t]["p"] for t in tested])): out[t]["p_holm"] = p
@@ -216,18 +211,18 @@ def holm_table(versus):
             for c, p in zip(tested, holm([c[kind] for c in tested])): c[f"{kind}_holm"] = p
     return versus
 
-def evaluate_systems(systems, training=(), truth=None, lexicon=None, meteor=None, bertscore=None, seed=0, n=2000, **facts):
+def evaluate_systems(systems, training=(), *, truth=None, lexicon=None, meteor=None, bertscore=None, seed=0, n=2000, **facts):
     "`results.json` of {name: lines}: scores of each system, of the best constant (given `training`) and of chance; each compared with `model`."
     if "model" not in systems: raise MedVLM3DError(", ".join(systems) or "no systems", "holds no system named 'model'", "Name the system to be judged 'model'.")
     lines = systems["model"]
     if training: systems = {**systems, "constant": constant_predictions(lines, training)}
-    scores = {name: score_predictions(ls, truth, lexicon, meteor, bertscore, seed, n) for name, ls in systems.items()}
+    scores = {name: score_predictions(ls, truth, lexicon=lexicon, meteor=meteor, bertscore=bertscore, seed=seed, n=n) for name, ls in systems.items()}
     def has(ls, task): return any(l["task"] == task for l in ls)
-    versus = {name: {t: {m: compare(lines, ls, t, metric=m, seed=seed, n=n)} for t, m in COMPARED.items() if has(lines, t) and has(ls, t)}
+    versus = {name: {t: {m: compare(lines, ls, task=t, metric=m, seed=seed, n=n)} for t, m in COMPARED.items() if has(lines, t) and has(ls, t)}
               for name, ls in systems.items() if name != "model"}
     return {"schema": SCHEMA, **facts, "systems": {**scores, "chance": chance_scores(lines)}, "comparisons": holm_table(versus)}
 
-def lookup(results, system, protocol, task, metric, group):
+def lookup(results, system, *, protocol, task, metric, group):
     "The cell at one place of `results`, or None where nothing was run."
     found = results.get("systems", {}).get(system, {})
     for key in (protocol, task, metric, group): found = found.get(key, {}) if isinstance(found, dict) else {}

@@ -30,9 +30,9 @@ def seed_cells(trainings, minus=None, seed=0, n=2000):
     right, types, cases = right_matrix(trainings, minus)
     names = ordered(types.tolist())
     counts = {t: (types == t).sum() for t in names}
-    cells = {t: over_seeds(right[:, types == t], cases[types == t], seed, n) for t in names}
+    cells = {t: over_seeds(right[:, types == t], cases[types == t], seed=seed, n=n) for t in names}
     even = np.array([len(types) / (len(names) * counts[t]) for t in types])
-    return {t: seed_cell(c, -1. if minus else 0.) for t, c in {**cells, "macro": over_seeds(right * even, cases, seed, n)}.items()}
+    return {t: seed_cell(c, -1. if minus else 0.) for t, c in {**cells, "macro": over_seeds(right * even, cases, seed=seed, n=n)}.items()}
 
 def over_trainings(trainings, blind=None, seed=0, n=2000):
     "The block `seeds` of `results.json`, from the closed lines of each training and, if there is one, of the blind twin."

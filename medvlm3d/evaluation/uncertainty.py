@@ -24,7 +24,7 @@ def cluster_sums(values, clusters):
     np.add.at(sums, index, values)
     return sums
 
-def bootstrap_sums(values, clusters, seed=0, n=2000, chunk=500):
+def bootstrap_sums(values, clusters, *, seed=0, n=2000, chunk=500):
     "Totals (n, K) of `n` resamples of whole clusters."
     sums, rng = cluster_sums(values, clusters), np.random.default_rng(seed)
     even = np.full(len(sums), 1 / len(sums))
@@ -38,17 +38,17 @@ def percentile_interval(replicates, level=.95):
         warnings.simplefilter("ignore", RuntimeWarning)  # a column without any value has no interval: NaN
         return tuple(np.nanpercentile(replicates, [tail, 100 - tail], axis=0))
 
-def cluster_bootstrap(values, clusters, seed=0, n=2000, level=.95):
+def cluster_bootstrap(values, clusters, *, seed=0, n=2000, level=.95):
     "Mean of `values` (N,) and its percentile interval, clustered: (mean, low, high); no interval (None) from one cluster."
     columns = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
     few = len(cluster_sums(columns, clusters)) < 2
     mean = columns[:, 0].mean()
     if few: return float(mean), None, None
-    sums = bootstrap_sums(columns, clusters, seed, n)
+    sums = bootstrap_sums(columns, clusters, seed=seed, n=n)
     return float(mean), *map(float, percentile_interval(sums[:, 0] / sums[:, 1], level))
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #694ce177
-def paired_permutation(a, b, clusters=None, seed=0, n=10000, chunk=500):
+def paired_permutation(a, b, *, clusters=None, seed=0, n=10000, chunk=500):
     "Two-sided p of the mean difference of paired values: signs flipped per cluster (per pair without), (k+1)/(n+1)."
     difference = np.subtract(a, b, dtype=float)
     sums = cluster_sums(difference, range(len(difference)) if clusters is None else clusters)[:, 0]
@@ -65,23 +65,23 @@ def mcnemar(a, b):
     return min(1., 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, .5)))
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #c3b227b7
-def over_seeds(values, clusters, seed=0, n=2000, level=.95):
+def over_seeds(values, clusters, *, seed=0, n=2000, level=.95):
     "Mean of `values` (S seeds, N items), its interval over seeds and clusters, the seeds' own means and their standard deviation (None for one seed)."
     values = np.atleast_2d(np.asarray(values, float))
     s, means = len(values), values.mean(1)
-    sums = bootstrap_sums(np.concatenate([values.T, np.ones((values.shape[1], 1))], 1), clusters, seed, n)
+    sums = bootstrap_sums(np.concatenate([values.T, np.ones((values.shape[1], 1))], 1), clusters, seed=seed, n=n)
     each = sums[:, :-1] / sums[:, -1:]
     drawn = np.random.default_rng((seed, 1)).integers(s, size=each.shape)
     shift = (np.take_along_axis(each, drawn, 1).mean(1) - each.mean(1)) * (s / (s - 1))**.5 if s > 1 else 0
     low, high = percentile_interval(each.mean(1) + shift, level)
     return {"mean": float(means.mean()), "low": float(low), "high": float(high), "seeds": means.tolist(), "sd": float(means.std(ddof=1)) if s > 1 else None}
 
-def compare_seeds(a, b, clusters, seed=0, n=2000):
+def compare_seeds(a, b, *, clusters, seed=0, n=2000):
     "`over_seeds` of a − b, both (S, N) on the same items, with p by permutation of clusters on the mean over seeds."
     a, b = (np.atleast_2d(np.asarray(x, float)) for x in (a, b))
     if a.shape != b.shape:
         raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items", "Run both with the same seeds on the same items.")
-    return {**over_seeds(a - b, clusters, seed, n), "p": paired_permutation(a.mean(0), b.mean(0), clusters, seed)}
+    return {**over_seeds(a - b, clusters, seed=seed, n=n), "p": paired_permutation(a.mean(0), b.mean(0), clusters=clusters, seed=seed)}
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #1ebe2124
 def holm(p):

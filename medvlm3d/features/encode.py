@@ -16,18 +16,19 @@ import torch
 
 from ..data.samples import alias
 from ..base.core import MedVLM3DError, sha256_file, sha256_json
-from ..data.m3d import NAMED, Problem, corpus_modality, series_facts
-from ..method.encoder import interpolate_grid
+from ..data.m3d import NAMED, corpus_modality, series_facts
+from ..data.samples import Problem
+from ..method.weights import interpolate_grid
 from ..data.manifest import listed_hash, volume_files
 from ..scans.readers import read_volume
 from ..method.selection import encode_selected
 
 # %% ../../nbs/features/encode.ipynb #7f4a2360
 @torch.no_grad()
-def encode_volume(volume, encoder, preprocess, rho=28, strategy="cosine", seed=0, grid=None):
+def encode_volume(volume, encoder, *, preprocess, rho=28, strategy="cosine", seed=0, grid=None):
     "(features (D̂, N, C) bf16, indices) of a `Volume`, a path, or a preprocessed (D, H, W) tensor; `grid`: resample the patches to it."
     if not torch.is_tensor(volume): volume = preprocess(volume if hasattr(volume, "array") else read_volume(volume))
-    features, indices = encode_selected(lambda v: interpolate_grid(encoder(v[None])[0], grid or encoder.grid), volume, rho, strategy, seed)
+    features, indices = encode_selected(lambda v: interpolate_grid(encoder(v[None])[0], grid or encoder.grid), volume, rho=rho, strategy=strategy, seed=seed)
     return features.to(torch.bfloat16), indices
 
 # %% ../../nbs/features/encode.ipynb #b2ff3003
@@ -46,7 +47,7 @@ class StoreSpec:
     reader: str = "read_volume"
 
     @classmethod
-    def of(cls, encoder, preprocess, rho=28, strategy="cosine", seed=0, grid=None, read=read_volume):
+    def of(cls, encoder, preprocess, *, rho=28, strategy="cosine", seed=0, grid=None, read=read_volume):
         "The description for a loaded encoder and a `Preprocess`."
         precision = str(encoder.like.dtype).removeprefix("torch.")
         return cls(encoder.name, encoder.weights_hash, encoder.size, preprocess.to_dict(), rho, strategy, precision,
@@ -124,7 +125,7 @@ def abreast(device):
     "How many volumes are encoded at once: on a CPU one a core, at most eight; one on other devices, which are filled by a single volume."
     return min(8, torch.get_num_threads()) if torch.device(device).type == "cpu" else 1
 
-def encode_many(images, load, encode, workers=1, ahead=3, places=None, many=1):
+def encode_many(images, load, *, encode, workers=1, ahead=3, places=None, many=1):
     """Yield (image, what `encode` gives, or a `Problem` at its place in `places`) for each image, in order.
 
     `load(image)` runs in `workers` threads, `encode` of that in `many` threads, which have the cores in equal parts."""
@@ -135,4 +136,3 @@ def encode_many(images, load, encode, workers=1, ahead=3, places=None, many=1):
         return image, pixels if isinstance(pixels, Problem) else or_problem(where(image), lambda: encode(pixels), MedVLM3DError)
     with ThreadPoolExecutor(workers) as readers, thread_pool(many, max(1, torch.get_num_threads() // many)) as encoders:
         yield from map_ahead(encoders, encoded, map_ahead(readers, loaded, images, ahead), many)
-

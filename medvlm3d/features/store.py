@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'KINDS', 'AGAIN', 'write_shard', 'check_shard', 'drop_damaged', 'read_spec', 'FeatureStore', 'places_of',
            'volume_keys', 'encode_missing', 'remarks_counted', 'open_or_create', 'encode_images', 'bytes_per_volume',
-           'main', 'StoreSpec', 'encode_volume', 'map_ahead']
+           'main']
 
 # %% ../../nbs/features/store.ipynb #706cf295
 import argparse, sys
@@ -17,18 +17,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-
 from ..data.samples import OTHER_VOLUME, alias, reading, reason
 from ..base.core import MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, sha256_tensors, write_json
-from ..data.m3d import Problem, by_image, read_image, settle
+from ..data.samples import Problem, by_image, settle
+from ..data.m3d import read_image
 from ..method.encoder import load_encoder, quick_dtype
-from .encode import StoreSpec, abreast, differences, encode_many, encode_volume, map_ahead, or_problem, stamp, told, volume_hashes
+from .encode import StoreSpec, abreast, differences, encode_many, encode_volume, or_problem, stamp, told, volume_hashes
 from ..data.manifest import load_samples
 from ..base.ranks import Ranks, only_writer, or_one_line, rank_device
 from ..scans.readers import read_volume
 from ..scans.volume import Preprocess
-
-_all_ = ["StoreSpec", "encode_volume", "map_ahead"]
 
 # %% ../../nbs/features/store.ipynb #a6ed95c1
 FORMAT = "medvlm3d.features/3"
@@ -119,7 +117,7 @@ class FeatureStore:
 
     def changed(self, root, images, samples=()):
         "Those of the `images` whose volume below `root` is not the one that was encoded."
-        now = volume_keys(root, images, self.known, samples)
+        now = volume_keys(root, images, known=self.known, samples=samples)
         return [image for image in images if isinstance(now[image], Problem) or now[image]["key"] != self.key(image)]
 
 # %% ../../nbs/features/store.ipynb #61ba729e
@@ -128,7 +126,7 @@ def places_of(images, samples):
     listed = {image: group[0] for image, group in by_image(samples).items()}
     return {image: listed[image].where or listed[image].id if image in listed else f"image {n} of {len(images)}, as given" for n, image in enumerate(images, 1)}
 
-def volume_keys(root, images, known, samples=(), fresh=False, workers=1, places=None):
+def volume_keys(root, images, *, known, samples=(), fresh=False, workers=1, places=None):
     """image → the key, stamp and listed hash of its volume, or the `Problem` with it: it cannot be read, or is not the one that `samples` list.
 
     The hashes in `known` are taken over where the stamp is the same, unless `fresh`."""
@@ -141,12 +139,12 @@ def volume_keys(root, images, known, samples=(), fresh=False, workers=1, places=
         return {"key": digest + told(path, **(reading(s) if s else {})), "stamp": mark, "sha256": whole}
     with ThreadPoolExecutor(workers) as pool: return dict(zip(images, pool.map(lambda i: or_problem(places[i], lambda: look(i)), images)))
 
-def encode_missing(path, todo, load, encode, shard_size, workers, bar, places=None, many=1):
+def encode_missing(path, todo, *, load, encode, shard_size, workers, bar, places=None, many=1):
     "Encode `todo` (image → key) into new shards below `path`: `load` gives pixels and notes, `encode`, `many` at once, passes them on; returns the problems."
     ready, said, problems = {}, {}, []
     def write(): return write_shard(path, ready, said)
     try:
-        for image, found in encode_many(todo, load, encode, workers, places=places, many=many):
+        for image, found in encode_many(todo, load, encode=encode, workers=workers, places=places, many=many):
             if isinstance(found, Problem): problems.append(found)
             else: ready[todo[image]], said[todo[image]] = found
             if len(ready) == shard_size:
@@ -170,7 +168,7 @@ def open_or_create(path, spec, verify=False):
     return drop_damaged(path, verify)
 
 # %% ../../nbs/features/store.ipynb #7b111a41
-def encode_images(path, root, images, encoder, preprocess, rho=28, strategy="cosine", shard_size=40, verify=False, progress=True,
+def encode_images(path, root, *, images, encoder, preprocess, rho=28, strategy="cosine", shard_size=40, verify=False, progress=True,
                   seed=0, grid=None, read=read_volume, samples=(), workers=1, rejects=None):
     """Encode the `images` below `root` that the store at `path` lacks, and return the store. Under a launcher every rank calls it and takes a share.
 
@@ -179,12 +177,12 @@ def encode_images(path, root, images, encoder, preprocess, rho=28, strategy="cos
     of one error at the end, or of the file `rejects`. With `progress`, what the reader remarked is counted at the end."""
     path, images, samples, ranks = Path(path), list(dict.fromkeys(images)), list(samples), Ranks.here()
     listed, places = {s.image: reading(s) for s in reversed(samples)}, places_of(images, samples)
-    spec = StoreSpec.of(encoder, preprocess, rho, strategy, seed, grid, read)
+    spec = StoreSpec.of(encoder, preprocess, rho=rho, strategy=strategy, seed=seed, grid=grid, read=read)
     with ExitStack() as held:
         def begin(): return held.enter_context(only_writer(path)), open_or_create(path, spec, verify)
         for name in ranks.lead(begin)[1]: print(f"{name}: damaged, its volumes are encoded again", file=sys.stderr)
         store = FeatureStore(path, spec)
-        found = {image: v for part in ranks.gather(volume_keys(root, ranks.share(images), store.known, samples, verify, workers, places))
+        found = {image: v for part in ranks.gather(volume_keys(root, ranks.share(images), known=store.known, samples=samples, fresh=verify, workers=workers, places=places))
                  for image, v in part.items()}
         problems = [v for v in found.values() if isinstance(v, Problem)]
         store.known = {name: v for name, v in {**store.known, **{alias(image): v for image, v in found.items()}}.items() if not isinstance(v, Problem)}
@@ -193,10 +191,10 @@ def encode_images(path, root, images, encoder, preprocess, rho=28, strategy="cos
         for image in images:
             if store.key(image) and image not in store: lacking.setdefault(store.key(image), image)
         todo = {image: key for key, image in ranks.share(lacking.items())}
-        with ranks.bar(len(todo), 0, "encode", "volumes", progress) as bar:
+        with ranks.bar(len(todo), 0, what="encode", unit="volumes", show=progress) as bar:
             def load(image): return preprocess(volume := read(Path(root)/image, **listed.get(image, {}))), volume.warnings
-            def encode(loaded): return encode_volume(loaded[0], encoder, preprocess, rho, strategy, seed, grid), loaded[1]
-            problems += sum(ranks.gather(encode_missing(path, todo, load, encode, shard_size, workers, bar, places, abreast(encoder.like.device))), [])
+            def encode(loaded): return encode_volume(loaded[0], encoder, preprocess=preprocess, rho=rho, strategy=strategy, seed=seed, grid=grid), loaded[1]
+            problems += sum(ranks.gather(encode_missing(path, todo, load=load, encode=encode, shard_size=shard_size, workers=workers, bar=bar, places=places, many=abreast(encoder.like.device))), [])
         store = FeatureStore(path, spec)
         for line in remarks_counted(store, images) if progress and not ranks.rank else (): print(line, file=sys.stderr)
         ranks.lead(lambda: settle(relative(path), problems, rejects))
@@ -225,8 +223,8 @@ def main(arguments=None):
     device = rank_device(a.device)
     encoder = load_encoder(a.encoder, size=a.size, device=device, dtype=torch.float32 if a.float32 else quick_dtype(device))
     samples = load_samples(a.data)
-    return encode_images(a.store, a.data if a.data.is_dir() else a.data.parent, by_image(samples), encoder,
-                         Preprocess(a.depth, a.size, a.size, window=a.window and tuple(a.window)), a.rho, a.strategy, a.shard_size, a.verify, not a.quiet,
-                         a.seed, a.grid, read_image, samples, a.workers, a.rejects)
+    return encode_images(a.store, a.data if a.data.is_dir() else a.data.parent, images=by_image(samples), encoder=encoder,
+                         preprocess=Preprocess(a.depth, a.size, a.size, window=a.window and tuple(a.window)), rho=a.rho, strategy=a.strategy, shard_size=a.shard_size, verify=a.verify, progress=not a.quiet,
+                         seed=a.seed, grid=a.grid, read=read_image, samples=samples, workers=a.workers, rejects=a.rejects)
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules: or_one_line(main)

@@ -115,7 +115,7 @@ def demo(llm: Annotated[str, typer.Option(help="reader: the small language model
     say(f"done: {relative(records[-1])}. {NOTICE}")
 
 @app.command()
-def train(config: Config = "demo", out: Out = None, p: Changes = None,
+def train(config: Config = "demo", out: Out = None, *, p: Changes = None,
           ranks: Annotated[Optional[int], typer.Option(help="Processes that train together on this machine.")] = None,
           allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Continue a run under another plan; what changed is recorded.")] = False,
           allow_shared: Annotated[bool, typer.Option("--allow-shared", help="Train although cases or reports stand in two splits; that is recorded.")] = False,
@@ -132,7 +132,7 @@ def train(config: Config = "demo", out: Out = None, p: Changes = None,
     where = dict(data=data, store=store, llm=llm, rate=rate, share=share)
     if dry_run: return print(planned(preset or "paper", as_json, gpus=gpus, **where))
     how = {"allow_changes": allow_changes, "allow_shared": allow_shared}
-    if preset: return begin_preset(preset, out, ranks, start, gpus, how, where)
+    if preset: return begin_preset(preset, out, ranks=ranks, start=start, gpus=gpus, how=how, where=where)
     given = {**({"ranks": ranks} if ranks else {}), **{name: True for name, yes in how.items() if yes}}
     run_step("91", config, out, [*(p or []), *(f"{name}={value}" for name, value in given.items())])
 
@@ -142,7 +142,7 @@ def planned(preset, as_json=False, **how):
     found = plan(preset, **how)
     return json.dumps(found.to_dict(), indent=1) if as_json else found
 
-def begin_preset(preset, out, ranks, start, gpus, how, where):
+def begin_preset(preset, out, *, ranks, start, gpus, how, where):
     "Write a preset's plan and say what to type; start its ranks if asked to, or if their number is given and nothing is missing."
     from medvlm3d.base.core import MedVLM3DError
     from medvlm3d.training.preset import start as start_ranks, write_plan
@@ -152,7 +152,7 @@ def begin_preset(preset, out, ranks, start, gpus, how, where):
     if start or (ranks and dry.ready): start_ranks(out.resolve(), plan, ranks or gpus, **how)
 
 @app.command()
-def evaluate(config: Config = "demo", out: Out = None, p: Changes = None,
+def evaluate(config: Config = "demo", out: Out = None, *, p: Changes = None,
              predictions: Annotated[Optional[Path],
                                     typer.Option(help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts.")] = None,
              questions: Annotated[Optional[Path], typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
@@ -167,7 +167,7 @@ def evaluate(config: Config = "demo", out: Out = None, p: Changes = None,
             raise MedVLM3DError("--questions, --encoder, --layer, --ratescore", "are about a file of answers", "Name it with --predictions.")
         return run_step("92", config, out, p)
     from medvlm3d.evaluation.outputs import evaluate_file
-    evaluate_file(predictions, out, questions, encoder, 5 if layer is None else layer, tell=typer.echo, ratescore=ratescore)
+    evaluate_file(predictions, out, questions=questions, encoder=encoder, layer=5 if layer is None else layer, tell=typer.echo, ratescore=ratescore)
 
 @app.command()
 def report(config: Config = "demo", out: Out = None, p: Changes = None):

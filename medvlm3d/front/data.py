@@ -59,7 +59,7 @@ def numbers(text, option, example):
     return found
 
 @data_app.command()
-def phantom(out: To = Path("data/phantom"), train: Count = 840, validation: Count = 120, test: Count = 240,
+def phantom(out: To = Path("data/phantom"), train: Count = 840, *, validation: Count = 120, test: Count = 240,
             depth: int = 32, size: int = 112, seed: int = 0, workers: Workers = 2,
             modality: Annotated[Optional[str], typer.Option(help="CT, MR or PT.")] = None, contrast: Contrast = None,
             radius: Annotated[Optional[str], typer.Option(help="Of the finding in mm, such as 22,42.")] = None,
@@ -76,30 +76,30 @@ def phantom(out: To = Path("data/phantom"), train: Count = 840, validation: Coun
 
 @data_app.command()
 def probe(name: Annotated[str, typer.Argument(help="tiny (injection), texture (frequency path), slices (selection) or mirror (position).")], out: To,
-          train: Count = 0, validation: Count = 0, test: Count = 96, depth: int = 32, size: int = 112,
+          *, train: Count = 0, validation: Count = 0, test: Count = 96, depth: int = 32, size: int = 112,
           scale: Annotated[float, typer.Option(help="Of the finding: 2 is twice as large.")] = 1.,
           contrast: Contrast = 1., seed: int = 0, workers: Workers = 2):
     "Draw a probe: cases in which one part of the model must do its work."
     from medvlm3d.base.core import relative
     from medvlm3d.phantoms.probes import make_probe
-    rows = make_probe(out, name, train, validation, test, (depth, size, size), scale, contrast, seed, workers)
+    rows = make_probe(out, name, train=train, validation=validation, test=test, shape=(depth, size, size), size=scale, contrast=contrast, seed=seed, workers=workers)
     say(f"done: {len(rows)} volumes in {relative(out)}")
 
 @data_app.command()
 def layout(name: Annotated[Layout, typer.Argument(help="The corpus; what is written is listed by the verb of its name. "
                                                        "MR and PET of phantoms are drawn by `crossmodal`.")], out: To,
-           studies: Count = 12, depth: int = 40, size: int = 64, seed: int = 0, workers: Workers = 2):
+           *, studies: Count = 12, depth: int = 40, size: int = 64, seed: int = 0, workers: Workers = 2):
     "Generate studies as a public corpus lays them out; GENERATED.json says that they are."
     from medvlm3d.base.core import relative
     from medvlm3d.phantoms.layouts import write_layout
-    say(f"done: {studies} generated studies in {relative(write_layout(out, name.value, studies, (depth, size, size), seed, workers))}")
+    say(f"done: {studies} generated studies in {relative(write_layout(out, name.value, studies=studies, shape=(depth, size, size), seed=seed, workers=workers))}")
 
 # %% ../../nbs/front/data.ipynb #007574bc
-def write_listing(root, samples, out, source="", licence="", rejects=None):
+def write_listing(root, samples, *, out, source="", licence="", rejects=None):
     "Write the samples, with hashes, source and licence, to a manifest in `root`; say how many, whether cases are torn, and what was set aside (exit status 1)."
     from dataclasses import replace
     from medvlm3d.base.core import MedVLM3DError, relative
-    from medvlm3d.data.m3d import by_image, shared_cases
+    from medvlm3d.data.samples import by_image, shared_cases
     from medvlm3d.data.manifest import with_hashes, write_manifest
     out = out or root/"manifest.jsonl"
     if out.resolve().parent != root.resolve():
@@ -113,25 +113,25 @@ def write_listing(root, samples, out, source="", licence="", rejects=None):
         raise typer.Exit(1)
 
 @data_app.command()
-def m3d(root: Root, out: Listing = None, rejects: Rejects = None, source: Source = "M3D", licence: Licence = ""):
+def m3d(root: Root, out: Listing = None, *, rejects: Rejects = None, source: Source = "M3D", licence: Licence = ""):
     "List M3D: M3D_Cap.json, the M3D_VQA tables, or raw folders of slices."
     from medvlm3d.data.m3d import load_m3d
-    write_listing(root, load_m3d(root, allow_shared=True, rejects=rejects), out, source, licence, rejects)
+    write_listing(root, load_m3d(root, allow_shared=True, rejects=rejects), out=out, source=source, licence=licence, rejects=rejects)
 
 @data_app.command()
 def brats(root: Root, out: Listing = None, rejects: Rejects = None, licence: Licence = ""):
     "List BraTS 2023: <case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz."
     from medvlm3d.data.corpora import load_brats, study_samples
-    write_listing(root, study_samples(load_brats(root, rejects), root), out, "", licence, rejects)
+    write_listing(root, study_samples(load_brats(root, rejects), root), out=out, source="", licence=licence, rejects=rejects)
 
 @data_app.command()
 def autopet(root: Root, out: Listing = None, rejects: Rejects = None, licence: Licence = ""):
     "List AutoPET: PETCT_<patient>/<study>/{CTres,SUV,SEG}.nii.gz."
     from medvlm3d.data.corpora import load_autopet, study_samples
-    write_listing(root, study_samples(load_autopet(root, rejects), root), out, "", licence, rejects)
+    write_listing(root, study_samples(load_autopet(root, rejects), root), out=out, source="", licence=licence, rejects=rejects)
 
 @data_app.command()
-def folder(root: Root, out: Listing = None, rejects: Rejects = None, source: Source = "", licence: Licence = "",
+def folder(root: Root, out: Listing = None, *, rejects: Rejects = None, source: Source = "", licence: Licence = "",
            show: Annotated[Optional[int], typer.Option(help="Only print the path of the scan with this number.")] = None):
     "List a plain folder of scans, each with a report in a text file."
     from medvlm3d.base.core import MedVLM3DError
@@ -140,7 +140,7 @@ def folder(root: Root, out: Listing = None, rejects: Rejects = None, source: Sou
     if show is None:
         samples = load_folder(root, source, licence, rejects)
         if others := left_over(root, scans): say(f"{len(others)} files are left out: in no format that is read, or links to folders")
-        return write_listing(root, samples, out, rejects=rejects)
+        return write_listing(root, samples, out=out, rejects=rejects)
     if not 0 < show <= len(scans): raise MedVLM3DError(f"scan {show}", f"is not one of {len(scans)}", "Numbers count from 1, in order of path.")
     print(scans[show - 1].relative_to(root))
 
@@ -148,7 +148,7 @@ def folder(root: Root, out: Listing = None, rejects: Rejects = None, source: Sou
 @data_app.command()
 def verify(corpus: Corpus,
            out: Annotated[Optional[Path], typer.Option("--out", help="Folder for audit.md and audit.json. [default: audit/ beside the data]")] = None,
-           allow: Annotated[Optional[list[Kind]], typer.Option(help="A kind of tie that is no leak here; may be repeated. It is written down.")] = None,
+           *, allow: Annotated[Optional[list[Kind]], typer.Option(help="A kind of tie that is no leak here; may be repeated. It is written down.")] = None,
            images: Images = True, near_text: NearText = .8, near_image: NearImage = .95, workers: Workers = 2,
            as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "Audit a corpus: every problem, every tie between training and test. Exit status 1 if it does not pass."
@@ -163,7 +163,7 @@ def verify(corpus: Corpus,
 
 @data_app.command()
 def split(corpus: Corpus, by: Annotated[By, typer.Option(help="What stays together in any case.")] = By.case,
-          out: Annotated[Optional[Path], typer.Option("--out", help="The manifest to write, beside the data. [default: named by-case or by-patient]")] = None,
+          *, out: Annotated[Optional[Path], typer.Option("--out", help="The manifest to write, beside the data. [default: named by-case or by-patient]")] = None,
           shares: Annotated[str, typer.Option(help="Training, validation, test.")] = "80,10,10", seed: int = 0,
           tie: Annotated[Optional[list[Kind]],
                          typer.Option(help="What else holds volumes together; may be repeated. [default: text, near text, bytes, near image]")] = None,
@@ -171,7 +171,7 @@ def split(corpus: Corpus, by: Annotated[By, typer.Option(help="What stays togeth
     "Write a manifest whose split tears no tie, with a ledger of what moved."
     from medvlm3d.data.split import OPTIONAL, split_corpus
     kinds = [k.value for k in tie if k.value not in ("case", "patient")] if tie else OPTIONAL
-    summary = split_corpus(corpus, by.value, out, numbers(shares, "--shares", "80,10,10"), seed, kinds, images, near_text, near_image, workers)
+    summary = split_corpus(corpus, by.value, out=out, shares=numbers(shares, "--shares", "80,10,10"), seed=seed, ties=kinds, images=images, text=near_text, image=near_image, workers=workers)
     print(json.dumps(summary, indent=1))
     say(f"done: {summary['volumes']} volumes in {summary['groups']} groups. Check it with `medvlm3d data verify`.")
 
@@ -179,4 +179,4 @@ def split(corpus: Corpus, by: Annotated[By, typer.Option(help="What stays togeth
 def benchmark(out: To, volumes: Annotated[int, typer.Option(min=100)] = 100_000, questions: Count = 500_000, workers: Workers = 2):
     "Time verify and split on a generated corpus; writes scale.json."
     from medvlm3d.data.scale import benchmark as run
-    print(json.dumps(run(out, volumes, questions, workers), indent=1))
+    print(json.dumps(run(out, volumes, questions=questions, workers=workers), indent=1))

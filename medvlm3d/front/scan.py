@@ -42,7 +42,7 @@ def open_scan(scan, max_voxels=None, **how):
 @scan_app.command()
 def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, MHA, NRRD, DICOM file, folder or zip, NPY, or a folder of slices.")],
             question: Annotated[Optional[list[str]], typer.Option("-q", "--question", help="A question; may be repeated. None: a report.")] = None,
-            choices: Annotated[Optional[str], typer.Option(help="Options of a closed question, separated by commas.")] = None,
+            *, choices: Annotated[Optional[str], typer.Option(help="Options of a closed question, separated by commas.")] = None,
             model: Annotated[Optional[Path], typer.Option(help="A model folder; the demo model when not given.")] = None,
             overlay: Annotated[Optional[Path], typer.Option(help="Write a picture of where the words of the (first) answer looked.")] = None,
             device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -58,7 +58,9 @@ def predict(scan: Annotated[Path, typer.Argument(help="NIfTI, MHA, NRRD, DICOM f
     notes = note_unknown(network.processor, question or [], options)
     answers = [{"question": q, **answer_dict(network.answer(features, q, options))} for q in question or []]
     found = {"answers": answers} if answers else {"report": network.say(features, report_prompt(0))}
-    if overlay: draw_overlay(overlay, network, pixels, features, indices[0], *((question[0], answers[0]["text"]) if answers else (None, found["report"])))
+    if overlay:
+        asked, said = (question[0], answers[0]["text"]) if answers else (None, found["report"])
+        draw_overlay(overlay, network, pixels=pixels, features=features, indices=indices[0], question=asked, answer=said)
     print(json.dumps({**found, "notes": notes, "scan": network.processor.preprocess.describe(volume), "notice": NOTICE}, indent=1)
           if as_json else readable(found))
 
@@ -99,19 +101,19 @@ def readable(found):
     return "\n".join([*lines, "", NOTICE])
 
 # %% ../../nbs/front/scan.ipynb #4d5cdaaf
-def draw_overlay(path, network, pixels, features, indices, question, answer):
+def draw_overlay(path, network, *, pixels, features, indices, question, answer):
     "Write a picture: the kept slices of `pixels` (D, H, W), and over them where the words of `answer` looked; question None is the report."
     from medvlm3d.base.core import atomic_path
     from medvlm3d.report.looking import look_figure
     from medvlm3d.method.tokens import open_prompt
-    figure = look_figure(network, pixels, features, indices, question and open_prompt(question), answer, f"where “{answer[:50]}” looked. {NOTICE}")
+    figure = look_figure(network, pixels, features=features, indices=indices, question=question and open_prompt(question), answer=answer, title=f"where “{answer[:50]}” looked. {NOTICE}")
     with atomic_path(path) as part: figure.savefig(part, format=path.suffix[1:] or "png", dpi=150)
 
 # %% ../../nbs/front/scan.ipynb #6c806421
 @scan_app.command()
 def encode(scans: Annotated[list[Path], typer.Argument(help="Scans, in any format that predict reads.")],
            out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("features"),
-           encoder: Annotated[str, typer.Option(help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder.")] = "dinov2-s",
+           *, encoder: Annotated[str, typer.Option(help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder.")] = "dinov2-s",
            depth: int = 50, size: int = 224, rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
            strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine", device: str = "auto",
            series: Series = None, frame: Frame = None, axis_order: AxisOrder = None, modality: Modality = None, intensity: Intensity = None,
@@ -127,20 +129,20 @@ def encode(scans: Annotated[list[Path], typer.Argument(help="Scans, in any forma
     how = dict(series=series, frame=frame, axis_order=axis_order, modality=modality, intensity=intensity, suv=suv, non_finite=non_finite, max_voxels=max_voxels)
     network, prepare, bad = load_encoder(encoder, size=size, device=pick_device(device)), Preprocess(depth, size, size), []
     for scan in tqdm(scans, desc="encode", unit="scan"):
-        try: write_features(out, open_scan(scan, **how), network, prepare, rho, strategy)
+        try: write_features(out, open_scan(scan, **how), network=network, prepare=prepare, rho=rho, strategy=strategy)
         except MedVLM3DError as e: bad.append(Problem(str(scan), e.why, e.remedy))
     say(f"done: {len(scans) - len(bad)} of {len(scans)} in {relative(out)}")
     rejects = rejects or out/"rejects.jsonl"
-    if bad or rejects.exists(): settle(relative(out), bad, rejects)
+    if bad or rejects.exists(): settle(relative(out), bad, rejects=rejects)
     if bad:
         say(f"{len(bad)} scans set aside: {relative(rejects)}")
         raise typer.Exit(1)
 
-def write_features(out, volume, network, prepare, rho, strategy):
+def write_features(out, volume, *, network, prepare, rho, strategy):
     "Write the kept features of a `Volume` below `out`."
     from safetensors.torch import save_file
     from medvlm3d.base.core import atomic_path
-    from medvlm3d.features.store import encode_volume
+    from medvlm3d.features.encode import encode_volume
     features, indices = encode_volume(volume, network, prepare, rho, strategy)
     facts = {"encoder": network.name, "weights": network.weights_hash, "preprocess": json.dumps(prepare.to_dict()), "rho": str(rho), "strategy": strategy}
     with atomic_path(out/f"{volume.source_hash[:16]}.safetensors") as part:

@@ -119,8 +119,8 @@ class Connector(nn.Module):
         super().__init__()
         self.grid, self.incoming = tuple(config.grid), config.encoder_channels
         self.whitening = Whitening(config.encoder_channels, config.channels) if config.whiten else nn.Identity()
-        self.fusion = SpatialFrequencyFusion(config.channels, config.fusion, config.alpha, config.frequency)
-        self.injection = FineGrainedInjection(config.channels, config.scale, config.attention, config.residual)
+        self.fusion = SpatialFrequencyFusion(config.channels, config.fusion, alpha=config.alpha, frequency=config.frequency)
+        self.injection = FineGrainedInjection(config.channels, config.scale, attention=config.attention, residual=config.residual)
         self.projector = make_projector(config.projector, config.channels, hidden)
 
     def on_grid(self, features):

@@ -41,7 +41,7 @@ def spectrum(x):
     X = torch.fft.fftn(x, dim=AXES)
     return X.real, X.imag
 
-def mix_channels(real, imag, A, B, a):
+def mix_channels(real, imag, *, A, B, a):
     "1×1×1 convolutions on the two parts: A, B (C, C) act on channels, the bias a (C,) on the real part only. Eq. (10)."
     return F.linear(real, A, a), F.linear(imag, B)
 
@@ -55,7 +55,7 @@ def fourier_path(x, A, B, a):
     with torch.autocast(x.device.type, enabled=False):
         kind = torch.promote_types(x.dtype, torch.float32)
         real, imag = spectrum(x.to(kind))
-        return from_spectrum(*mix_channels(real, imag, A.to(kind), B.to(kind), a.to(kind))).to(x.dtype)
+        return from_spectrum(*mix_channels(real, imag, A=A.to(kind), B=B.to(kind), a=a.to(kind))).to(x.dtype)
 
 # %% ../../nbs/method/04_fusion.ipynb #a04261d4
 def reflect(x):
@@ -127,7 +127,7 @@ class SpatialFrequencyFusion(nn.Module):
 
     `path` both, spatial, frequency or none; `alpha` one weight per channel or a scalar map; `frequency` fast
     (even and odd parts), fft (to the letter, same weights) or global (beyond the paper: K³ complex knots a channel)."""
-    def __init__(self, channels, path="both", alpha="channel", frequency="fast", knots=8):
+    def __init__(self, channels, path="both", *, alpha="channel", frequency="fast", knots=8):
         super().__init__()
         check_options(dict(path=path, alpha=alpha, frequency=frequency), OPTIONS)
         self.channels, self.path, self.frequency = channels, path, frequency

@@ -41,7 +41,7 @@ def downsample(x, scale=2):
     return trilinear(x, size) if scale > 1 else x
 
 # %% ../../nbs/method/05_injection.ipynb #838cf856
-def project(low, high, query, key, value):
+def project(low, high, *, query, key, value):
     "Queries from the low resolution, keys and values from the high: three channel matrices (C, C). Eq. (16)."
     return F.linear(low, query), F.linear(high, key), F.linear(high, value)
 
@@ -87,7 +87,7 @@ class FineGrainedInjection(nn.Module):
 
     `attention` global (every query sees every voxel), region (its own s×s×s block) or none (only the downsampling,
     no parameters); `residual` adds the downsampled features to the result."""
-    def __init__(self, channels, scale=2, attention="global", residual=False, mlp_ratio=4):
+    def __init__(self, channels, scale=2, *, attention="global", residual=False, mlp_ratio=4):
         super().__init__()
         check_options(dict(attention=attention, residual=residual), OPTIONS)
         if not (isinstance(scale, int) and scale >= 1):
@@ -108,7 +108,7 @@ class FineGrainedInjection(nn.Module):
         if x.ndim not in (4, 5) or x.shape[-1] != self.channels:
             raise MedVLM3DError("features", f"have shape {tuple(x.shape)}", f"Give (B, D, H, W, {self.channels}).")
         low = downsample(x, self.scale)
-        return low, *(project(low, x, self.query.weight, self.key.weight, self.value.weight) if self.attention != "none" else ())
+        return low, *(project(low, x, query=self.query.weight, key=self.key.weight, value=self.value.weight) if self.attention != "none" else ())
 
     def forward(self, x):
         low, *qkv = self.projections(x)

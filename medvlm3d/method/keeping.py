@@ -19,7 +19,7 @@ class Learning:
     "What is trained in which stage."
     def add_lora(self, r=16, alpha=32, dropout=.1, targets="all-linear"):
         "Insert adapters into the language model; the configuration remembers them. They are as wide as the connector, whatever the base is in."
-        add_lora(self.llm, r, alpha, dropout, targets, self.config.seed)
+        add_lora(self.llm, r, alpha=alpha, dropout=dropout, targets=targets, seed=self.config.seed)
         self.in_types(next(self.connector.parameters()).dtype)
         self.config.lora = {"r": r, "alpha": alpha, "dropout": dropout, "targets": targets}
         return self

@@ -69,7 +69,7 @@ def saved_folder(folder, **hub):
     return Path(folder)
 
 # %% ../../nbs/method/language.ipynb #bb3ddba0
-def add_lora(llm, r=16, alpha=32, dropout=.1, targets="all-linear", seed=0):
+def add_lora(llm, r=16, *, alpha=32, dropout=.1, targets="all-linear", seed=0):
     "Insert adapters into a language model, in place; its own weights are frozen."
     from peft import LoraConfig, inject_adapter_in_model
     if has_lora(llm): raise MedVLM3DError("the language model", "already has adapters", "Add them once, before training.")

@@ -13,7 +13,8 @@ import torch
 
 from .connector import Connector, MedVLM3DConfig
 from ..base.core import MedVLM3DError, project_root
-from .encoder import interpolate_grid, load_encoder
+from .weights import interpolate_grid
+from .encoder import load_encoder
 from .keeping import Keeping, Learning
 from .language import Answer, MedVLM3DProcessor, add_lora, ask_prompt, base_hash, load_llm, load_tokenizer, reference_llm, word_tokenizer
 from .selection import encode_selected, unwatched
@@ -48,7 +49,7 @@ class Seeing:
         "As `encode`, for one volume (D, H, W); `step` runs encoder and selection."
         c, encoder = self.config, self.encoder
         def see(slices): return interpolate_grid(encoder(slices[None])[0], tuple(c.grid))
-        return encode_selected(see, volume.to(self.device), c.rho, c.selection, c.seed, step)
+        return encode_selected(see, volume.to(self.device), rho=c.rho, strategy=c.selection, seed=c.seed, step=step)
 
     def visual_tokens(self, features):
         "Features of the kept slices (B, D′, N, C) → visual tokens (B, M′, hidden)."
@@ -98,7 +99,7 @@ class Speaking:
         "As `ask`, from features (1, D′, N, C)."
         if not choices: return Answer(self.say(features, ask_prompt(question), step, **kwargs))
         options = lettered(choices)
-        p = self.option_logprobs(question, choices, features, step=step)[0].softmax(0).tolist()
+        p = self.option_logprobs(question, choices, features=features, step=step)[0].softmax(0).tolist()
         letter, text = options[p.index(max(p))]
         return Answer(text, letter, {choice: round(x, 6) for (_, choice), x in zip(options, p)})
 
@@ -113,7 +114,7 @@ class Speaking:
         "Per volume, sums (K,) and means (K,) of the log-likelihoods of its (prompt ids, target ids) pairs: one pass, one prefix a volume."
         tok, blind = self.need_processor().tokenizer, features is None and pixel_values is None
         prefix = image_prefix(tok, 0 if blind else self.config.visual_tokens)
-        batch = step("prompt", lambda: collate([pack_examples(prefix, s, self.config.context) for s in segments], padding_id(tok)))
+        batch = step("prompt", lambda: collate([pack_examples(prefix, s, context=self.config.context) for s in segments], padding_id(tok)))
         batch = {name: t.to(self.device) for name, t in batch.items()}
         asked = {k: batch[k] for k in ("input_ids", "position_ids", "segments")}
         logits = step("language model", lambda: self(**asked, features=features, pixel_values=pixel_values).logits)
@@ -121,7 +122,7 @@ class Speaking:
         chosen = [[(row == k + 1) & told for k in range(len(s))] for row, told, s in zip(batch["segments"], learned, segments)]
         return [tuple(torch.stack([f(x[c]) for c in cs]) for f in (torch.sum, torch.mean)) for x, cs in zip(found, chosen)]
 
-    def option_logprobs(self, question, choices, features=None, pixel_values=None, step=unwatched):
+    def option_logprobs(self, question, choices, *, features=None, pixel_values=None, step=unwatched):
         "Sums (K,) and means (K,) of the log-likelihoods of the options of one question on one volume."
         return self.score([self.option_segments(question, choices)], features, pixel_values, step)[0]
 
@@ -131,7 +132,8 @@ class Speaking:
         t, c, k = Trace(), self.connector, self.config
         places = {"encoder": (f"encoder {k.encoder}", "1–2", "02_encoder"), "selection": (f"selection {k.selection} {k.rho} %", "3–5", "03_selection"),
                   "prompt": ("prompt", "", "06_tokens"), "language model": ("language model", "", "08_model"), "words": ("words", "", "08_model")}
-        def step(*what): return t.step(*what, device=self.device)
+        def step(stage, equation, notebook, compute):
+            return t.step(stage, equation, notebook=notebook, compute=compute, device=self.device)
         def noted(stage, compute): return step(*places[stage], compute)
         t.pixels = step("scan, prepared", "", "01_volume", lambda: self.need_processor().pixels(scan))
         kept, t.indices = self.encode_one(t.pixels, noted)

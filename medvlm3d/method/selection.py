@@ -114,7 +114,7 @@ def unwatched(stage, compute):
     "Run one stage of a path. A trace puts its own function in this place, which also notes the shape and the time (`method/trace`)."
     return compute()
 
-def encode_selected(encode, volume, rho=28, strategy="cosine", seed=0, step=unwatched):
+def encode_selected(encode, volume, *, rho=28, strategy="cosine", seed=0, step=unwatched):
     "Features (D̂, N, C) of the kept slices of a volume (D, H, W), rounded as they are kept, and their indices; `encode` maps (D, H, W) to (D, N, C)."
     indices = indices_ahead(len(volume), rho, strategy, seed)
     if indices is None:

@@ -146,7 +146,7 @@ def fit_target(used, target, context=512, policy="error"):
                             "Allow policy='truncate', raise the context, or keep fewer visual tokens (rho, scale).")
     return target[:len(target) - excess], excess
 
-def build_example(tokenizer, prompt, target, visual_tokens, context=512, policy="error"):
+def build_example(tokenizer, prompt, *, target, visual_tokens, context=512, policy="error"):
     "Prefix, prompt and target as one `Example`; only the target is learned."
     before = build_prompt(tokenizer, prompt, visual_tokens)
     words, cut = fit_target(len(before), target_ids(tokenizer, target), context, policy)
@@ -199,7 +199,7 @@ class Packed:
     loss_weights: list
     truncated: int = 0
 
-def pack_examples(prefix_ids, segments, context=512, policy="error", weighting="question"):
+def pack_examples(prefix_ids, segments, *, context=512, policy="error", weighting="question"):
     "Pack (prompt ids, target ids) pairs behind `prefix_ids`; the context bounds prefix and segment, not the packed length."
     if weighting not in ("question", "token"): raise MedVLM3DError(repr(weighting), "is no weighting", "Use 'question' or 'token'.")
     P, lost = len(prefix_ids), 0

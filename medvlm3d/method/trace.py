@@ -28,7 +28,7 @@ class Trace:
     attention: object = None                      # (d, h, w) → (D′, H′, W′); None without attention
     answer: object = None
 
-    def step(self, stage, equation, notebook, compute, device="cpu"):
+    def step(self, stage, equation, *, notebook, compute, device="cpu"):
         "Run `compute()`, note the time and the shape of its result (of the first of several), and return it."
         wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
         wait()

@@ -68,7 +68,7 @@ def tiny_tower(size=None, seed=0):
     config = Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=16, image_size=64, mlp_ratio=2, initializer_range=.2)
     with torch.random.fork_rng(devices=[]), quietly():
         torch.manual_seed(seed)
-        return Tower(Dinov2Model(config), dinov2_tokens, size or 64, 16, 32)
+        return Tower(Dinov2Model(config), dinov2_tokens, size=size or 64, patch=16, channels=32)
 
 # %% ../../nbs/method/weights.ipynb #56487c93
 def transformers_tower(folder, size=None):
@@ -86,7 +86,7 @@ def transformers_tower(folder, size=None):
             raise MedVLM3DError(folder.name, f"could not be loaded ({str(e)[:200]})", "Put a whole checkpoint there.") from e
     if lost := sorted(info["missing_keys"]): raise MedVLM3DError(folder.name, f"lacks {len(lost)} weights, first {lost[0]}", "Put a whole checkpoint there.")
     trained = {"dinov2": 224}.get(kind, model.config.image_size)
-    return Tower(model, tokens, size or trained, model.config.patch_size, model.config.hidden_size, mean, std)
+    return Tower(model, tokens, size=size or trained, patch=model.config.patch_size, channels=model.config.hidden_size, mean=mean, std=std)
 
 # %% ../../nbs/method/weights.ipynb #e6244414
 FILES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin", "pytorch_model.bin", "open_clip_pytorch_model.pt")
@@ -117,17 +117,17 @@ def open_clip_tower(folder, size=None):
     model_cfg, preprocess = config.get("model_cfg", config), config.get("preprocess_cfg", {})
     vision = model_cfg["vision_cfg"]
     make = timm_vision if vision.get("timm_model_name") else open_clip_vision
-    return make(folder, model_cfg, vision, size, tuple(preprocess.get("mean", CLIP_MEAN)), tuple(preprocess.get("std", CLIP_STD)))
+    return make(folder, model_cfg, vision=vision, size=size, mean=tuple(preprocess.get("mean", CLIP_MEAN)), std=tuple(preprocess.get("std", CLIP_STD)))
 
-def timm_vision(folder, model_cfg, vision, size, mean, std):
+def timm_vision(folder, model_cfg, *, vision, size, mean, std):
     "`visual.trunk.*` into `timm.create_model(name, num_classes=0)`; another size interpolates the position table."
     import timm
     def make(): return timm.create_model(vision["timm_model_name"], pretrained=False, num_classes=0, img_size=vision.get("image_size", 224))
     model = filled(make, read_weights(folder, "visual.trunk."), folder)
     if size and size != model.patch_embed.img_size[0]: model.set_input_size(img_size=(size, size))
-    return Tower(model, timm_tokens, model.patch_embed.img_size[0], model.patch_embed.patch_size[0], model.num_features, mean, std)
+    return Tower(model, timm_tokens, size=model.patch_embed.img_size[0], patch=model.patch_embed.patch_size[0], channels=model.num_features, mean=mean, std=std)
 
-def open_clip_vision(folder, model_cfg, vision, size, mean, std):
+def open_clip_vision(folder, model_cfg, *, vision, size, mean, std):
     "`visual.*` into open_clip's own VisionTransformer, with the configured activation."
     from open_clip.model import _build_vision_tower
     size, native, patch = size or vision["image_size"], vision["image_size"], vision["patch_size"]
@@ -136,7 +136,7 @@ def open_clip_vision(folder, model_cfg, vision, size, mean, std):
     if size != native and "positional_embedding" in state:
         table = state["positional_embedding"]
         state["positional_embedding"] = torch.cat([table[:1], interpolate_grid(table[None, 1:], (size // patch,) * 2, "bicubic")[0]])
-    return Tower(filled(make, state, folder), open_clip_tokens, size, patch, vision["width"], mean, std)
+    return Tower(filled(make, state, folder), open_clip_tokens, size=size, patch=patch, channels=vision["width"], mean=mean, std=std)
 
 # %% ../../nbs/method/weights.ipynb #4bb7f7a3
 def interpolate_grid(features, grid=(14, 14), mode="bilinear"):

@@ -163,5 +163,5 @@ def draw_scene(case, shape=(32, 112, 112), place=finding_shape, grid=coordinates
         labels[box][organ] = number
         medulla[box][organ] = q[organ] < .25 if name.endswith("kidney") else False
         gains.append(rng.uniform(.93, 1.07))
-    finding = np.where(body < .97, place(case, patient, xyz, rng), 2)
-    return Scene(case, labels, medulla, finding, fine, coarse, tuple(gains), rng)
+    finding = np.where(body < .97, place(case, patient, xyz=xyz, rng=rng), 2)
+    return Scene(case, labels, medulla=medulla, finding=finding, fine=fine, coarse=coarse, gains=tuple(gains), rng=rng)

@@ -16,7 +16,7 @@ from .scanner import draw_mode, mode_of
 from .phantom import ASKED, REPORTS, Item, numbered, write_corpus
 
 # %% ../../nbs/phantoms/benchmark.ipynb #9def89a2
-def sample_findings(n, seed=0, radius=(22., 42.), first=0, phases=None, kinds=MORE_KINDS, planes=PLANES):
+def sample_findings(n, seed=0, *, radius=(22., 42.), first=0, phases=None, kinds=MORE_KINDS, planes=PLANES):
     "`n` cases balanced in plane, phase, organ, kind and level; effusions only in lungs. Ids count from `first`."
     rng = np.random.default_rng((seed, first, 50))
     def draw(values): return [values[i] for i in balanced(values, n, rng)]
@@ -53,7 +53,7 @@ def draw_variant(item):
     facts = {"modality": item.variant, "contrast": item.contrast, "report": report_about(item.case, item.variant)}
     return mode_of(item.variant).unit(volume), scene.masks, facts
 
-def make_benchmark(root, modality="CT", train=840, validation=120, test=240, shape=(32, 112, 112),
+def make_benchmark(root, modality="CT", *, train=840, validation=120, test=240, shape=(32, 112, 112),
                    radius=(22., 42.), contrast=1., kinds=None, seed=0, workers=2, progress=True):
     "Draw a corpus of one modality with masks; `kinds` None: those of the modality (CT: the demonstration's four). Returns the rows of truth."
     mode, sizes = mode_of(modality), {"train": train, "validation": validation, "test": test}
@@ -61,6 +61,6 @@ def make_benchmark(root, modality="CT", train=840, validation=120, test=240, sha
     if unknown := sorted(set(kinds) - {*MORE_KINDS}): raise MedVLM3DError(", ".join(unknown), "is no kind of finding", f"Choose from {', '.join(MORE_KINDS)}.")
     if len(kinds) < 2: raise MedVLM3DError(", ".join(kinds), "is the only kind of finding: to ask for it would be to answer", "Give two kinds or more.")
     config = dict(modality=modality, **sizes, shape=list(shape), radius=list(radius), contrast=contrast, kinds=list(kinds), seed=seed, version=1)
-    items = [Item(case, split, draw_variant, tuple(shape), contrast, modality) for split, n, first in numbered(sizes)
-             for case in sample_findings(n, seed, radius, first, mode.phases, kinds)]
-    return write_corpus(root, items, config, seed, asked_of(modality, kinds), workers, progress)
+    items = [Item(case, split, draw=draw_variant, shape=tuple(shape), contrast=contrast, variant=modality) for split, n, first in numbered(sizes)
+             for case in sample_findings(n, seed, radius=radius, first=first, phases=mode.phases, kinds=kinds)]
+    return write_corpus(root, items, config=config, seed=seed, asked=asked_of(modality, kinds), workers=workers, progress=progress)

@@ -140,7 +140,7 @@ def phantom_jobs(root, n, seed, shape):
 # %% ../../nbs/phantoms/layouts.ipynb #97b16a5b
 LAYOUTS = ("brats", "autopet", "phantom")
 
-def write_layout(root, layout, studies=12, shape=(40, 64, 64), seed=0, workers=1):
+def write_layout(root, layout, *, studies=12, shape=(40, 64, 64), seed=0, workers=1):
     "Generate a folder in a layout: brats, autopet or phantom; `GENERATED.json` says that it is. Returns the folder."
     root = Path(root)
     if layout not in LAYOUTS: raise MedVLM3DError(layout, "is no layout", f"Choose one of {', '.join(LAYOUTS)}.")

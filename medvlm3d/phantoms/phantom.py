@@ -5,9 +5,7 @@
 # %% auto #0
 __all__ = ['REPORTS', 'TYPES', 'ASKED', 'COLUMNS', 'SPLIT_FILES', 'paint_lesion', 'draw_tissues', 'blend', 'draw_ct', 'render',
            'to_unit', 'report', 'questions', 'series_name', 'Item', 'draw_item', 'write_item', 'draw_letters',
-           'write_questions', 'write_corpus', 'numbered', 'make_phantom', 'read_truth', 'read_masks', 'ANATOMY',
-           'FIELD', 'KINDS', 'LEVELS', 'LOCATIONS', 'ORGANS', 'PHASES', 'PLANES', 'SIDES', 'Case', 'build_patient',
-           'coordinates', 'inside', 'sample_cases']
+           'write_questions', 'write_corpus', 'numbered', 'make_phantom', 'read_truth', 'read_masks']
 
 # %% ../../nbs/phantoms/phantom.ipynb #92472ca6
 import csv, json
@@ -19,13 +17,8 @@ from typing import Callable
 import numpy as np
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
-
-from .anatomy import (ANATOMY, FAT, FIELD, KINDS, LEVELS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, SIDES, Case,
-                              balanced, build_patient, coordinates, draw_scene, inside, sample_cases)
+from .anatomy import ANATOMY, FAT, KINDS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, Case, balanced, draw_scene, sample_cases
 from ..base.core import MedVLM3DError, atomic_path, read_json, relative, write_json, write_text
-
-_all_ = ["ANATOMY", "FIELD", "KINDS", "LEVELS", "LOCATIONS", "ORGANS", "PHASES", "PLANES",
-         "SIDES", "Case", "build_patient", "coordinates", "inside", "sample_cases"]
 
 # %% ../../nbs/phantoms/phantom.ipynb #dc12dbbf
 def paint_lesion(hu, q, case, coarse):
@@ -157,7 +150,7 @@ def draw_letters(asked, n, seed):
         if len(values) < 4: common[:, column] = np.array([*"ABC"])[balanced("ABC"[:len(values)], n, np.random.default_rng((seed, 3, column)))]
     return common.tolist()
 
-def write_questions(root, cases, rows, seed, asked=ASKED):
+def write_questions(root, cases, *, rows, seed, asked=ASKED):
     "Write `M3D_VQA_{train,val,test}.csv`; true letters are balanced within each split."
     for split, stem in SPLIT_FILES.items():
         mine = [(c, r) for c, r in zip(cases, rows) if r["split"] == split]
@@ -169,7 +162,7 @@ def write_questions(root, cases, rows, seed, asked=ASKED):
                     out.writerow([row["image"], row["text"], q["number"], q["question"], *q["choices"], q["answer"], q["letter"]])
 
 # %% ../../nbs/phantoms/phantom.ipynb #44c5caf8
-def write_corpus(root, items, config, seed=0, asked=ASKED, workers=2, progress=True):
+def write_corpus(root, items, *, config, seed=0, asked=ASKED, workers=2, progress=True):
     "Write `items` as a corpus in M3D's layout with the questions `asked`; refused where another `config` lies. Returns the rows of truth."
     root = Path(root)
     if (root/"phantom.json").exists() and read_json(root/"phantom.json") != config:
@@ -180,7 +173,7 @@ def write_corpus(root, items, config, seed=0, asked=ASKED, workers=2, progress=T
         with ProcessPoolExecutor(workers) as pool: rows = list(tqdm(pool.map(write_item, jobs, chunksize=8), **bar))
     else: rows = [write_item(job) for job in tqdm(jobs, **bar)]
     write_text(root/"truth.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_questions(root, [item.case for item in items], rows, seed, asked)
+    write_questions(root, [item.case for item in items], rows=rows, seed=seed, asked=asked)
     write_json(root/"M3D_Cap.json", {split: [{"image": r["image"], "text": r["text"]} for r in rows if r["split"] == split] for split in SPLIT_FILES})
     return rows
 
@@ -188,12 +181,12 @@ def numbered(sizes):
     "(split, number of cases, first id) of each split of a corpus."
     return zip(sizes, sizes.values(), np.cumsum([0, *sizes.values()]).tolist())
 
-def make_phantom(root, train=840, validation=120, test=240, shape=(32, 112, 112), seed=0, workers=2, progress=True, contrast=1.):
+def make_phantom(root, train=840, *, validation=120, test=240, shape=(32, 112, 112), seed=0, workers=2, progress=True, contrast=1.):
     "Draw a phantom corpus in M3D's layout at `root` with disjoint cases per split, findings at `contrast` times their own; returns the rows of truth."
     sizes = {"train": train, "validation": validation, "test": test}
-    items = [Item(case, split, draw_item, tuple(shape), contrast) for split, n, first in numbered(sizes) for case in sample_cases(n, seed, first=first)]
+    items = [Item(case, split, draw=draw_item, shape=tuple(shape), contrast=contrast) for split, n, first in numbered(sizes) for case in sample_cases(n, seed, first=first)]
     config = {**sizes, "shape": list(shape), "seed": seed, "version": 2} | ({"contrast": contrast} if contrast != 1 else {})
-    return write_corpus(root, items, config, seed, workers=workers, progress=progress)
+    return write_corpus(root, items, config=config, seed=seed, workers=workers, progress=progress)
 
 def read_truth(root):
     "The rows of `truth.jsonl`, by image path."

@@ -22,7 +22,7 @@ from .scanner import draw_mode
 from .phantom import ASKED, Item, numbered, to_unit, write_corpus
 
 # %% ../../nbs/phantoms/probes.ipynb #5585e38c
-def confined(case, patient, xyz, rng, slices=1, anywhere=False):
+def confined(case, patient, *, xyz, rng, slices=1, anywhere=False):
     "The function of a finding that lies in exactly `slices` neighbouring slices: those nearest to it, or (`anywhere`) any."
     q = np.broadcast_to(inside(xyz, *lesion_shape(case, patient, rng)), np.broadcast_shapes(*(u.shape for u in xyz)))
     nearest = int(q.min((1, 2)).argmin())
@@ -37,9 +37,9 @@ def draw_tiny(item):
     hu, scene = draw_mode(item.case, "CT", item.shape, item.contrast, place=confined)
     return to_unit(hu), scene.masks, {"report": report_about(item.case, "CT")}
 
-def tiny_items(n, split, first, seed, shape, size, contrast):
-    cases = sample_findings(n, seed, (3. * size, 6. * size), first, kinds=("calcification",))
-    return [Item(c, split, draw_tiny, shape, contrast, "tiny") for c in cases]
+def tiny_items(n, split, *, first, seed, shape, size, contrast):
+    cases = sample_findings(n, seed, radius=(3. * size, 6. * size), first=first, kinds=("calcification",))
+    return [Item(c, split, draw=draw_tiny, shape=shape, contrast=contrast, variant="tiny") for c in cases]
 
 # %% ../../nbs/phantoms/probes.ipynb #66fbf276
 TEXTURES = ("fine", "coarse", "striped across", "striped down")
@@ -67,9 +67,9 @@ def draw_texture(item):
     return to_unit(hu), scene.masks, {"texture": item.variant,
                                       "report": f"There is a mass in the {item.case.level} part of the {item.case.organ}. Its texture is {item.variant}."}
 
-def texture_items(n, split, first, seed, shape, size, contrast):
-    cases = sample_findings(n, seed, (28. * size, 40. * size), first, kinds=TEXTURES, planes=("axial", "coronal"))
-    return [Item(replace(c, kind="mass"), split, draw_texture, shape, contrast, c.kind) for c in cases]
+def texture_items(n, split, *, first, seed, shape, size, contrast):
+    cases = sample_findings(n, seed, radius=(28. * size, 40. * size), first=first, kinds=TEXTURES, planes=("axial", "coronal"))
+    return [Item(replace(c, kind="mass"), split, draw=draw_texture, shape=shape, contrast=contrast, variant=c.kind) for c in cases]
 
 # %% ../../nbs/phantoms/probes.ipynb #6ca64a7f
 THROUGH = {"axial": 2, "coronal": 1, "sagittal": 0}   # the coordinate that runs along D
@@ -93,9 +93,9 @@ def draw_slices(item):
     hu, scene = draw_mode(item.case, "CT", item.shape, item.contrast, **how)
     return to_unit(hu), scene.masks, {"report": report_about(item.case, "CT")}
 
-def slices_items(n, split, first, seed, shape, size, contrast):
-    cases = sample_findings(n, seed, (14. * size, 22. * size), first, kinds=KINDS, planes=tuple(THROUGH))
-    return [Item(c, split, draw_slices, shape, contrast, str(1 + i % 2)) for i, c in enumerate(cases)]
+def slices_items(n, split, *, first, seed, shape, size, contrast):
+    cases = sample_findings(n, seed, radius=(14. * size, 22. * size), first=first, kinds=KINDS, planes=tuple(THROUGH))
+    return [Item(c, split, draw=draw_slices, shape=shape, contrast=contrast, variant=str(1 + i % 2)) for i, c in enumerate(cases)]
 
 # %% ../../nbs/phantoms/probes.ipynb #0dbf417e
 OPPOSITE = {"left": "right", "right": "left", "upper": "lower", "lower": "upper"}
@@ -118,10 +118,10 @@ def draw_mirror(item):
     article = "an" if item.case.kind == "abscess" else "a"
     return unit, masks, {**facts, "pair": item.case.seed, "report": f"There is {article} {item.case.kind}, {facts['location']}, in the {facts['organ']}."}
 
-def mirror_items(n, split, first, seed, shape, size, contrast):
-    half = sample_findings((n + 1) // 2, seed, (22. * size, 36. * size), first, kinds=KINDS, planes=("axial", "coronal"))
+def mirror_items(n, split, *, first, seed, shape, size, contrast):
+    half = sample_findings((n + 1) // 2, seed, radius=(22. * size, 36. * size), first=first, kinds=KINDS, planes=("axial", "coronal"))
     twice = [(c, v) for i, c in enumerate(half) for v in ("as it is", ("left-right", "up-down")[i % 2])][:n]
-    return [Item(replace(c, id=f"{first + k:06d}"), split, draw_mirror, shape, contrast, v) for k, (c, v) in enumerate(twice)]
+    return [Item(replace(c, id=f"{first + k:06d}"), split, draw=draw_mirror, shape=shape, contrast=contrast, variant=v) for k, (c, v) in enumerate(twice)]
 
 # %% ../../nbs/phantoms/probes.ipynb #104c8e9d
 ORGAN_PLACE = {k: ASKED[k] for k in ("Organ", "Location")}
@@ -132,7 +132,7 @@ PROBES = {  # name: claim, items, questions
     "mirror": ("position", mirror_items, {"Location": ASKED["Location"]}),
 }
 
-def make_probe(root, name, train=0, validation=0, test=96, shape=(32, 112, 112), size=1., contrast=1., seed=0, workers=2, progress=True):
+def make_probe(root, name, *, train=0, validation=0, test=96, shape=(32, 112, 112), size=1., contrast=1., seed=0, workers=2, progress=True):
     "Draw a probe as a corpus in M3D's layout; `size` and `contrast` turn the dial (1: as described). Returns the rows of truth."
     if name not in PROBES: raise MedVLM3DError(name, "is no probe", f"Choose one of {', '.join(PROBES)}.")
     if name == "mirror" and (train % 2 or validation % 2 or test % 2):
@@ -140,5 +140,5 @@ def make_probe(root, name, train=0, validation=0, test=96, shape=(32, 112, 112),
     _, items_of, asked = PROBES[name]
     sizes = {"train": train, "validation": validation, "test": test}
     items = [i for split, n, first in numbered(sizes) if n for i in items_of(n, split, first, seed, tuple(shape), size, contrast)]
-    return write_corpus(root, items, dict(probe=name, **sizes, shape=list(shape), size=size, contrast=contrast, seed=seed, version=1),
-                        seed, asked, workers, progress)
+    return write_corpus(root, items, config=dict(probe=name, **sizes, shape=list(shape), size=size, contrast=contrast, seed=seed, version=1),
+                        seed=seed, asked=asked, workers=workers, progress=progress)

@@ -33,7 +33,7 @@ SEQUENCES = {  # name: TR, TE, TI (ms; 0: no inversion), is the agent given?
 }
 RELAXIVITY = .0045   # of a gadolinium agent, 1/(ms mmol/l)
 
-def spin_echo(density, t1, t2, agent, tr, te, ti, given):
+def spin_echo(density, t1, *, t2, agent, tr, te, ti, given):
     "Signal of a tissue under a sequence, between 0 and about 1."
     rate = 1 / t1 + RELAXIVITY * agent * given
     recovered = abs(1 - 2 * np.exp(-ti * rate) + np.exp(-tr * rate)) if ti else 1 - np.exp(-tr * rate)
@@ -122,14 +122,14 @@ class Mode:
     technique: tuple         # wordings of a report's first sentence
 
 MODES = {m.name: m for m in (
-    Mode("CT", "CT", PHASES, KINDS, draw_ct, to_unit, "HU", ("What is the contrast phase of this scan?", "Which contrast phase is shown?"),
-         ("Technique: {phase} CT of the chest and abdomen in the {plane} plane.", "CT of the chest and abdomen, {plane} plane, {phase} phase.")),
-    Mode("MR", "MRI", tuple(SEQUENCES), ("cyst", "mass", "abscess", "nodule"), draw_mr, unit_mr, "arbitrary",
-         ("Which MR sequence is this?", "What is the weighting of this scan?"),
-         ("Technique: {phase} MRI of the chest and abdomen in the {plane} plane.", "MRI of the chest and abdomen, {plane} plane, {phase} sequence.")),
-    Mode("PT", "PET", MINUTES, ("mass", "abscess", "nodule"), draw_pet, unit_pet, "SUV",
-         ("How long after the injection was this scan acquired?", "At what time after the tracer's injection does the scan begin?"),
-         ("Technique: FDG PET of the chest and abdomen in the {plane} plane, {phase} after injection.",
+    Mode("CT", "CT", phases=PHASES, kinds=KINDS, draw=draw_ct, unit=to_unit, intensity="HU", asked=("What is the contrast phase of this scan?", "Which contrast phase is shown?"),
+         technique=("Technique: {phase} CT of the chest and abdomen in the {plane} plane.", "CT of the chest and abdomen, {plane} plane, {phase} phase.")),
+    Mode("MR", "MRI", phases=tuple(SEQUENCES), kinds=("cyst", "mass", "abscess", "nodule"), draw=draw_mr, unit=unit_mr, intensity="arbitrary",
+         asked=("Which MR sequence is this?", "What is the weighting of this scan?"),
+         technique=("Technique: {phase} MRI of the chest and abdomen in the {plane} plane.", "MRI of the chest and abdomen, {plane} plane, {phase} sequence.")),
+    Mode("PT", "PET", phases=MINUTES, kinds=("mass", "abscess", "nodule"), draw=draw_pet, unit=unit_pet, intensity="SUV",
+         asked=("How long after the injection was this scan acquired?", "At what time after the tracer's injection does the scan begin?"),
+         technique=("Technique: FDG PET of the chest and abdomen in the {plane} plane, {phase} after injection.",
           "FDG PET of the chest and abdomen, {plane} plane, {phase} after injection.")),
 )}
 

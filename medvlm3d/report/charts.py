@@ -33,7 +33,7 @@ def reliability_figure(systems, title=""):
 # %% ../../nbs/report/charts.ipynb #59f0c5f5
 def centre(c): return next(c[k] for k in ("difference", "mean", "value") if k in c)
 
-def forest_figure(groups, xlabel="difference (points)", zero=0., title="", width=6.4):
+def forest_figure(groups, xlabel="difference (points)", *, zero=0., title="", width=6.4):
     """Rows (label, cell) under the headings of `groups`, from top to bottom, with 95 % intervals; `zero` None draws no line of reference.
 
     A dot is open where the interval holds zero, or where a cell's `p_holm` is not below .05."""

@@ -45,7 +45,7 @@ def montage(slices, columns):
     filled = np.concatenate([slices, np.full((rows * columns - n, h, w), np.nan, slices.dtype)])
     return filled.reshape(rows, columns, h, w).swapaxes(1, 2).reshape(rows * h, columns * w)
 
-def slice_strip(volume, kept, lesion=(), columns=None, title=""):
+def slice_strip(volume, kept, *, lesion=(), columns=None, title=""):
     "All slices of `volume` (D, H, W) in reading order; `kept` framed in blue, `lesion` underlined in red."
     x = np.asarray(getattr(volume, "array", volume), np.float32)
     step = max(1, max(x.shape[1:]) // 128)
@@ -67,7 +67,7 @@ def slice_strip(volume, kept, lesion=(), columns=None, title=""):
     return figure
 
 # %% ../../nbs/report/figures.ipynb #a47bfb32
-def overlay(volume, attention, kept, query=None, most=8, title=""):
+def overlay(volume, attention, *, kept, query=None, most=8, title=""):
     "`attention` (D̂, H′, W′) over the `kept` slices of `volume` (D, H, W); at most `most` slices, those with most attention. `query` marks (d, h, w)."
     x, a = (np.asarray(getattr(v, "array", v), np.float32) for v in (volume, attention))
     if a.ndim != 3 or len(a) != len(kept):

@@ -9,7 +9,7 @@ __all__ = ['words_attention', 'over_voxels', 'spread', 'look', 'look_figure']
 import numpy as np
 import torch
 
-from .tables import overlay
+from .figures import overlay
 from ..method.tokens import collate, image_prefix, pack_examples, padding_id, prompt_ids, report_prompt, target_ids
 
 # %% ../../nbs/report/looking.ipynb #ab5e5684
@@ -17,7 +17,7 @@ from ..method.tokens import collate, image_prefix, pack_examples, padding_id, pr
 def words_attention(model, features, segments):
     "Share of attention (K, M′) that the answers of K (prompt ids, target ids) pairs pay to each visual token of one volume (1, D′, N, C); rows sum to 1."
     tok = model.need_processor().tokenizer
-    packed = pack_examples(image_prefix(tok, model.config.visual_tokens), segments, model.config.context)
+    packed = pack_examples(image_prefix(tok, model.config.visual_tokens), segments, context=model.config.context)
     batch = {k: v.to(model.device) for k, v in collate([packed], padding_id(tok)).items()}
     usual = model.llm.config._attn_implementation
     model.llm.set_attn_implementation("eager")
@@ -53,7 +53,7 @@ def look(model, features, asked):
     return over_voxels(model, features, words_attention(model, features, segments))
 
 # %% ../../nbs/report/looking.ipynb #e6ce7865
-def look_figure(model, pixels, features, indices, question, answer, title=""):
+def look_figure(model, pixels, *, features, indices, question, answer, title=""):
     "A picture of where the words of `answer` looked: kept slices of `pixels` (D, H, W) with the map over them. Question None: a report."
     return overlay(pixels.cpu().numpy(), look(model, features, [(question, answer)])[0].numpy(),
                    indices.tolist(), title=title or f"where the words looked: {answer[:60]}")

@@ -13,7 +13,8 @@ from .charts import reliability_figure
 from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_text
 from .study_tables import BESIDE, calibration_table, clinical_table, failed_table, findings_table, seeds_table, strata_table, trainings_text
 from ..training.launch import loss_figure
-from .tables import Table, accuracy_figure, comparison_table, examples_table, report_table, save_figure, vqa_table, write_table
+from .tables import Table, accuracy_figure, comparison_table, examples_table, report_table, vqa_table, write_table
+from .figures import save_figure
 
 # %% ../../nbs/report/rendering.ipynb #74ce33d1
 STATEMENT = "This reader has learned from phantoms only. Its words about a real scan show that the way works from end to end; they are not findings."

@@ -13,7 +13,7 @@ HERE = RESEARCH.split(" Published")[0] + " Research use only."
 BESIDE = ("model", "blind", "other image")
 
 # %% ../../nbs/report/study_tables.ipynb #92747a60
-def between(value, low, high, digits=3, scale=1):
+def between(value, low, *, high, digits=3, scale=1):
     "`0.123 [0.100, 0.150]`, or without an interval where there is none."
     return f"{scale * value:.{digits}f}" + ("" if low is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]")
 
@@ -23,9 +23,9 @@ def calibration_table(runs):
     for name, run in runs.items():
         for system, scores in results_of(run).get("systems", {}).items():
             if c := scores.get("calibration"):
-                wrong = [between(r["risk"], r["low"], r["high"], 1, 100) for r in c["risk_coverage"]]
+                wrong = [between(r["risk"], r["low"], high=r["high"], digits=1, scale=100) for r in c["risk_coverage"]]
                 rows.append((name if system == "model" else f"{name}: {system}", c["n"], c["left out"],
-                             between(c["brier"], c["brier_low"], c["brier_high"]), f"{c['calibration_error']:.3f}", *wrong))
+                             between(c["brier"], c["brier_low"], high=c["brier_high"]), f"{c['calibration_error']:.3f}", *wrong))
     return Table("Calibration of closed answers",
                  ("system", "questions", "left out", "Brier", "calibration error", *(f"wrong, surest {s} %" for s in shares)), tuple(rows),
                  "Of the likeliest option. Brier score from 0 (certain and right) to 2 (certain and wrong); "
@@ -84,8 +84,8 @@ def seeds_table(run):
     block, seeds = results.get("seeds") or one_training(results), results.get("trainings", {}).get("seeds", [])
     labels = [f"seed {seeds[i] if len(seeds) == block['n'] else i}" for i in range(block["n"])]
     minus = block.get("minus blind", {})
-    rows = [(t, *(f"{v:.1f}" for v in c["values"]), between(c["mean"], c["low"], c["high"], 1), "–" if c["sd"] is None else f"{c['sd']:.1f}",
-             between(minus[t]["mean"], minus[t]["low"], minus[t]["high"], 1) if minus else "–") for t, c in block["cells"].items()]
+    rows = [(t, *(f"{v:.1f}" for v in c["values"]), between(c["mean"], c["low"], high=c["high"], digits=1), "–" if c["sd"] is None else f"{c['sd']:.1f}",
+             between(minus[t]["mean"], minus[t]["low"], high=minus[t]["high"], digits=1) if minus else "–") for t, c in block["cells"].items()]
     return Table("Closed accuracy over trainings", ("type", *labels, "mean", "sd over seeds", "mean minus blind"), tuple(rows),
                  "× 100, protocol standard, its strict parser; in brackets 95 % intervals over seeds and cases. "
                  + (trainings_text(run) or "One training.") + " Research use only.")

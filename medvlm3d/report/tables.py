@@ -7,7 +7,7 @@ __all__ = ['LATEX', 'PUBLISHED', 'RESEARCH', 'PROTOCOLS', 'SHORT', 'SYSTEM_ORDER
            'escape_markdown', 'escape_csv', 'Table', 'write_table', 'published', 'published_value', 'results_of',
            'here', 'cell_text', 'metric_names', 'groups_of', 'system_columns', 'report_table', 'vqa_table',
            'closed_note', 'p_text', 'comparison_table', 'signed', 'pick', 'shorten', 'examples_table',
-           'accuracy_figure', 'Picture', 'montage', 'new_figure', 'overlay', 'save_figure', 'slice_strip']
+           'accuracy_figure']
 
 # %% ../../nbs/report/tables.ipynb #fc028b1b
 import csv, io, re
@@ -19,10 +19,8 @@ from pathlib import Path
 import numpy as np
 from ..base.core import MedVLM3DError, RunFolder, project_root, write_text
 from ..evaluation.scores import accuracy_values, lookup
-from .figures import Picture, montage, new_figure, overlay, save_figure, slice_strip
+from .figures import new_figure
 from ..evaluation.prediction import read_predictions
-
-_all_ = ["Picture", "montage", "new_figure", "overlay", "save_figure", "slice_strip"]
 
 # %% ../../nbs/report/tables.ipynb #43bb0d47
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -89,7 +87,7 @@ def published(path=None):
     if not path.exists(): raise MedVLM3DError(path.name, "is missing from data/", "Run from a clone of the repository.")
     with open(path, encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
-def published_value(rows, model, task, type, metric):
+def published_value(rows, model, *, task, type, metric):
     "The published number as text, or a dash."
     return next((r["value"] for r in rows if (r["model"], r["task"], r["type"], r["metric"]) == (model, task, type, metric)), "–")
 
@@ -98,11 +96,11 @@ def results_of(run):
     "`results.json` of a run folder, path or dict; {} where nothing was run."
     return run if isinstance(run, dict) else {} if run is None else RunFolder(getattr(run, "path", run)).results
 
-def here(results, system, protocol, task, metric, group):
+def here(results, system, *, protocol, task, metric, group):
     "A cell as text: `82.9 [80.1, 85.3]`; a dash where the system was run and cannot have this score, else `not run`."
     tasks = {s: scores.get(protocol, {}).get(task, {}) for s, scores in results.get("systems", {}).items()}
     impossible = tasks.get(system) and any(metric in scores for scores in tasks.values())
-    return cell_text(lookup(results, system, protocol, task, metric, group), "–" if impossible else "not run")
+    return cell_text(lookup(results, system, protocol=protocol, task=task, metric=metric, group=group), "–" if impossible else "not run")
 
 def cell_text(c, absent="–"):
     "A cell as text; `absent` where there is none."
@@ -134,9 +132,9 @@ def report_table(runs, systems=("model",)):
     results, known = {k: results_of(v) for k, v in runs.items()}, published()
     here_columns = system_columns(results, systems)
     names = list(dict.fromkeys(["BLEU-1", "ROUGE-1", "METEOR", "BERTScore", *metric_names(results.values(), "m3d", "report")]))
-    rows = [(f"{m} (m3d)", *(published_value(known, p, "report", "all", m) for p in PUBLISHED),
-             *(here(r, s, "m3d", "report", m, "all") for _, r, s in here_columns)) for m in names]
-    rows += [(f"{m} (standard)", *["–"] * len(PUBLISHED), *(here(r, s, "standard", "report", m, "all") for _, r, s in here_columns))
+    rows = [(f"{m} (m3d)", *(published_value(known, p, task="report", type="all", metric=m) for p in PUBLISHED),
+             *(here(r, s, protocol="m3d", task="report", metric=m, group="all") for _, r, s in here_columns)) for m in names]
+    rows += [(f"{m} (standard)", *["–"] * len(PUBLISHED), *(here(r, s, protocol="standard", task="report", metric=m, group="all") for _, r, s in here_columns))
              for m in metric_names(results.values(), "standard", "report")]
     return Table("Report generation", ("score", *PUBLISHED, *(name for name, _, _ in here_columns)), tuple(rows), RESEARCH + PROTOCOLS + SHORT)
 
@@ -150,8 +148,8 @@ def vqa_table(runs, task="closed", systems=None):
     for protocol in ("m3d", "standard"):
         for m in dict.fromkeys([*(default if protocol == "m3d" or task == "closed" else ()), *metric_names(results.values(), protocol, task)]):
             for g in groups:
-                old = [published_value(known, p, task, g, m) if protocol == "m3d" else "–" for p in PUBLISHED]
-                rows.append((f"{m} ({protocol})", g, *old, *(here(r, s, protocol, task, m, g) for _, r, s in here_columns)))
+                old = [published_value(known, p, task=task, type=g, metric=m) if protocol == "m3d" else "–" for p in PUBLISHED]
+                rows.append((f"{m} ({protocol})", g, *old, *(here(r, s, protocol=protocol, task=task, metric=m, group=g) for _, r, s in here_columns)))
     return Table(f"{task.capitalize()} questions", ("score", "type", *PUBLISHED, *(name for name, _, _ in here_columns)), tuple(rows),
                  RESEARCH + PROTOCOLS + (SHORT if task == "open" else "")
                  + " macro: mean over types, the literature's mean; micro: mean over questions." + closed_note(results, task))
@@ -200,7 +198,7 @@ def examples_table(predictions, n=2, seed=0, length=160):
 # %% ../../nbs/report/tables.ipynb #591bec18
 SYSTEM_ORDER = ("model", "model, in words", "slices reversed", "nearest caption", "other image", "blank image", "no image", "blind", "constant")
 
-def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", title=None):
+def accuracy_figure(run, task="closed", *, protocol="standard", metric="accuracy", title=None):
     "Accuracy by type and system with 95 % intervals; chance as dashed lines."
     import seaborn as sns
     results = results_of(run)
@@ -211,14 +209,14 @@ def accuracy_figure(run, task="closed", protocol="standard", metric="accuracy", 
     figure, ax = new_figure(6 + .3 * len(names), 2.9)
     width = .8 / len(names)
     for i, (name, colour) in enumerate(zip(names, sns.color_palette("colorblind", len(names)))):
-        cells = [lookup(results, name, protocol, task, metric, g) for g in groups]
+        cells = [lookup(results, name, protocol=protocol, task=task, metric=metric, group=g) for g in groups]
         x, y = np.arange(len(groups)) + (i - (len(names) - 1) / 2) * width, np.array([c["value"] for c in cells])
-        ax.bar(x, y, width * .92, color=colour, label=name)
+        ax.bar(x, y, what=width * .92, color=colour, label=name)
         if all(c["low"] is not None for c in cells):
             ax.errorbar(x, y, [y - [c["low"] for c in cells], [c["high"] for c in cells] - y],
                         fmt="none", ecolor=".2", elinewidth=.8, capsize=0 if len(names) > 4 else 2)
     for k, g in enumerate(groups):
-        if chance := lookup(results, "chance", protocol, task, metric, g):
+        if chance := lookup(results, "chance", protocol=protocol, task=task, metric=metric, group=g):
             ax.plot([k - .45, k + .45], [chance["value"]] * 2, "k--", lw=1, label="chance" if k == 0 else None)
     ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "mean"], ylabel=f"{metric} (%)", ylim=(0, 100), title=title or "")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)

@@ -69,25 +69,25 @@ def frame_value(ds, layers, key):
     items = (layer.get(GROUPS[key]) for layer in layers)
     return next((i[0].get(key) for i in items if i and i[0].get(key) is not None), ds.get(key))
 
-def slice_header(name, ds, layers=(), frame=0, frames=1):
+def slice_header(name, ds, *, layers=(), frame=0, frames=1):
     "The `Slice` of a pydicom data set, or of one frame of it with its functional groups `layers`."
     def value(key): return frame_value(ds, layers, key)
     def numbers(key, n): return None if value(key) is None else np.array(value(key), dtype=float).reshape(n)
     slope, modality = value("RescaleSlope") if "ModalityLUTSequence" not in ds else 1, str(ds.get("Modality") or "")
     series = int(ds.get("SeriesNumber") or 0), str(ds.get("SeriesInstanceUID") or ""), str(value("StackID") or ""), int(value("TemporalPositionIndex") or 0)
-    return Slice(name, frame, f"{ds.SOPInstanceUID} {frame}", series,
-                 modality if modality in ("CT", "MR", "PT") else "another modality", tracer(ds) if modality == "PT" else None,
-                 "LOCALIZER" in (ds.get("ImageType") or ()), (int(ds.Rows), int(ds.Columns)), frames, int(ds.get("SamplesPerPixel") or 1),
-                 ds.get("PhotometricInterpretation") == "MONOCHROME1", None if slope is None else float(slope), float(value("RescaleIntercept") or 0),
-                 value("RescaleType") in (None, "", "HU"), str(ds.file_meta.TransferSyntaxUID),
-                 numbers("ImagePositionPatient", 3), numbers("ImageOrientationPatient", 6), numbers("PixelSpacing", 2))
+    return Slice(name, frame, uid=f"{ds.SOPInstanceUID} {frame}", series=series,
+                 modality=modality if modality in ("CT", "MR", "PT") else "another modality", tracer=tracer(ds) if modality == "PT" else None,
+                 localiser="LOCALIZER" in (ds.get("ImageType") or ()), shape=(int(ds.Rows), int(ds.Columns)), frames=frames, samples=int(ds.get("SamplesPerPixel") or 1),
+                 inverted=ds.get("PhotometricInterpretation") == "MONOCHROME1", slope=None if slope is None else float(slope), shift=float(value("RescaleIntercept") or 0),
+                 hounsfield=value("RescaleType") in (None, "", "HU"), syntax=str(ds.file_meta.TransferSyntaxUID),
+                 position=numbers("ImagePositionPatient", 3), orientation=numbers("ImageOrientationPatient", 6), spacing=numbers("PixelSpacing", 2))
 
 def frame_headers(name, ds):
     "The `Slice` of each frame of a data set; of an old multi-frame file without functional groups, one that counts its frames."
     frames, own = int(ds.get("NumberOfFrames") or 1), ds.get("PerFrameFunctionalGroupsSequence")
     if not own: return [slice_header(name, ds, frames=frames)]
     if len(own) != frames: raise ValueError("frames without functional groups")
-    return [slice_header(name, ds, (groups, *(ds.get("SharedFunctionalGroupsSequence") or ())), k) for k, groups in enumerate(own)]
+    return [slice_header(name, ds, layers=(groups, *(ds.get("SharedFunctionalGroupsSequence") or ())), frame=k) for k, groups in enumerate(own)]
 
 def read_headers(member, path):
     "The `Slice`s of a file; none if it is no DICOM image."
@@ -192,7 +192,7 @@ def intensity_kind(slices, path, suv=True):
     if modality == "PT": return modality, "arbitrary", 1., ("PET not in SUV: relative numbers only",)
     return modality if modality == "MR" else "unknown", "arbitrary", 1., ()
 
-def check_told(modality, intensity, told_modality, told_intensity, path):
+def check_told(modality, intensity, *, told_modality, told_intensity, path):
     "What the user told, where the file leaves it open; a contradiction is refused."
     if told_modality and modality != "unknown" and told_modality != modality:
         raise MedVLM3DError(path, f"states the modality {modality}, not {told_modality}", "Leave modality out.")
@@ -237,7 +237,7 @@ def read_stack(slices, factor, turn, path):
             raise MedVLM3DError(f"{path}/{name}", f"has truncated or damaged pixels ({type(e).__name__})", "Copy or export the file again.") from None
     return array, hashes
 
-def read_dicom(path, series=None, max_voxels=MAX_VOXELS, non_finite="error", suv=True, modality=None, intensity=None):
+def read_dicom(path, series=None, *, max_voxels=MAX_VOXELS, non_finite="error", suv=True, modality=None, intensity=None):
     "A `Volume`, as stacked, from the DICOM series in a folder, a zip or one enhanced file. Only geometry, intensity and modality are kept."
     path = Path(path)
     groups, notes = image_series(path)
@@ -247,7 +247,7 @@ def read_dicom(path, series=None, max_voxels=MAX_VOXELS, non_finite="error", suv
     check_steps(steps, path)
     check_size((len(slices), *slices[0].shape), path, max_voxels)
     stated, kind, factor, kind_notes = intensity_kind(slices, path, suv)
-    told = check_told(stated, kind, modality, intensity, path)
+    told = check_told(stated, kind, told_modality=modality, told_intensity=intensity, path=path)
     if copies: notes += (f"{copies} exact copies of slices dropped",)
     turn = kind not in ("HU", "SUV")
     if any(s.inverted for s in slices):

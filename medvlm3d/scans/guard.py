@@ -106,7 +106,7 @@ def guess_intensity(array, dtype=None):
     if 0 <= low and high <= 1: return "unknown", "unit", ()
     return "unknown", "grey8" if dtype == np.uint8 else "arbitrary", ()
 
-def label(volume, what, modality=None, intensity=None, dtype=None):
+def label(volume, what, *, modality=None, intensity=None, dtype=None):
     "`volume` with the modality and intensity that were told, else guessed; either is noted."
     guessed, kind, notes = guess_intensity(volume.array, dtype)
     if intensity: check_intensity(intensity, what)
@@ -116,11 +116,11 @@ def label(volume, what, modality=None, intensity=None, dtype=None):
     return replace(volume, modality=modality or {"HU": "CT", "SUV": "PT"}.get(intensity, "unknown" if intensity else guessed),
                    intensity=intensity or kind, warnings=(*volume.warnings, *notes))
 
-def labelled(array, affine, files, notes=(), modality=None, intensity=None, dtype=None, **options):
+def labelled(array, affine, *, files, notes=(), modality=None, intensity=None, dtype=None, **options):
     "The `Volume` of an array read from `files` (the first is named in errors), with modality and intensity told or guessed."
     hashes = [sha256_file(f) for f in files]
     volume = make_volume(array, affine, what=files[0], notes=notes, source_hash=hashes[0] if len(hashes) == 1 else sha256_json(sorted(hashes)), **options)
-    return label(volume, files[0], modality, intensity, dtype)
+    return label(volume, files[0], modality=modality, intensity=intensity, dtype=dtype)
 
 def letters_affine(axis_order, spacing, path):
     "(affine, notes) of an array whose axes grow towards the three letters of `axis_order`, such as RAS; `spacing` in mm, None where unknown."

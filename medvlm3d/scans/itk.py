@@ -30,7 +30,7 @@ def skip(stream, count, size, path):
     if count == -1: stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
     else: read_exactly(stream, count, path)
 
-def voxels(stream, shape, dtype, index, path):
+def voxels(stream, shape, *, dtype, index, path):
     "The array (x, y, z) of a stream that holds exactly `shape`, first axis fastest, at `index`."
     raw = read_exactly(stream, int(np.prod(shape, dtype=object)) * dtype.itemsize, path)
     drain(stream, path)
@@ -112,8 +112,8 @@ def read_nrrd(path, axis_order=None, frame=None, max_voxels=MAX_VOXELS, **option
         if name is not None and (not isinstance(name, str) or "%" in name or name.startswith("LIST")):
             raise MedVLM3DError(path, "is spread over several data files", "Save it as one .nrrd file.")
         f, files = opened(stack, f, name, path)
-        array = voxels(nrrd_stream(f, header, size, path), shape, dtype, slice(None), path)
-    return labelled((array if extra is None else np.moveaxis(array, extra, -1))[index], affine, files, notes, dtype=dtype, **options)
+        array = voxels(nrrd_stream(f, header, size, path), shape, dtype=dtype, index=slice(None), path=path)
+    return labelled((array if extra is None else np.moveaxis(array, extra, -1))[index], affine, files=files, notes=notes, dtype=dtype, **options)
 
 # %% ../../nbs/scans/itk.ipynb #afca20fe
 META_TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
@@ -130,7 +130,7 @@ def meta_header(f, path):
         if key.strip().lower() == "elementdatafile": return fields
     raise MedVLM3DError(path, "has no readable MetaImage header", "Export the scan again.")
 
-def meta_numbers(fields, keys, count, path, kind=float):
+def meta_numbers(fields, keys, *, count, path, kind=float):
     "The `count` numbers under the first of `keys` that is there, or None where there is none."
     key = next((k for k in keys if k.lower() in fields), None)
     if key is None: return None
@@ -147,14 +147,14 @@ def meta_voxels(fields, path):
     "(shape, type, notes) of a MetaImage header; anything but a volume of real numbers is refused."
     def refuse(why, remedy="Save one volume of real numbers."): raise MedVLM3DError(path, why, remedy)
     if fields.get("objecttype", "").lower() != "image": refuse("holds no image")
-    n, = meta_numbers(fields, ["NDims"], 1, path, int) or [0]
-    shape = meta_numbers(fields, ["DimSize"], n, path, int) if 0 < n < 8 else None
+    n, = meta_numbers(fields, ["NDims"], count=1, path=path, kind=int) or [0]
+    shape = meta_numbers(fields, ["DimSize"], count=n, path=path, kind=int) if 0 < n < 8 else None
     if shape is None: refuse("does not state its size")
-    if meta_numbers(fields, ["ElementNumberOfChannels"], 1, path, int) not in (None, [1]): refuse("holds colours or vectors")
+    if meta_numbers(fields, ["ElementNumberOfChannels"], count=1, path=path, kind=int) not in (None, [1]): refuse("holds colours or vectors")
     kind = META_TYPES.get(fields.get("elementtype", "").upper())
     if kind is None: refuse("holds voxels of an unknown type")
     if meta_flag(fields, "BinaryData") is False: refuse("keeps its voxels as text", "Save it with binary voxels.")
-    if ([meta_numbers(fields, [f"ElementToIntensityFunction{k}"], 1, path) for k in ("Slope", "Offset")]
+    if ([meta_numbers(fields, [f"ElementToIntensityFunction{k}"], count=1, path=path) for k in ("Slope", "Offset")]
             not in ([None, None], [[1.], [0.]], [[1.], None], [None, [0.]])):
         refuse("states an intensity function, which programs apply differently", "Save the numbers as they are meant.")
     msb = meta_flag(fields, "BinaryDataByteOrderMSB", "ElementByteOrderMSB")
@@ -162,14 +162,14 @@ def meta_voxels(fields, path):
 
 def meta_affine(fields, n, axis_order, path):
     "(affine (4, 4) in RAS mm, notes); without a matrix, `axis_order` must say. Eq. (V8)."
-    spacing, matrix = (meta_numbers(fields, ["ElementSpacing", "ElementSize"], n, path),
-                       meta_numbers(fields, ["TransformMatrix", "Orientation", "Rotation"], n * n, path))
+    spacing, matrix = (meta_numbers(fields, ["ElementSpacing", "ElementSize"], count=n, path=path),
+                       meta_numbers(fields, ["TransformMatrix", "Orientation", "Rotation"], count=n * n, path=path))
     if axis_order: return letters_affine(axis_order, spacing and spacing[:3], path)
     if n < 3 or matrix is None or spacing is None:
         raise MedVLM3DError(path, "states no orientation or no spacing", "If you know it, pass axis_order; 'LPS' is what most programs assume.")
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(matrix, (n, n))[:3, :3].T * spacing[:3]
-    affine[:3, 3] = (meta_numbers(fields, ["Offset", "Position", "Origin"], n, path) or [0.] * n)[:3]
+    affine[:3, 3] = (meta_numbers(fields, ["Offset", "Position", "Origin"], count=n, path=path) or [0.] * n)[:3]
     affine = np.diag([-1., -1, 1, 1]) @ affine
     letters = fields.get("anatomicalorientation", "")[:3].upper()       # from which side each axis comes
     differ = len(letters) == 3 and set(letters) <= set("RASLPI") and np.isfinite(affine).all() and np.linalg.norm(affine[:3, :3], axis=0).all() and \
@@ -188,8 +188,8 @@ def read_meta(path, axis_order=None, frame=None, max_voxels=MAX_VOXELS, **option
         if name and (name.upper().startswith("LIST") or "%" in name):
             raise MedVLM3DError(path, "is spread over several data files", "Save it as one .mha file.")
         f, files = opened(stack, f, name, path)
-        compressed, (count,) = meta_flag(fields, "CompressedData"), meta_numbers(fields, ["HeaderSize"], 1, path, int) or [0]
+        compressed, (count,) = meta_flag(fields, "CompressedData"), meta_numbers(fields, ["HeaderSize"], count=1, path=path, kind=int) or [0]
         if compressed and count == -1: raise MedVLM3DError(path, "skips -1 bytes of compressed voxels", "Save it without a skip.")
         skip(f, count, size, path)
-        array = voxels(Inflated(f) if compressed else f, shape, dtype, index, path)
-    return labelled(array, affine, files, (*order_notes, *notes), dtype=dtype, **options)
+        array = voxels(Inflated(f) if compressed else f, shape, dtype=dtype, index=index, path=path)
+    return labelled(array, affine, files=files, notes=(*order_notes, *notes), dtype=dtype, **options)

@@ -60,4 +60,4 @@ def read_nifti(path, axis_order=None, frame=None, max_voxels=MAX_VOXELS, **optio
         raw = read_exactly(f, size, path)
         drain(f, path)
     array = rescale(np.frombuffer(raw, dtype).reshape(shape, order="F")[index], slope, shift)
-    return labelled(array, affine, [path], notes, dtype=dtype if slope in (None, 1) and not shift else None, **options)
+    return labelled(array, affine, files=[path], notes=notes, dtype=dtype if slope in (None, 1) and not shift else None, **options)

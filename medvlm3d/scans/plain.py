@@ -62,7 +62,7 @@ def read_numpy(path, axis_order=None, max_voxels=MAX_VOXELS, **options):
     else:
         with open(path, "rb") as f: array = npy_array(f, path, max_voxels)
     dtype, (array, affine, notes) = array.dtype, declared_axes(array, axis_order, path)
-    return labelled(array, affine, [path], (*notes, *(slice_order(array) if affine is None else ())), dtype=dtype, **options)
+    return labelled(array, affine, files=[path], notes=(*notes, *(slice_order(array) if affine is None else ())), dtype=dtype, **options)
 
 # %% ../../nbs/scans/plain.ipynb #8ebc0daf
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -108,4 +108,4 @@ def read_pictures(path, max_voxels=MAX_VOXELS, modality=None, intensity=None, **
     plane = next((p for p in PLANES if path.name.lower().startswith(p)), "axial")
     volume = make_volume(array, plane=plane, what=path, notes=(*notes, *slice_order(array)),
                          source_hash=sha256_json(sorted(map(sha256_file, files))), **options)
-    return label(volume, path, modality, intensity, array.dtype)
+    return label(volume, path, modality=modality, intensity=intensity, dtype=array.dtype)

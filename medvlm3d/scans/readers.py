@@ -4,22 +4,19 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'FORMATS', 'TAKES', 'REAL_SCANS', 'begins_as_dicom', 'kind_of_folder', 'kind_of', 'check_options',
-           'read_volume', 'real_scans', 'numbered', 'read_picture', 'slice_order']
+           'read_volume', 'real_scans']
 
 # %% ../../nbs/scans/readers.ipynb #c64fdaac
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-
 from ..base.core import MedVLM3DError
 from .dicom import read_dicom
 from .itk import read_meta, read_nrrd
 from .nifti import read_nifti
-from .plain import PICTURES, numbered, read_numpy, read_picture, read_pictures, slice_order
+from .plain import PICTURES, read_numpy, read_pictures, slice_order
 from .volume import MAX_VOXELS, acquired_plane, reorient
-
-_all_ = ["numbered", "read_picture", "slice_order"]
 
 # %% ../../nbs/scans/readers.ipynb #0cadf054
 MODALITIES = ("CT", "MR", "PT", "unknown")
@@ -55,7 +52,7 @@ def check_options(path, kind, **given):
         raise MedVLM3DError(path, f"has nothing to choose by {', '.join(idle)}",
                             f"Leave it out; for this kind of file there is {' and '.join(TAKES[kind]) or 'no choice'}.")
 
-def read_volume(path, axis_order=None, series=None, frame=None, non_finite="error", max_voxels=MAX_VOXELS, modality=None, intensity=None, suv=True):
+def read_volume(path, axis_order=None, *, series=None, frame=None, non_finite="error", max_voxels=MAX_VOXELS, modality=None, intensity=None, suv=True):
     """A `Volume` in the canonical orientation of its plane of acquisition, from a file, a DICOM folder or zip, or a folder of pictures.
 
     `axis_order` declares the axes of arrays, or the orientation a header lacks; `series` and `frame` choose among several;

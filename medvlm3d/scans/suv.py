@@ -53,10 +53,10 @@ def tracer(ds):
     "The `Tracer` of a pydicom data set."
     drug = (ds.get("RadiopharmaceuticalInformationSequence") or [{}])[0]
     def number(source, key, unit=1.): return float(source.get(key)) * unit if source.get(key) not in (None, "") else None
-    return Tracer(str(ds.get("Units") or ""), str(ds.get("SUVType") or ""), tuple(ds.get("CorrectedImage") or ()), str(ds.get("DecayCorrection") or ""),
-                  number(ds, "PatientWeight"), number(drug, "RadionuclideTotalDose"), number(drug, "RadionuclideHalfLife"), injection(drug),
-                  moment(ds, "Series"), moment(ds, "Acquisition"), number(ds, "FrameReferenceTime", 1e-3), number(ds, "ActualFrameDuration", 1e-3),
-                  philips(ds, 0x00), philips(ds, 0x09))
+    return Tracer(str(ds.get("Units") or ""), str(ds.get("SUVType") or ""), corrections=tuple(ds.get("CorrectedImage") or ()), decay=str(ds.get("DecayCorrection") or ""),
+                  weight=number(ds, "PatientWeight"), dose=number(drug, "RadionuclideTotalDose"), half_life=number(drug, "RadionuclideHalfLife"), injected=injection(drug),
+                  series=moment(ds, "Series"), acquired=moment(ds, "Acquisition"), reference=number(ds, "FrameReferenceTime", 1e-3), duration=number(ds, "ActualFrameDuration", 1e-3),
+                  per_count=philips(ds, 0x00), becquerel=philips(ds, 0x09))
 
 # %% ../../nbs/scans/suv.ipynb #56476316
 def mean_decay(duration, half_life):

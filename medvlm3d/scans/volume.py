@@ -107,7 +107,7 @@ def check_finite(array, what, policy):
     return np.where(bad, array[~bad].min(), array), (f"{bad.sum()} of {bad.size} voxels were NaN or infinite: replaced by the smallest finite value",)
 
 # %% ../../nbs/scans/01_volume.ipynb #c4a313db
-def make_volume(array, affine=None, plane="axial", spacing=(1., 1., 1.), what="array", non_finite="error", notes=(), **meta):
+def make_volume(array, affine=None, *, plane="axial", spacing=(1., 1., 1.), what="array", non_finite="error", notes=(), **meta):
     "A checked `Volume` of a 3D array; without an `affine` the canonical one of `plane` and `spacing` (mm) is assumed."
     array = np.asarray(array)
     check_intensity(meta.get("intensity", "arbitrary"), what)

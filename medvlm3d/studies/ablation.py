@@ -19,7 +19,8 @@ from tqdm import tqdm
 from ..method.connector import Whitening
 from ..base.core import MedVLM3DError, pick_device, relative, sha256_json
 from ..data.m3d import load_m3d
-from ..method.encoder import interpolate_grid, load_encoder, quick_dtype
+from ..method.weights import interpolate_grid
+from ..method.encoder import load_encoder, quick_dtype
 from ..evaluation.scores import constant_predictions
 from ..features.store import encode_images
 from ..method.fusion import to_grid
@@ -29,7 +30,7 @@ from ..phantoms.phantom import make_phantom, read_truth
 from ..evaluation.prediction import prediction_line
 from ..phantoms.probes import PROBES, make_probe
 from ..method.selection import kept_count, select_indices
-from ..training.stages import checked
+from ..training.plan import checked
 from .trials import Bench, Trial, asked_in_order, images_of, run_trials
 
 # %% ../../nbs/studies/ablation.ipynb #b3746de1
@@ -68,15 +69,15 @@ def read_rows(folder):
 # %% ../../nbs/studies/ablation.ipynb #c4c5aa83
 DIALS = {"phantom": ("contrast",), **dict.fromkeys(PROBES, ("size", "contrast"))}
 
-def draw_corpora(data, train, test, probe_train, probe_test, depth, size, dial=None, seed=0, workers=2, progress=True):
+def draw_corpora(data, train, *, test, probe_train, probe_test, depth, size, dial=None, seed=0, workers=2, progress=True):
     """Draw the phantom and the probes below `data`; `dial`: corpus → times larger (`size`, of probes) or brighter and darker (`contrast`) its lesions are.
 
     Returns their closed samples, ids and images prefixed with the corpus, and image → cluster of cases."""
     check_dial(dial)
     shape, samples, cluster = (depth, size, size), [], {}
     how = lambda name: dict((dial or {}).get(name, {}), seed=seed, workers=workers, progress=progress)
-    make_phantom(data/"phantom", train, 0, test, shape, **how("phantom"))
-    for name in PROBES: make_probe(data/name, name, probe_train, 0, probe_test, shape, **how(name))
+    make_phantom(data/"phantom", train, validation=0, test=test, shape=shape, **how("phantom"))
+    for name in PROBES: make_probe(data/name, name, train=probe_train, validation=0, test=probe_test, shape=shape, **how(name))
     for corpus in ("phantom", *PROBES):
         named = lambda text: f"{corpus}/{text}"
         cluster |= {named(image): named(row.get("pair", row["id"])) for image, row in read_truth(data/corpus).items()}
@@ -110,7 +111,7 @@ def slices_wanted(rows):
 
 class Slices:
     "Whitened slices (n, D, N, c) bf16 of `images` in memory, and their patch means for selection; whitening fitted on `training`."
-    def __init__(self, store, images, training, channels, grid, progress=True):
+    def __init__(self, store, images, *, training, channels, grid, progress=True):
         self.spec, self.grid, self.images = store.spec, grid, images
         some = torch.stack([store[i][0] for i in training[::max(1, len(training) // 48)]]).float()
         self.whitening = Whitening(some.shape[-1], channels).fit(some)
@@ -139,13 +140,13 @@ def items_of(samples, cluster):
     "What was asked of the test cases, in order of id: [id, cluster, corpus, type, letter] each."
     return [[s.id, cluster[s.image], corpus_of(s), s.type, s.letter] for s in asked_in_order(samples)]
 
-def row_trial(out, row, seed, key, depth, grid, channels, lesson):
+def row_trial(out, row, *, seed, key, depth, grid, channels, lesson):
     "The trial of a row and a seed; what it keeps of the slices is still to be said."
     make = partial(ProbeReader, (kept_count(depth, row.rho), *grid), channels=channels, fusion=row.fusion, frequency=row.frequency,
                    scale=row.scale, attention=row.attention, residual=row.residual)
-    return Trial(out/"rows"/f"{row.name}-seed-{seed}.json", sha256_json([row.changes, asdict(lesson), channels, key]), make, lesson, seed)
+    return Trial(out/"rows"/f"{row.name}-seed-{seed}.json", sha256_json([row.changes, asdict(lesson), channels, key]), make=make, lesson=lesson, seed=seed)
 
-def run_rows(out, rows, store, data, samples, lesson, channels, grid, seeds, preprocess, config, workers=2, progress=True):
+def run_rows(out, rows, *, store, data, samples, lesson, channels, grid, seeds, preprocess, config, workers=2, progress=True):
     "Encode and run all `rows` and seeds; returns name → records, or name → why it was not run."
     images, found = images_of(samples, "train") + images_of(samples, "test"), {}
     for name, pixels in dict.fromkeys((r.encoder, r.pixels) for r in rows.values()):
@@ -154,16 +155,16 @@ def run_rows(out, rows, store, data, samples, lesson, channels, grid, seeds, pre
         except MedVLM3DError as e:
             found |= {r.name: str(e) for r in mine}
             continue
-        encoded = encode_images(store/name, data, images, encoder, preprocess, *slices_wanted(mine), progress=progress)
-        trials = {(r, s): row_trial(out, r, s, [config, encoded.spec], preprocess.depth, grid, channels, lesson) for r in mine for s in seeds}
+        rho, strategy = slices_wanted(mine)
+        encoded = encode_images(store/name, data, images=images, encoder=encoder, preprocess=preprocess, rho=rho, strategy=strategy, progress=progress)
+        trials = {(r, s): row_trial(out, r, seed=s, key=[config, encoded.spec], depth=preprocess.depth, grid=grid, channels=channels, lesson=lesson) for r in mine for s in seeds}
         if any(t.record is None for t in trials.values()):
-            slices = Slices(encoded, images, images_of(samples, "train"), channels, grid, progress)
+            slices = Slices(encoded, images, training=images_of(samples, "train"), channels=channels, grid=grid, progress=progress)
             kept = cache(slices.kept)
             ready = [replace(t, kept=kept(r.rho, r.selection, s if r.selection == "random" else 0)) for (r, s), t in trials.items()]
-            run_trials(Bench({"slices": slices.grids}, images, samples), ready, workers, progress, f"rows, {name}")
+            run_trials(Bench({"slices": slices.grids}, images, samples), ready, workers=workers, progress=progress, name=f"rows, {name}")
         found |= {r.name: [trials[r, s].record for s in seeds] for r in mine}
     return found
-
 
 # %% ../../nbs/studies/ablation.ipynb #c3f81e57
 def constant_letters(samples, images=None):

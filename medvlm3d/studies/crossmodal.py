@@ -17,7 +17,8 @@ import numpy as np
 
 from ..base.core import MedVLM3DError, relative
 from ..data.corpora import AUTOPET, Study
-from ..data.m3d import Sample, read_image
+from ..data.samples import Sample
+from ..data.m3d import read_image
 from .raters import simulated_votes
 from ..scans.readers import read_volume
 from ..scans.resample import foreground_box
@@ -81,7 +82,7 @@ def study_facts(study, kind):
     mask = reorient(read_volume(study.mask), "axial")
     if mask.shape != volume.shape: raise MedVLM3DError("the mask", "lies on another grid than the volume", "Restore the files.")
     side, level, shares = place_of(volume, mask.array > 0)
-    return Facts(study.case, study.patient, study.source, modality, kind, study.images[kind], study.mask, side, level, shares)
+    return Facts(study.case, study.patient, source=study.source, modality=modality, kind=kind, image=study.images[kind], mask=study.mask, side=side, level=level, shares=shares)
 
 def collect_facts(studies, modalities=("MR", "PT"), workers=2):
     "(facts, refused): one volume of each study, its kinds taken in turn; `refused` counts the reasons."
@@ -97,7 +98,7 @@ def load_phantom_studies(root):
     "The studies of a folder of phantoms, `<root>/phantom/<case>/{MR,PT,SEG}.nii.gz`."
     folders = sorted(p.parent for p in Path(root).rglob("SEG.nii.gz"))
     if not folders: raise MedVLM3DError(relative(root), "holds no phantom", "The layout is phantom/<case>/{MR,PT,SEG}.nii.gz.")
-    return [Study(f"phantom/{f.name}", f"phantom/{f.name}", {m: f/f"{m}.nii.gz" for m in ("MR", "PT")}, f/"SEG.nii.gz", "phantom") for f in folders]
+    return [Study(f"phantom/{f.name}", f"phantom/{f.name}", images={m: f/f"{m}.nii.gz" for m in ("MR", "PT")}, mask=f/"SEG.nii.gz", source="phantom") for f in folders]
 
 # %% ../../nbs/studies/crossmodal.ipynb #0e1216af
 QUESTIONS = {
@@ -146,8 +147,8 @@ class Drafter:
         choices.insert("ABCD".index(letter), answer)
         number = f"{kind.split()[0].lower()}/{self.count(kind):04d}"
         self.facts[number] = facts
-        return Sample(number, facts.case, facts.image.relative_to(self.root).as_posix(), "", "closed", kind, question, (*choices, *["NA"] * (4 - len(choices))),
-                      answer, letter, patient=facts.patient, modality=facts.modality, plane="axial", source=facts.source)
+        return Sample(number, facts.case, image=facts.image.relative_to(self.root).as_posix(), split="", task="closed", type=kind, question=question, choices=(*choices, *["NA"] * (4 - len(choices))),
+                      answer=answer, letter=letter, patient=facts.patient, modality=facts.modality, plane="axial", source=facts.source)
 
     def rarest(self, keys):
         "One of the keys used least so far, by chance among equals: in turn, each place would keep its letter."

@@ -18,26 +18,28 @@ from ..data.corpora import load_autopet, load_brats
 from .crossmodal import MODALITY_WORDS, QUESTIONS, Drafter, collect_facts, load_phantom_studies, review, show_pair, simulated_raters, split_by_patient
 from ..data.m3d import read_image
 from ..evaluation.scores import chance_scores, constant_predictions, evaluate_systems, holm_table, lookup, score_predictions
-from ..features.store import StoreSpec, encode_images
+from ..features.encode import StoreSpec
+from ..features.store import encode_images
 from .judging import keeping
 from ..phantoms.layouts import is_generated, write_layout
 from ..data.manifest import with_hashes, write_manifest
 from ..evaluation.prediction import other_images, prediction_line
 from .raters import agreement, simulated_names, votes_from_sheets
-from ..report.tables import Table, cell_text, comparison_table, new_figure, published, published_value, save_figure, write_table
+from ..report.tables import Table, cell_text, comparison_table, published, published_value, write_table
+from ..report.figures import new_figure, save_figure
 from .demo import load, predictions_of
 from ..scans.volume import Preprocess
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #ddcc55b7
 READERS = {"brats": load_brats, "autopet": load_autopet, "phantom": load_phantom_studies}
 
-def open_corpora(data, corpora=("brats", "autopet", "phantom"), studies=16, shape=(40, 64, 64), seed=0, workers=2):
+def open_corpora(data, corpora=("brats", "autopet", "phantom"), *, studies=16, shape=(40, 64, 64), seed=0, workers=2):
     "The studies of the corpora below `data`; a folder that is missing is generated, and its studies are named so."
     found = []
     for name in corpora:
         if name not in READERS: raise MedVLM3DError(name, "is no corpus of this benchmark", f"Choose from {', '.join(READERS)}.")
         folder = Path(data)/name
-        if not folder.exists() or is_generated(folder): write_layout(folder, name, studies, tuple(shape), seed, workers)
+        if not folder.exists() or is_generated(folder): write_layout(folder, name, studies=studies, shape=tuple(shape), seed=seed, workers=workers)
         made = is_generated(folder) and name != "phantom"
         found += [replace(s, source=f"generated, layout of {s.source}") if made else s for s in READERS[name](folder)]
     return found
@@ -45,7 +47,7 @@ def open_corpora(data, corpora=("brats", "autopet", "phantom"), studies=16, shap
 # %% ../../nbs/studies/crossmodal_study.ipynb #1ab9c785
 def who(account): return "simulated raters" if account["simulated"] else "raters"
 
-def build(out, data, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0, resamples=2000):
+def build(out, data, *, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0, resamples=2000):
     "Draft, review, split; writes `crossmodal.jsonl` below `data` and `review.json` below `out`. Returns (pairs, account, drafter)."
     facts, refused = collect_facts(studies)
     drafter = Drafter(facts, data, seed, 0. if raters else slip)
@@ -57,7 +59,7 @@ def build(out, data, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0,
     done = review(drafter, drafter.draft(volumes), vote)
     pairs = split_by_patient(done.final, seed=seed)
     first, votes = done.first
-    account = {**agreement(votes, [p.patient for p in first], raters or simulated_names(3, error), seed, resamples),
+    account = {**agreement(votes, [p.patient for p in first], names=raters or simulated_names(3, error), seed=seed, n=resamples),
                "known error": None if raters else error, "slip": None if raters else slip, "replaced": done.replaced,
                "rounds": [{"judged": len(ps), "accepted by all": int(v.all(1).sum())} for ps, v in done.rounds],
                "studies": dict(Counter(s.source for s in studies)), "refused": refused,
@@ -71,15 +73,15 @@ def build(out, data, studies, volumes=8, raters=(), error=.02, slip=.03, seed=0,
 def see(model, data, samples, progress=True):
     "Feature store of the samples' volumes, read as the modality they are listed under, as the model's own processor and encoder see them."
     config = model.config
-    how, more = ((model.encoder, Preprocess.from_dict(config.preprocess), config.rho, config.selection),
-                 dict(seed=config.seed, grid=tuple(config.grid), read=read_image))
-    path = Path(data)/f"features-{sha256_json(StoreSpec.of(*how, **more).to_dict())[:8]}"
-    return encode_images(path, data, [s.image for s in samples], *how, **more, samples=samples, progress=progress)
+    how = dict(encoder=model.encoder, preprocess=Preprocess.from_dict(config.preprocess), rho=config.rho, strategy=config.selection,
+               seed=config.seed, grid=tuple(config.grid), read=read_image)
+    path = Path(data)/f"features-{sha256_json(StoreSpec.of(**how).to_dict())[:8]}"
+    return encode_images(path, data, images=[s.image for s in samples], **how, samples=samples, progress=progress)
 
-def answer_all(out, data, asked, model, seed=0, progress=True):
+def answer_all(out, data, *, asked, model, seed=0, progress=True):
     "System → lines: the model on the pairs `asked`, and with another, a blank or a reversed volume."
     store = see(model["model"], data, asked, progress)
-    def said(name, features, **more): return predictions_of(Path(out), name, model, asked, features, progress=progress, **more)
+    def said(name, features, **more): return predictions_of(Path(out), name, model=model, samples=asked, store=features, progress=progress, **more)
     return {"model": said("model", store), "other image": said("other image", store, images=other_images(asked, seed)),
             "blank image": said("blank image", Blank(store, model["model"].encoder)), "slices reversed": said("slices reversed", Reversed(store))}
 
@@ -90,7 +92,7 @@ def asked_of(data, pairs, account):
 
 def by_modality(results): return {name: results[name] for name in ("all", *MODALITY_WORDS.values()) if name in results}
 
-def scores(systems, asked, training, seed=0, n=2000):
+def scores(systems, asked, *, training, seed=0, n=2000):
     "Name → scores of `systems` (name → lines) on all pairs `asked` and on each modality. The constant is learned on all `training` pairs; Holm over all rows."
     results, kind = {}, {p.id: MODALITY_WORDS[p.modality] for p in asked}
     for name in ("all", *(w for w in MODALITY_WORDS.values() if w in kind.values())):
@@ -102,11 +104,11 @@ def scores(systems, asked, training, seed=0, n=2000):
     holm_table({(name, system): tasks for name, r in results.items() for system, tasks in r.get("comparisons", {}).items()})
     return results
 
-def score(out, data, pairs, account, model=None, seed=0, resamples=2000, progress=True):
+def score(out, data, *, pairs, account, model=None, seed=0, resamples=2000, progress=True):
     "`scores` on the test pairs, with a model or without, and what identifies the pairs; written to `results.json`."
     asked, training = [p for p in pairs if p.split == "test"], [p for p in pairs if p.split == "train"]
-    systems = answer_all(out, data, asked, model, seed, progress) if model else {}
-    results = {"benchmark": asked_of(data, pairs, account), **scores(systems, asked, training, seed, resamples)}
+    systems = answer_all(out, data, asked=asked, model=model, seed=seed, progress=progress) if model else {}
+    results = {"benchmark": asked_of(data, pairs, account), **scores(systems, asked, training=training, seed=seed, n=resamples)}
     write_json(Path(out)/"results.json", results)
     return results
 
@@ -133,10 +135,10 @@ def accuracy_table(results, account):
     known, rows = published(), []
     for name, r in by_modality(results).items():
         for group in (*QUESTIONS, "micro"):
-            cells = [lookup(r, s, "standard", "closed", "accuracy", group) for s in SYSTEMS]
+            cells = [lookup(r, s, protocol="standard", task="closed", metric="accuracy", group=group) for s in SYSTEMS]
             texts = [cell_text(c, "not run") for c in cells]
             n = next((c["n"] for c in cells if c), 0)
-            paper = published_value(known, "paper", "crossmodal", name, "accuracy") if group == "micro" else "–"
+            paper = published_value(known, "paper", task="crossmodal", type=name, metric="accuracy") if group == "micro" else "–"
             rows.append((name, "all" if group == "micro" else group, n, paper, *texts))
     return Table(f"Cross-modal benchmark, test patients, {PROTOCOL}",
                  ("modality", "question", f"pairs accepted by {who(account)}", "paper", *(f"here: {s}" for s in SYSTEMS)), tuple(rows),
@@ -155,9 +157,9 @@ def agreement_table(account):
     "The first round, before any replacement, beside the paper's two numbers."
     known = published()
     rows = [("pairs judged", "3000", account["pairs"]),
-            ("accepted by all, %", published_value(known, "paper", "crossmodal", "raters", "first-round unanimity"), span(account["accepted by all"], 100, 2)),
+            ("accepted by all, %", published_value(known, "paper", task="crossmodal", type="raters", metric="first-round unanimity"), span(account["accepted by all"], 100, 2)),
             ("rejected by all, %", "–", span(account["rejected by all"], 100, 2)),
-            ("Cohen's kappa, mean of the couples", published_value(known, "paper", "crossmodal", "raters", "kappa"), span(account["mean Cohen"])),
+            ("Cohen's kappa, mean of the couples", published_value(known, "paper", task="crossmodal", type="raters", metric="kappa"), span(account["mean Cohen"])),
             *((f"Cohen's kappa, raters {name}", "–", span(v)) for name, v in account["Cohen"].items()),
             ("Fleiss' kappa", "–", span(account["Fleiss"])),
             ("error rate of a rater, % (from the votes alone)", "–", span(account["error rate"], 100, 2))]
@@ -188,7 +190,7 @@ def agreement_figure(account):
         else:
             left.errorbar(v["value"], y, xerr=None if v["low"] is None else [[v["value"] - v["low"]], [v["high"] - v["value"]]],
                           fmt="o", color="C0" if y < len(rows) - 2 else "C1", capsize=3, ms=5)
-    paper = published_value(published(), "paper", "crossmodal", "raters", "kappa")
+    paper = published_value(published(), "paper", task="crossmodal", type="raters", metric="kappa")
     left.axvline(float(paper), color=".4", ls="--", lw=1, label=f"paper: {paper}")
     left.set(yticks=range(len(rows)), yticklabels=[n for n, _ in rows], xlim=(0, 1.02),
              xlabel="kappa, before replacement", title=f"{len(account['raters'])} {who(account)}, first round")
@@ -218,15 +220,15 @@ def contact_sheet(pairs, facts, account, each=2):
     return figure
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #ec2bd776
-def run(out, data, corpora=("brats", "autopet", "phantom"), studies=16, shape=(40, 64, 64), volumes=8,
+def run(out, data, *, corpora=("brats", "autopet", "phantom"), studies=16, shape=(40, 64, 64), volumes=8,
         raters=(), error=.02, slip=.03, model="", resamples=2000, seed=0, workers=2, progress=True):
     "The whole study in the folder `out` with volumes below `data`, both relative to the project root; returns its tables by name."
     config = dict(data=str(data), corpora=list(corpora), studies=studies, shape=list(shape), volumes=volumes,
                   raters=list(raters), error=error, slip=slip, model=str(model), resamples=resamples, seed=seed)
     out, data = project_root()/out, project_root()/data
     with open_run(out, config, **({"raters": f"{len(raters)} people"} if raters else {"raters": "simulated"})) as folder:
-        pairs, account, drafter = build(out, data, open_corpora(data, corpora, studies, shape, seed, workers), volumes, raters, error, slip, seed, resamples)
-        results = score(out, data, pairs, account, load(project_root()/model) if model else None, seed, resamples, progress)
+        pairs, account, drafter = build(out, data, studies=open_corpora(data, corpora, studies=studies, shape=shape, seed=seed, workers=workers), volumes=volumes, raters=raters, error=error, slip=slip, seed=seed, resamples=resamples)
+        results = score(out, data, pairs=pairs, account=account, model=load(project_root()/model) if model else None, seed=seed, resamples=resamples, progress=progress)
         tables = {"accuracy": accuracy_table(results, account), "differences": difference_table(results, account),
                   "agreement": agreement_table(account), "sources": source_table(account)}
         for name, table in tables.items(): write_table(table, folder/"tables", name)

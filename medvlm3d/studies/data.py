@@ -25,14 +25,15 @@ from ..phantoms.scanner import MODES, draw_mode, spacing_of
 from ..phantoms.phantom import TYPES, draw_letters, questions
 from ..phantoms.probes import PROBES
 from ..scans.readers import real_scans
-from ..report.tables import Table, new_figure, save_figure, write_table
+from ..report.tables import Table, write_table
+from ..report.figures import new_figure, save_figure
 from ..data.scale import benchmark
 from ..scans.volume import Preprocess
 
 # %% ../../nbs/studies/data.ipynb #eb3f3127
 REAL = {"CT": ("lung2", "lung1"), "MR": ("brain1", "brain2"), "PT": ("lung2",)}
 
-def show_slice(ax, unit, lesion, title, aspect=1., inverse=False, outline=True):
+def show_slice(ax, unit, *, lesion, title, aspect=1., inverse=False, outline=True):
     "Draw on `ax` the slice of a volume (D, H, W) in [0, 1] in which the lesion (D, H, W) is largest, outlined."
     k = int(lesion.sum((1, 2)).argmax())
     ax.imshow(unit[k], cmap="gray_r" if inverse else "gray", vmin=0, vmax=1, aspect=aspect)
@@ -42,8 +43,8 @@ def show_slice(ax, unit, lesion, title, aspect=1., inverse=False, outline=True):
 def real_slice(ax, name):
     "Draw a real scan with its lesion in the window of its modality."
     volume, mask = real_scans(name)[name]
-    show_slice(ax, MODES[volume.modality].unit(volume.array), mask.array > 0,
-               f"a real {MODES[volume.modality].word}\n({name})", volume.spacing[1] / volume.spacing[2])
+    show_slice(ax, MODES[volume.modality].unit(volume.array), lesion=mask.array > 0,
+               title=f"a real {MODES[volume.modality].word}\n({name})", aspect=volume.spacing[1] / volume.spacing[2])
 
 def modality_sheet(modality, shape=(32, 112, 112), seed=8):
     "A figure of phantoms of a modality, and real scans of it (of CT where none can be had)."
@@ -51,7 +52,7 @@ def modality_sheet(modality, shape=(32, 112, 112), seed=8):
     shown = 12 - len(REAL[modality])
     for ax, case in zip(axes.flat, sample_findings(shown, seed, phases=mode.phases, kinds=MORE_KINDS if modality == "CT" else mode.kinds)):
         (volume, scene), steps = draw_mode(case, modality, shape), spacing_of(case.plane, shape)
-        show_slice(ax, mode.unit(volume), scene.lesion, f"{case.plane}\n{case.phase}\n{case.kind}, {case.organ}", steps[1] / steps[2], modality == "PT")
+        show_slice(ax, mode.unit(volume), lesion=scene.lesion, title=f"{case.plane}\n{case.phase}\n{case.kind}, {case.organ}", aspect=steps[1] / steps[2], inverse=modality == "PT")
     for ax, name in zip(axes.flat[shown:], REAL[modality]): real_slice(ax, name)
     for ax in axes.flat: ax.axis("off")
     figure.suptitle(f"{mode.word} phantoms, {'×'.join(map(str, shape))} voxels, findings outlined. Research use only", fontsize=9)
@@ -63,8 +64,8 @@ def probe_sheet(shape=(32, 112, 112), seed=16):
     for column, (name, (claim, items_of, _)) in zip(axes.T, PROBES.items()):
         for ax, item in zip(column, items_of(8, "test", 0, seed, tuple(shape), 1., 1.)):
             (unit, masks, facts), steps = item.draw(item), spacing_of(item.case.plane, shape)
-            show_slice(ax, unit, masks > 127, f"{name} ({claim})\n{facts.get('texture') or facts.get('location') or item.case.organ}",
-                       steps[1] / steps[2], outline=name != "texture")
+            show_slice(ax, unit, lesion=masks > 127, title=f"{name} ({claim})\n{facts.get('texture') or facts.get('location') or item.case.organ}",
+                       aspect=steps[1] / steps[2], outline=name != "texture")
             ax.axis("off")
     figure.suptitle("Research use only", fontsize=7, color=".4")
     return figure
@@ -102,11 +103,11 @@ def speed(sizes, n=12, workers=2):
             found.setdefault(m, {})["×".join(map(str, shape))] = {"volumes": n, "a second": round(n / (time.perf_counter() - start), 2)}
     return found
 
-def scale_record(root, volumes, questions, workers=2, progress=True):
+def scale_record(root, volumes, *, questions, workers=2, progress=True):
     "The record of a scale run at `root`: the one that is there if it is of this size, since it takes minutes, else a new one."
     old = read_json(root/"scale.json") if (root/"scale.json").exists() else {}
     if (old.get("volumes"), old.get("questions"), old.get("workers")) == (volumes, questions, workers): return old
-    return benchmark(root, volumes, questions, workers, progress)
+    return benchmark(root, volumes, questions=questions, workers=workers, progress=progress)
 
 def balance_table(found):
     "Rows: types; columns: what constant readers reach in each modality, and chance."
@@ -154,7 +155,7 @@ def preprocessing_table(explained):
                  tuple((k, *(str(e[k]) for e in explained.values())) for k in keys), "Research use only.")
 
 # %% ../../nbs/studies/data.ipynb #8155d51d
-def run(out, data, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112, 112),),
+def run(out, data, *, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112, 112),),
         drawn=12, asked=720, volumes=600, questions=1200, seed=8, workers=2, progress=True):
     """The whole study in the folder `out`, generated data below `data`, both relative to the project root; returns its tables by name.
 
@@ -168,7 +169,7 @@ def run(out, data, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112, 1
         save_figure(probe_sheet(tuple(shape)), folder/"figures", "probes")
         results = {"balance": balance(asked), "speed": speed(sizes, drawn, workers),
                    "audit": audit(project_root()/corpus if corpus else data/"corpus", allow=allow, workers=workers, progress=progress),
-                   "scale": scale_record(data/"scale", volumes, questions, workers, progress) if volumes else {}}
+                   "scale": scale_record(data/"scale", volumes, questions=questions, workers=workers, progress=progress) if volumes else {}}
         write_json(folder/"results.json", results)
         write_audit(folder/"audit", results["audit"])
         tables = {"balance": balance_table(results["balance"]), "speed": speed_table(results["speed"], workers),

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'coverage', 'prepare', 'training_plan', 'blind_plan', 'trainings', 'train_twins', 'predictions_of',
            'file_stem', 'write_lines', 'load', 'answer_all', 'answer_again', 'trained_by', 'taken_apart', 'evaluate',
-           'row_case', 'cost_of', 'Constant', 'read_scan', 'read_real_scans', 'STATEMENT', 'model_card', 'real_table',
-           'render']
+           'row_case', 'cost_of', 'Constant', 'read_scan', 'read_real_scans']
 
 # %% ../../nbs/studies/demo.ipynb #c226159c
 import json, re, shutil
@@ -15,34 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
 from ..evaluation.answering import way_of
 from ..evaluation.baselines import Blank, Reversed, case_facts, nearest_lines, neighbours, strata
 from ..base.core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root, read_json, relative, sha256_file, versions,
                            write_json, write_text)
-from ..data.m3d import by_image
+from ..data.samples import by_image
 from ..report.study_tables import BESIDE
-from ..method.encoder import load_encoder, quick_dtype, quietly
+from ..method.encoder import load_encoder, quick_dtype
+from ..method.weights import quietly
 from ..evaluation.scores import constant_predictions, evaluate_systems
 from ..features.store import FeatureStore, encode_images
 from ..base.fetch import fetch
 from ..training.launch import launch, on_ranks
 from ..report.looking import look
 from ..data.manifest import load_samples
-from ..evaluation.metrics import LEXICON, METEOR, BERTScore
+from ..evaluation.findings import LEXICON
+from ..evaluation.metrics import METEOR, BERTScore
 from ..method.model import MedVLM3D, demo_config
 from ..evaluation.outputs import clinical
 from ..phantoms.phantom import make_phantom, read_truth
 from ..evaluation.prediction import other_images, predict_items
 from ..scans.readers import real_scans
-from ..report.rendering import STATEMENT, model_card, real_table, render
-from ..report.tables import overlay, save_figure, slice_strip
+from ..report.rendering import STATEMENT
+from ..report.figures import overlay, save_figure, slice_strip
 from ..evaluation.seeds import over_trainings
 from ..method.tokens import open_prompt, report_prompt
-from ..training.stages import Plan
+from ..training.plan import Plan
 from ..scans.volume import Preprocess, lesion_slices, resample_mask
-
-_all_ = ["STATEMENT", "model_card", "real_table", "render"]
 
 # %% ../../nbs/studies/demo.ipynb #b730f0c4
 def coverage(store, truth):
@@ -51,13 +49,13 @@ def coverage(store, truth):
     shares = [len(kept[i] & set(row["lesion_slices"])) / max(1, len(row["lesion_slices"])) for i, row in truth.items()]
     return {"lesions touched": round(float(np.mean([s > 0 for s in shares])), 4), "lesion slices kept": round(float(np.mean(shares)), 4)}
 
-def prepare(out, data, store, train, validation, test, depth, size, encoder, rho, selection, seed, workers=2, progress=True):
+def prepare(out, data, *, store, train, validation, test, depth, size, encoder, rho, selection, seed, workers=2, progress=True):
     "Draw the phantom at `data`, encode it into `store`; facts go to `out/prepared.json` and are returned."
-    make_phantom(project_root()/data, train, validation, test, (depth, size, size), seed, workers, progress)
+    make_phantom(project_root()/data, train, validation=validation, test=test, shape=(depth, size, size), seed=seed, workers=workers, progress=progress)
     device, truth = pick_device(), read_truth(project_root()/data)
     network = load_encoder(encoder, size=size, device=device, dtype=quick_dtype(device))
-    found = encode_images(project_root()/store, project_root()/data, list(truth), network,
-                          Preprocess(depth, size, size, window=(-200, 400)), rho, selection, progress=progress)
+    found = encode_images(project_root()/store, project_root()/data, images=list(truth), encoder=network,
+                          preprocess=Preprocess(depth, size, size, window=(-200, 400)), rho=rho, strategy=selection, progress=progress)
     kept, tokens, channels = found[next(iter(truth))][0].shape
     facts = {"cases": {"train": train, "validation": validation, "test": test}, "volume": [depth, size, size], "encoder": encoder,
              "kept slices": kept, "patches a slice": tokens, "channels": channels, "selection": f"{selection}, {rho} %", **coverage(found, truth),
@@ -66,7 +64,7 @@ def prepare(out, data, store, train, validation, test, depth, size, encoder, rho
     return facts
 
 # %% ../../nbs/studies/demo.ipynb #68dee739
-def training_plan(data, store, llm="reader", reader="reports/reader/model", channels=96, attention="global", residual=False, stage1_epochs=5., stage1_lr=3e-3,
+def training_plan(data, store, *, llm="reader", reader="reports/reader/model", channels=96, attention="global", residual=False, stage1_epochs=5., stage1_lr=3e-3,
                   stage2_epochs=6., stage2_lr=2e-3, batch=12, weight_decay=0., beta2=.999, forms="both",
                   lora_targets=("q_proj", "v_proj"), lora_dropout=.1, seed=0, precision="auto", save_every=100,
                   accumulation=1, **how):
@@ -92,7 +90,7 @@ def trainings(plan, blind=1., seeds=1):
     again = {f"model-seed-{plan.seed + k}": replace(plan, seed=plan.seed + k) for k in range(1, seeds)}
     return {"model": plan, **({"blind": blind_plan(plan, blind)} if blind else {}), **again}
 
-def train_twins(out, plan, blind=1., seeds=1, progress=True, ranks=1, allow_changes=False, allow_shared=False):
+def train_twins(out, plan, *, blind=1., seeds=1, progress=True, ranks=1, allow_changes=False, allow_shared=False):
     """Train the model from `seeds` seeds and, for `blind` times as many epochs, its blind twin, each in a process of its own (or `ranks` of them);
     the first model and both logs are copied to `out`."""
     if seeds < 1: raise MedVLM3DError("seeds", f"is {seeds}", "Train at least once.")
@@ -109,15 +107,14 @@ def train_twins(out, plan, blind=1., seeds=1, progress=True, ranks=1, allow_chan
                                         "blind": {"share": blind, "plan": plans["blind"].to_dict() if blind else None}})
     return run
 
-
 # %% ../../nbs/studies/demo.ipynb #893cf6d2
-def predictions_of(folder, name, model, samples, store, batch_size=96, **how):
+def predictions_of(folder, name, *, model, samples, store, batch_size=96, **how):
     "The lines of one system, from `predictions/NAME.jsonl` if the same weights wrote it, else predicted now."
     path, weights = folder/"predictions"/f"{file_stem(name)}.jsonl", sha256_file(model["weights"])
     mark = path.with_suffix(".json")
     if not mark.exists() or read_json(mark)["weights"] != weights: path.unlink(missing_ok=True)
     write_json(mark, {"weights": weights})
-    return predict_items(model["model"], model["model"].processor, samples, store, batch_size, path, **how)
+    return predict_items(model["model"], model["model"].processor, samples=samples, features=store, batch_size=batch_size, out_path=path, **how)
 
 def file_stem(system): return "-".join(re.findall(r"\w+", system))
 
@@ -131,11 +128,11 @@ def load(folder):
     "A saved model in float32 on the best device, with the path of its weights."
     return {"model": MedVLM3D.from_pretrained(folder, dtype=torch.float32).to(pick_device()), "weights": Path(folder)/"model.safetensors"}
 
-def answer_all(folder, asked, training, store, seed=0, **how):
+def answer_all(folder, asked, *, training, store, seed=0, **how):
     "System → lines: the model, the model with something taken away, its blind twin, the nearest training case, the best constant."
     model, images = load(folder/"model"), list(by_image(training))
     closed, once = ([s for s in asked if s.task in tasks] for tasks in (("closed",), ("closed", "report")))   # open questions ask what closed ones ask
-    said = lambda name, features, samples=asked, who=model, **more: predictions_of(folder, name, who, samples, features, **how, **more)
+    said = lambda name, features, samples=asked, who=model, **more: predictions_of(folder, name, model=who, samples=samples, store=features, **how, **more)
     systems = {"model": said("model", store)}
     if way_of(model["model"]) == "options": systems["model, in words"] = said("model, in words", store, closed, by="words")
     systems |= {"other image": said("other image", store, images=other_images(asked, seed)), "no image": said("no image", None, once),
@@ -150,7 +147,7 @@ def answer_all(folder, asked, training, store, seed=0, **how):
 def answer_again(folder, asked, store, seeds, **how):
     "The closed lines of the models trained again from `seeds`, by seed; those of which no model is kept are left out."
     kept = {seed: folder/"training"/f"model-seed-{seed}"/"model" for seed in seeds}
-    return {seed: predictions_of(folder, f"model, seed {seed}", load(path), [s for s in asked if s.task == "closed"], store, **how)
+    return {seed: predictions_of(folder, f"model, seed {seed}", model=load(path), samples=[s for s in asked if s.task == "closed"], store=store, **how)
             for seed, path in kept.items() if path.exists()}
 
 def trained_by(folder):
@@ -164,17 +161,17 @@ def taken_apart(systems, truth, **boot):
     apart = {s: strata(systems[s], facts, **boot) for s in beside}
     return {"strata": apart.pop("model"), "strata_beside": apart, "clinical": {s: clinical(systems[s], **boot) for s in beside}}
 
-def evaluate(out, data, store, split="test", seed=0, resamples=2000, batch_size=96, progress=True):
+def evaluate(out, data, *, store, split="test", seed=0, resamples=2000, batch_size=96, progress=True):
     "Let the model and all it must beat answer `split`; write and return `results.json`."
     folder, samples, features = project_root()/out, load_samples(project_root()/data), FeatureStore(project_root()/store)
     RunFolder(folder).note(status="running", seed=seed, split=split)
     (asked, training), made = ([s for s in samples if s.split == side] for side in (split, "train")), trained_by(folder)
     how, boot = {"batch_size": batch_size, "progress": progress}, {"seed": seed, "n": resamples}
-    systems, truth = answer_all(folder, asked, training, features, seed, **how), read_truth(project_root()/data)
+    systems, truth = answer_all(folder, asked, training=training, store=features, seed=seed, **how), read_truth(project_root()/data)
     again = answer_again(folder, asked, features, made["seeds"][1:], **how)
     with quietly(): bertscore = BERTScore(fetch("minilm"))
     facts = {row_case(row): {k: row[k] for k in LEXICON} for row in truth.values()}
-    results = evaluate_systems(systems, (), facts, LEXICON, METEOR(fetch("wordnet")), bertscore, **boot, split=split, data=relative(project_root()/data),
+    results = evaluate_systems(systems, (), truth=facts, lexicon=LEXICON, meteor=METEOR(fetch("wordnet")), bertscore=bertscore, **boot, split=split, data=relative(project_root()/data),
                                asked={t: sum(s.task == t for s in asked) for t in ("closed", "open", "report")},
                                trainings={**made, "seeds": [made["seeds"][0], *again]}, **taken_apart(systems, truth, **boot))
     if again: results["seeds"] = over_trainings([systems["model"], *again.values()], systems.get("blind"), **boot)
@@ -195,7 +192,7 @@ def cost_of(folder, lines):
 class Constant:
     "A store that gives every image the mean training features: what the blind twin was trained on."
     def __init__(self, store, images):
-        from medvlm3d.training.stages import training_features
+        from medvlm3d.training.start import training_features
         self.mean = training_features(store, images).mean(0).to(torch.bfloat16)
     def __getitem__(self, image): return self.mean, None
 
@@ -205,7 +202,7 @@ QUESTIONS = (("What is the imaging plane of this scan?", ("axial", "coronal", "s
              ("What kind of abnormality is present?", ("cyst", "calcification", "mass", "abscess")),
              ("Where is the finding located?", ("right upper", "right lower", "left upper", "left lower")))
 
-def read_scan(out, model, name, volume, mask):
+def read_scan(out, model, *, name, volume, mask):
     "Trace, kept slices against lesion slices, attention and answers for one real scan; figures and a JSON file go to `out`."
     folder, prepare_scan = project_root()/out, model.processor.preprocess
     pixels, lesion = prepare_scan(volume), lesion_slices(resample_mask(mask, prepare_scan, volume)).tolist()
@@ -227,4 +224,4 @@ def read_scan(out, model, name, volume, mask):
 def read_real_scans(out, names=("lung1", "lung2", "brain1", "brain2")):
     "`read_scan` for each of the real scans; returns them by name."
     model = load(project_root()/out/"model")["model"]
-    return {name: read_scan(out, model, name, *pair) for name, pair in real_scans(*names).items()}
+    return {name: read_scan(out, model, name=name, volume=volume, mask=mask) for name, (volume, mask) in real_scans(*names).items()}

@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 class Tower3D(nn.Module):
     "A 3D vision transformer of M3D-LaMed's shape with its projector: (B, 1, D, H, W) → (B, M, hidden), M an eighth of the blocks of voxels."
-    def __init__(self, scan=(32, 256, 256), patch=(4, 16, 16), width=768, depth=12, heads=12, hidden=4096, explicit=True):
+    def __init__(self, scan=(32, 256, 256), patch=(4, 16, 16), *, width=768, depth=12, heads=12, hidden=4096, explicit=True):
         super().__init__()
         self.patch, self.grid = patch, tuple(n // p for n, p in zip(scan, patch))
         inputs, N = patch[0] * patch[1] * patch[2], self.grid[0] * self.grid[1] * self.grid[2]
@@ -120,7 +120,7 @@ class Finding:
     @property
     def met(self): return self.value >= self.target if self.least else self.value <= self.target
 
-def measured(goal, what, target, times, name, base): return Finding(goal, what, *_first(ratio(times, name, base), target))
+def measured(goal, what, *, target, times, name, base): return Finding(goal, what, *_first(ratio(times, name, base), target))
 def _first(found, target): return found[0], target, found[1], found[2]
 
 COLUMNS = ("goal", "what", "measured", "within rounds", "goal's number", "met")

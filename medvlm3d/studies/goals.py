@@ -46,7 +46,7 @@ class Sizes:
     words: int = 60                         # of a question: 40 prompt, 20 answer
     context: int = 512
 
-def small(): return Sizes(32, 2, 2, 4, 16, 24, (8, 32, 32), (32, 48, 2, 50), 3, 12, 40)
+def small(): return Sizes(32, 2, blocks=2, grid=4, depth=16, hidden=24, scan=(8, 32, 32), text=(32, 48, 2, 50), questions=3, words=12, context=40)
 
 # %% ../../nbs/studies/goals.ipynb #a4580621
 def frequency_findings(sizes, rounds):
@@ -60,17 +60,17 @@ def frequency_findings(sizes, rounds):
                         for kind, make in (("forward", forward), ("both", both))}, rounds)
     exact = forward(fourier_path)()
     error = ((forward(even_odd_path)() - exact).abs().max() / exact.abs().max()).item()
-    return [measured("G1", "frequency path, forward, over the transform", .45, times, "fast forward", "fft forward"),
-            measured("G1", "the same with backward", .6, times, "fast both", "fft both"), Finding("G1", "largest error over largest value", error, 1e-5)]
+    return [measured("G1", "frequency path, forward, over the transform", target=.45, times=times, name="fast forward", base="fft forward"),
+            measured("G1", "the same with backward", target=.6, times=times, name="fast both", base="fft both"), Finding("G1", "largest error over largest value", error, 1e-5)]
 
 # %% ../../nbs/studies/goals.ipynb #5ac719e4
 def random_encoder(sizes, blocks=None, chunk=10, dtype=torch.float32):
     "A frozen ViT with patches of 16 and random weights as a `SliceEncoder`."
     from timm.models.vision_transformer import VisionTransformer
     vit = VisionTransformer(16 * sizes.grid, 16, embed_dim=sizes.channels, depth=blocks or sizes.blocks, num_heads=sizes.heads, num_classes=0)
-    return SliceEncoder(Tower(vit, timm_tokens, 16 * sizes.grid, 16, sizes.channels), "random", chunk).to(dtype=dtype)
+    return SliceEncoder(Tower(vit, timm_tokens, size=16 * sizes.grid, patch=16, channels=sizes.channels), "random", chunk).to(dtype=dtype)
 
-def encode(sizes, slices=10, blocks=None, chunk=10, dtype=torch.float32):
+def encode(sizes, slices=10, *, blocks=None, chunk=10, dtype=torch.float32):
     "Built: an encoder and slices; run: encode them."
     encoder, x = random_encoder(sizes if isinstance(sizes, Sizes) else Sizes(**sizes), blocks, chunk, dtype), None
     x = torch.rand(1, slices, encoder.size, encoder.size)
@@ -91,12 +91,12 @@ def encoder_findings(sizes, rounds, blocks=2):
     "Over the floor, in chunks, and in bf16; a few blocks stand for all, as they are alike."
     case, D = dict(sizes=sizes, blocks=blocks), sizes.depth
     times = interleave({"encoder": encode(**case), "floor": products(sizes, 10, blocks), "bf16": encode(**case, dtype=torch.bfloat16),
-                        "chunks": encode(sizes, D, 1), "at once": encode(sizes, D, 1, chunk=D)}, rounds)
+                        "chunks": encode(sizes, D, blocks=1), "at once": encode(sizes, D, blocks=1, chunk=D)}, rounds)
     weight = {chunk: peak_memory("medvlm3d.studies.goals", "encode", after_building=True, sizes=asdict(sizes), slices=D, blocks=1, chunk=chunk)
               for chunk in (10, D)}
-    return [measured("G2", "encoder over its own matrix products", 1.25, times, "encoder", "floor"),
+    return [measured("G2", "encoder over its own matrix products", target=1.25, times=times, name="encoder", base="floor"),
             Finding("G2", "peak memory, chunks of 10 over all slices at once", weight[10] / weight[D], .5),
-            measured("G2", "time of the same", 1.1, times, "chunks", "at once"), measured("G2", "bf16 over float32", .65, times, "bf16", "encoder")]
+            measured("G2", "time of the same", target=1.1, times=times, name="chunks", base="at once"), measured("G2", "bf16 over float32", target=.65, times=times, name="bf16", base="encoder")]
 
 # %% ../../nbs/studies/goals.ipynb #3176a1ae
 def paper_connector(sizes):
@@ -144,15 +144,15 @@ def vision_findings(sizes, rounds):
     "Forward: stored features, and all slices encoded, over the yardstick."
     times = interleave({**{name: forward_of(sizes, name) for name in ("cached", "explicit", "fused")}, "ten slices": encode(sizes)}, rounds)
     times["uncached"] = [c + e * sizes.depth / 10 for c, e in zip(times["cached"], times["ten slices"])]
-    return [measured("G3", "stored features to tokens over the 3D tower, explicit attention", .15, times, "cached", "explicit"),
-            measured("G3", "the same, fused attention", .25, times, "cached", "fused"),
-            measured("G3", "uncached over the 3D tower, explicit attention", 2.2, times, "uncached", "explicit")]
+    return [measured("G3", "stored features to tokens over the 3D tower, explicit attention", target=.15, times=times, name="cached", base="explicit"),
+            measured("G3", "the same, fused attention", target=.25, times=times, name="cached", base="fused"),
+            measured("G3", "uncached over the 3D tower, explicit attention", target=2.2, times=times, name="uncached", base="explicit")]
 
 def step_findings(sizes, rounds):
     "A training step: time, and peak memory in processes of their own."
     times = interleave({name: step_of(sizes, name) for name in ("cached", "explicit")}, rounds)
     peak = {name: peak_memory("medvlm3d.studies.goals", "step_of", sizes=asdict(sizes), name=name) for name in ("cached", "explicit", "fused")}
-    return [measured("G4", "training step from stored features over the trained 3D tower", .12, times, "cached", "explicit"),
+    return [measured("G4", "training step from stored features over the trained 3D tower", target=.12, times=times, name="cached", base="explicit"),
             Finding("G4", "its peak memory, explicit attention", peak["cached"] / peak["explicit"], .2),
             Finding("G4", "its peak memory, fused attention (no goal was set: the same)", peak["cached"] / peak["fused"], .2)]
 
@@ -164,7 +164,7 @@ def store_gap():
     batch = collate([pack_examples(image_prefix(tok, model.config.visual_tokens), [(prompt_ids(tok, ask), target_ids(tok, "spleen"))])], padding_id(tok))
     with tempfile.TemporaryDirectory() as root, torch.no_grad():
         np.save(Path(root)/"scan.npy", np.random.default_rng(0).random((1, 8, 64, 64), np.float32))
-        encode_images(Path(root)/"store", root, ["scan.npy"], model.encoder, Preprocess.from_dict(model.config.preprocess), model.config.rho, progress=False)
+        encode_images(Path(root)/"store", root, images=["scan.npy"], encoder=model.encoder, preprocess=Preprocess.from_dict(model.config.preprocess), rho=model.config.rho, progress=False)
         stored, pixels = FeatureStore(Path(root)/"store")["scan.npy"][0][None], model.processor.pixels(Path(root)/"scan.npy")[None]
         return abs(model(**batch, features=stored).loss - model(**batch, pixel_values=pixels).loss).item()
 
@@ -193,13 +193,13 @@ def question_batches(sizes):
     draw = lambda n: torch.randint(3, sizes.text[3], (n,)).tolist()
     prefix, ask = [1] + [2] * visual + draw(12), 2 * sizes.words // 3
     segments = [(draw(ask), draw(sizes.words - ask)) for _ in range(sizes.questions)]
-    rows = [pack_examples(prefix, [s], sizes.context) for s in segments]
+    rows = [pack_examples(prefix, [s], context=sizes.context) for s in segments]
     def batch(packs, length):
         pad = lambda v, fill: list(v) + [fill] * (length - len(v))
         made = {k: torch.tensor([pad(getattr(p, k), fill) for p in packs])
                 for k, fill in (("input_ids", 0), ("labels", -100), ("loss_weights", 0.), ("position_ids", 0), ("segments", -1))}
         return {**made, "attention_mask": (made["segments"] >= 0).long()}
-    together = pack_examples(prefix, segments, sizes.context)
+    together = pack_examples(prefix, segments, context=sizes.context)
     return batch([together], len(together.input_ids)), batch(rows, sizes.context), visual
 
 def question_step(llm, batch, visual, packed):
@@ -222,7 +222,7 @@ def packing_findings(sizes, rounds):
         llm, visual = language_model(sizes, **options), torch.randn(n, sizes.text[0])
         runs = {"packed": question_step(llm, packed, visual, True), "padded": question_step(llm, padded, visual, False)}
         (loss, gradient), (slow, exact) = (run() for run in runs.values())
-        found += [measured("G6", f"packed over padded, time a question, {name}", .35, interleave(runs, rounds), "packed", "padded"),
+        found += [measured("G6", f"packed over padded, time a question, {name}", target=.35, times=interleave(runs, rounds), name="packed", base="padded"),
                   Finding("G6", f"difference in loss, {name}", (loss - slow).abs().item(), 1e-5),
                   Finding("G6", f"difference in gradient over its largest value, {name}", ((gradient - exact).abs().max() / exact.abs().max()).item(), 1e-5)]
     return found

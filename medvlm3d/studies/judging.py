@@ -32,7 +32,7 @@ class Judged:
 def write_round(path, pairs, facts, root):
     "Keep a round: one line a pair, with its volume and mask (from `facts`, id → Facts) as paths below `root`."
     def below(file): return file.relative_to(root).as_posix()
-    rows = [Judged(p.id, p.question, p.letter, p.answer, p.modality, below(facts[p.id].image), below(facts[p.id].mask)) for p in pairs]
+    rows = [Judged(p.id, p.question, letter=p.letter, answer=p.answer, modality=p.modality, image=below(facts[p.id].image), mask=below(facts[p.id].mask)) for p in pairs]
     write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
 
 def read_round(path, root):

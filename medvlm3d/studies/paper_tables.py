@@ -23,10 +23,10 @@ def known_of(folder, name):
     path = project_root()/folder/name if folder else None
     return read_json(path) if path and path.exists() else {}
 
-def fact_table(title, task, facts, ours, note):
+def fact_table(title, task, *, facts, ours, note):
     "Rows of published `facts` (metric names) beside `ours` (name → text; missing: not run)."
     known = published()
-    rows = tuple((fact, *(published_value(known, p, task, "all", fact) for p in PUBLISHED), str(ours.get(fact, "not run"))) for fact in facts)
+    rows = tuple((fact, *(published_value(known, p, task=task, type="all", metric=fact) for p in PUBLISHED), str(ours.get(fact, "not run"))) for fact in facts)
     return Table(title, ("", *PUBLISHED, "here"), rows, note + " A dash: not stated in the sources. Research use only.")
 
 def architecture(study):
@@ -52,9 +52,9 @@ def crossmodal_table(folder):
     results, known, rows = known_of(folder, "results.json"), published(), []
     for modality in ("MRI", "PET"):
         for protocol in ("m3d", "standard"):
-            paper = published_value(known, "paper", "crossmodal", modality, "accuracy") if protocol == "m3d" else "–"
+            paper = published_value(known, "paper", task="crossmodal", type=modality, metric="accuracy") if protocol == "m3d" else "–"
             rows.append((f"accuracy ({protocol}), {modality}", paper,
-                         cell_text(lookup(results.get(modality, {}), "model", protocol, "closed", "accuracy", "macro"), "not run")))
+                         cell_text(lookup(results.get(modality, {}), "model", protocol=protocol, task="closed", metric="accuracy", group="macro"), "not run")))
     return Table("Table 7: MRI and PET, closed accuracy", ("", "paper", "here"), tuple(rows),
                  RESEARCH.split(" Published")[0] + " m3d: the literature's test for the right letter; standard: strict parser. "
                  "The paper: BraTS 2023 and AutoPET, after fine-tuning. "
@@ -69,13 +69,13 @@ def paper_tables(study=None, ablation=None, crossmodal=None, rows="runs/ablate")
     listed = read_rows(project_root()/rows) if (project_root()/rows).exists() else {}
     about = "Facts as stated by the sources in data/published.csv."
     return {"table-1": fact_table("Table 1: architectures", "architecture",
-                                  ("vision encoder", "fewer tokens by", "language model"), architecture(study), about),
+                                  facts=("vision encoder", "fewer tokens by", "language model"), ours=architecture(study), note=about),
             "table-2": titled(report_table(runs), 2), "table-3": titled(vqa_table(runs, "open", ("model",)), 3),
             "table-4": titled(vqa_table(runs, "closed", ("model",)), 4),
             "table-5": fact_table("Table 5: encoders and the 3D data they need", "efficiency",
-                                  ("3D volumes to pre-train the encoder", "3D volumes to train on"), architecture(study), about),
-            "table-6": fact_table("Table 6: cost", "efficiency", ("training (min)", "latency (ms)", "hardware"),
-                                  cost(study), about + " Times of different models on different hardware: not comparable."),
+                                  facts=("3D volumes to pre-train the encoder", "3D volumes to train on"), ours=architecture(study), note=about),
+            "table-6": fact_table("Table 6: cost", "efficiency", facts=("training (min)", "latency (ms)", "hardware"),
+                                  ours=cost(study), note=about + " Times of different models on different hardware: not comparable."),
             "table-7": crossmodal_table(crossmodal), "table-8": ablation_table(known_of(ablation, "results.json"), listed)}
 
 def write_paper_tables(out, **folders):
@@ -116,7 +116,7 @@ def trainings(results):
 
 def seeing_line(results):
     "Does the model see? Its score beside the readers that do not, and the difference from its blind twin."
-    cells = {s: lookup(results, s, "standard", "closed", "accuracy", "macro")
+    cells = {s: lookup(results, s, protocol="standard", task="closed", metric="accuracy", group="macro")
              for s in ("model", "blind", "other image", "nearest caption", "constant", "chance")}
     if not cells["model"]: return "**Does it look?** Not run."
     beside = ", ".join(f"{'best ' * (name == 'constant')}{name} {cell_text(c)}" for name, c in list(cells.items())[1:] if c)
@@ -129,7 +129,7 @@ def seeing_line(results):
 
 def types_line(results):
     "What it reads, by question type, and for which types that is more than its blind twin knows."
-    cells = lookup(results, "model", "standard", "closed", "accuracy", "macro") and results["systems"]["model"]["standard"]["closed"]["accuracy"]
+    cells = lookup(results, "model", protocol="standard", task="closed", metric="accuracy", group="macro") and results["systems"]["model"]["standard"]["closed"]["accuracy"]
     if not cells: return "**What does it read?** Not run."
     many, blind = results.get("seeds"), results.get("comparisons", {}).get("blind", {}).get("closed", {}).get("accuracy", {})
     types, key = [g for g in cells if g not in ("macro", "micro")], "mean" if many else "value"
@@ -144,7 +144,7 @@ READER = "With the probe reader (likeliest option; both protocols agree)"
 def against_paper(results):
     "The rows that the paper's text has a number for: its difference, ours, and whether they agree."
     known, lines, absent = published(), [], []
-    value = lambda metric: float(published_value(known, "paper", "closed", "macro", metric))
+    value = lambda metric: float(published_value(known, "paper", task="closed", type="macro", metric=metric))
     for r in results["rows"].values():
         if not r.get("published"): continue
         if "cells" not in r: absent.append(r["label"])

@@ -67,14 +67,14 @@ def chosen_cases(folder, cases=3, seed=0, type="Organ"):
     if not path.exists(): raise MedVLM3DError(relative(path), "is missing", "Run 92_evaluate first.")
     return pick([l for l in read_predictions(path) if l["task"] == "open" and l["type"] == type], cases, seed)
 
-def looked_at(model, data, store, image, line):
+def looked_at(model, data, *, store, image, line):
     "(pixels (D, H, W), indices of the kept slices, map (D′, H′, W′), lesion (D, H, W) or None) of one answer."
     features, kept = store[image]
     looked = look(model, features[None].float(), [(open_prompt(line["question"]), line["prediction"] or line["answer"])])[0].numpy()
     truth = read_truth(data).get(image) if (data/"truth.jsonl").exists() else None
     return model.processor.preprocess(read_volume(data/image)).numpy(), kept.tolist(), looked, read_masks(data, truth)[1] if truth else None
 
-def draw_slice(ax, pixels, heat, lesion, number):
+def draw_slice(ax, pixels, *, heat, lesion, number):
     "One slice with attention (1: the most of its case) as colour and the lesion's outline."
     h, w = pixels.shape
     ax.imshow(pixels, cmap="gray", extent=(0, w, h, 0), vmin=0, vmax=1)
@@ -83,15 +83,15 @@ def draw_slice(ax, pixels, heat, lesion, number):
     ax.set_title(f"slice {number}", fontsize=6.5, pad=2)
     ax.set_axis_off()
 
-def answers_figure(out, data, store, cases=3, slices=4, seed=0):
+def answers_figure(out, data, *, store, cases=3, slices=4, seed=0):
     "The paper's Figure 2 from a study's folder: slices, question, truth, answer, attention and lesion of `cases` cases."
     folder, data, store = project_root()/out, project_root()/data, FeatureStore(project_root()/store)
     model, lines, where = load(folder/"model")["model"], chosen_cases(folder, cases, seed), {s.id: s.image for s in load_m3d(data)}
     figure, axes = new_figure(1.35 * slices + 2.6, 1.5 * len(lines) + .3, len(lines), slices + 1, squeeze=False, width_ratios=[*[1] * slices, 1.7])
     for row, line in zip(axes, lines):
-        pixels, kept, looked, lesion = looked_at(model, data, store, where[line["id"]], line)
+        pixels, kept, looked, lesion = looked_at(model, data, store=store, image=where[line["id"]], line=line)
         best = sorted(np.argsort(-looked.sum((1, 2)), kind="stable")[:slices].tolist())
-        for ax, i in zip(row, best): draw_slice(ax, pixels[kept[i]], looked[i] / looked.max(), None if lesion is None else lesion[kept[i]], kept[i])
+        for ax, i in zip(row, best): draw_slice(ax, pixels[kept[i]], heat=looked[i] / looked.max(), lesion=None if lesion is None else lesion[kept[i]], number=kept[i])
         for ax in row[len(best):]: ax.set_axis_off()
         said = [*wrap(line["question"], 34), "", *wrap(f"truth: {line['answer']}", 34), *wrap(f"answer: {shorten(line['prediction'], 90)}", 34)]
         row[-1].text(0, .5, "\n".join(said), fontsize=7, va="center",
@@ -103,6 +103,6 @@ def paper_figures(out, data, store, cases=3):
     "Write Figures 1 and 2 of a study below its `figures/`; returns them."
     folder = project_root()/out
     figures = {"paper-figure-1": way_figure(load(folder/"model")["model"].config, f"{Path(out).name}: the way of the data"),
-               "paper-figure-2": answers_figure(out, data, store, cases)}
+               "paper-figure-2": answers_figure(out, data, store=store, cases=cases)}
     for name, figure in figures.items(): save_figure(figure, folder/"figures", name)
     return figures

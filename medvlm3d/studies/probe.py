@@ -20,7 +20,8 @@ from ..method.encoder import quick_dtype
 from ..method.fusion import SpatialFrequencyFusion
 from ..method.injection import FineGrainedInjection
 from ..evaluation.metrics import offered
-from ..evaluation.prediction import chosen_option, prediction_line
+from ..evaluation.answering import chosen_option
+from ..evaluation.prediction import prediction_line
 from ..method.tokens import flatten_tokens
 
 # %% ../../nbs/studies/probe.ipynb #8f68bfe0
@@ -46,13 +47,13 @@ class ProbeReader(nn.Module):
 
     Fusion and injection take the options of notebooks 04 and 05, injection also `mean-pool`. Of each token `narrow` numbers
     are read at its place, `wide` ones only as mean and maximum over all tokens."""
-    def __init__(self, size, table, channels, fusion="both", frequency="fast", scale=2, attention="global", residual=False, front=None,
+    def __init__(self, size, table, *, channels, fusion="both", frequency="fast", scale=2, attention="global", residual=False, front=None,
                  narrow=32, wide=128, dropout=.3):
         super().__init__()
         pooled, self.count = attention == "mean-pool", prod(n // scale for n in size)
         self.front, self.in_bf16 = front or nn.Identity(), min(size) >= 4
         self.fusion = SpatialFrequencyFusion(channels, fusion, frequency=frequency)
-        self.injection = FineGrainedInjection(channels, scale, "none" if pooled else attention, residual)
+        self.injection = FineGrainedInjection(channels, scale, attention="none" if pooled else attention, residual=residual)
         mlp = nn.Linear(channels, 4*channels), nn.GELU(), nn.Linear(4*channels, channels)
         self.after = nn.Sequential(*mlp) if pooled else nn.Identity()
         self.norms = nn.ModuleList(nn.LayerNorm(n) for n in (channels, self.count * narrow, 2 * wide))
@@ -126,7 +127,7 @@ def precision(reader):
     "The context a reader runs in: bf16 where that is fast and right, else float32."
     return torch.autocast("cpu", torch.bfloat16, enabled=reader.in_bf16 and quick_dtype("cpu") == torch.bfloat16)
 
-def fit_probe(make, inputs, targets, lesson, seed=0, progress=False, name=""):
+def fit_probe(make, inputs, *, targets, lesson, seed=0, progress=False, name=""):
     "`make()`, trained on `inputs` (n, …) and `targets` (n, T); returns (reader, loss of each step). The same seed gives the same reader."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -148,7 +149,7 @@ def fit_probe(make, inputs, targets, lesson, seed=0, progress=False, name=""):
 
 # %% ../../nbs/studies/probe.ipynb #cd0cc0f5
 @torch.no_grad()
-def probe_lines(reader, inputs, images, samples, table, batch=64):
+def probe_lines(reader, inputs, *, images, samples, table, batch=64):
     "Lines for closed `samples` about `images`, whose inputs are (n, …): the likeliest of the options offered."
     with precision(reader):
         logits = [torch.cat(part).float().log_softmax(-1) for part in zip(*(reader(x.float()) for x in inputs.split(batch)))]
@@ -156,5 +157,5 @@ def probe_lines(reader, inputs, images, samples, table, batch=64):
     for s in samples:
         known = dict(zip(table.get(s.type, ()), logits[types.index(s.type)][place[s.image]].tolist())) if s.type in table else {}
         scores = [round(known.get(text, -30.), 5) for text in offered(s.choices).values()]
-        lines.append(prediction_line(s, chosen_option(s.choices, scores), scores))
+        lines.append(prediction_line(s, chosen_option(s.choices, scores), option_logprobs=scores))
     return lines

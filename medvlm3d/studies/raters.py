@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import MedVLM3DError, atomic_path, relative
-from ..data.m3d import Problem, settle
+from ..data.samples import Problem, settle
 from ..evaluation.uncertainty import bootstrap_sums, percentile_interval
 
 # %% ../../nbs/studies/raters.ipynb #48b9050d
@@ -134,12 +134,12 @@ def simulated_votes(right, error, raters=3, seed=0):
 def simulated_names(raters, error): return tuple(f"simulated rater {i + 1} (errs in {100 * error:g} %)" for i in range(raters))
 
 # %% ../../nbs/studies/raters.ipynb #4cfce24c
-def agreement(votes, patients, names, seed=0, n=2000):
+def agreement(votes, patients, *, names, seed=0, n=2000):
     "How raters agreed on the verdicts `votes` (N, R): every number with its 95 % interval from resampling patients."
     columns = pattern_counts(np.asarray(votes, bool))
     raters, total = len(names), columns.sum(0)
     few = len({*patients}) < 2
-    resampled = total[None] if few else bootstrap_sums(columns, patients, seed, n)
+    resampled = total[None] if few else bootstrap_sums(columns, patients, seed=seed, n=n)
     couples = list(combinations(range(raters), 2))
     def mean_cohen(c): return np.mean([cohen_kappa(c, i, j) for i, j in couples], axis=0)
     def value(f):

@@ -16,7 +16,8 @@ from ..base.core import MedVLM3DError, open_run, project_root, sha256_json, writ
 from ..base.fetch import fetch
 from ..evaluation.findings import LEXICON, extract_facts, fact_scores, finding_rows
 from ..evaluation.metrics import METEOR, BERTScore, bleu4_from_sums, bleu4_statistics, text_scores
-from ..phantoms.phantom import KINDS, ORGANS, SIDES, report, sample_cases
+from ..phantoms.anatomy import KINDS, ORGANS, SIDES, sample_cases
+from ..phantoms.phantom import report
 from ..evaluation.uncertainty import bootstrap_sums, percentile_interval
 
 # %% ../../nbs/studies/stress.ipynb #ebb071a0
@@ -71,7 +72,7 @@ EDITS = {
 # %% ../../nbs/studies/stress.ipynb #6eab176a
 FINDING_SCORES = {"finding F1": "F1", "side right": "laterality", "grade right": "severity", "size right": "size"}
 
-def score_rows(texts, references, cases, meteor=None, bertscore=None):
+def score_rows(texts, references, *, cases, meteor=None, bertscore=None):
     "Score → summable rows (N, K) of edited `texts` against `references`, a statistic of their sums giving the score in [0, 1]."
     rows = {name: np.stack([values, np.ones(len(values))], 1) for name, values in text_scores(texts, references, meteor, bertscore).items()}
     facts = [fact_scores(extract_facts(t, LEXICON), {f: getattr(c, f) for f in LEXICON}) for t, c in zip(texts, cases)]
@@ -84,24 +85,24 @@ def statistic(name):
     return bleu4_from_sums if name == "BLEU-4" else lambda sums: np.divide(
         sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
 
-def fall_of(name, edited, true, cases, seed=0, n=2000):
+def fall_of(name, edited, *, true, cases, seed=0, n=2000):
     "The cell {value, low, high, n} of what score `name` loses, × 100, between rows `true` and `edited`; None where it counts nothing."
     of, width = statistic(name), true.shape[1]
     both, ids = np.concatenate([true, edited], 1), [c.id for c in cases]
     lost = lambda sums: 100 * (of(sums[..., :width]) - of(sums[..., width:]))
     value = float(lost(both.sum(0)))
-    low, high = percentile_interval(lost(bootstrap_sums(both, ids, seed, n))) if np.isfinite(value) else (np.nan, np.nan)
+    low, high = percentile_interval(lost(bootstrap_sums(both, ids, seed=seed, n=n))) if np.isfinite(value) else (np.nan, np.nan)
     return {k: round(float(v), 4) if np.isfinite(v) else None for k, v in {"value": value, "low": low, "high": high}.items()} | {"n": len(cases)}
 
-def stress(cases, meteor=None, bertscore=None, seed=0, n=2000):
+def stress(cases, meteor=None, *, bertscore=None, seed=0, n=2000):
     "Edit → score → cell of the fall, over `cases`; MedVLM3DError without any."
     if not cases: raise MedVLM3DError("the stress test", "was given no cases", "Draw at least one with sample_cases.")
     texts = [stated(c) for c in cases]
-    true = score_rows(texts, texts, cases, meteor, bertscore)
+    true = score_rows(texts, texts, cases=cases, meteor=meteor, bertscore=bertscore)
     out = {}
     for edit, change in EDITS.items():
-        edited = score_rows([change(t, c) for t, c in zip(texts, cases)], texts, cases, meteor, bertscore)
-        out[edit] = {name: fall_of(name, rows, true[name], cases, seed, n) for name, rows in edited.items()}
+        edited = score_rows([change(t, c) for t, c in zip(texts, cases)], texts, cases=cases, meteor=meteor, bertscore=bertscore)
+        out[edit] = {name: fall_of(name, rows, true=true[name], cases=cases, seed=seed, n=n) for name, rows in edited.items()}
     return out
 
 # %% ../../nbs/studies/stress.ipynb #ca887cd1
@@ -144,7 +145,7 @@ def stress_run(out, cases=240, seed=11, resamples=2000):
     drawn = sample_cases(cases, seed=seed)
     meteor, bertscore = METEOR(fetch("wordnet")), BERTScore(fetch("minilm"))
     with open_run(project_root()/out, config, seed=seed, reports=sha256_json([stated(c) for c in drawn])) as run:
-        falls = stress(drawn, meteor, bertscore, seed, resamples)
+        falls = stress(drawn, meteor, bertscore=bertscore, seed=seed, n=resamples)
         write_json(run/"results.json", {"schema": "medvlm3d.stress/1", "cases": cases, "falls": falls,
                                         "example": {name: edit(stated(drawn[0]), drawn[0]) for name, edit in EDITS.items()},
                                         "signatures": {meteor.name: meteor.signature, bertscore.name: f"layer {bertscore.layer}, no idf, no rescaling"}})

@@ -24,7 +24,8 @@ from ..features.store import FeatureStore
 from .probe import Lesson, Pooled, ProbeReader, VolumeEncoder
 from ..phantoms.probes import PROBES
 from ..scans.readers import read_volume
-from ..report.tables import Table, p_text, published, published_value, save_figure, signed, write_table
+from ..report.tables import Table, p_text, published, published_value, signed, write_table
+from ..report.figures import save_figure
 from .trials import Bench, Trial, images_of, run_trials
 from ..evaluation.uncertainty import compare_seeds, holm, mcnemar, over_seeds
 from ..scans.volume import Preprocess
@@ -58,12 +59,12 @@ def pooled(p):
     k = -(-len(p) // 2)
     return min(1., sorted(p)[k - 1] * len(p) / k)
 
-def versus(a, b, clusters, seed=0, n=2000):
+def versus(a, b, *, clusters, seed=0, n=2000):
     "Difference a − b of right answers (S, N) in percent, with the p of `compare_seeds`, and McNemar's of each seed and pooled."
     each = [mcnemar(x, y) for x, y in zip(a, b, strict=True)]
-    return {**percent(compare_seeds(a, b, clusters, seed, n)), "mcnemar": pooled(each), "mcnemar of seeds": each}
+    return {**percent(compare_seeds(a, b, clusters=clusters, seed=seed, n=n)), "mcnemar": pooled(each), "mcnemar of seeds": each}
 
-def score_rows(found, rows, items, seed=0, n=2000):
+def score_rows(found, rows, *, items, seed=0, n=2000):
     "`rows` of `results.json` from name → records (or why there are none)."
     right = {name: right_answers(records, items) for name, records in found.items() if not isinstance(records, str)}
     out = {}
@@ -71,15 +72,15 @@ def score_rows(found, rows, items, seed=0, n=2000):
         out[name] = {"group": row.group, "label": row.label, "published": row.published, "versus row": row.versus}
         if name not in right: out[name]["why"] = found[name]; continue
         out[name] |= {k: found[name][0][k] for k in ("parameters", "tokens")}
-        out[name]["cells"] = over_groups(items, lambda i, c: percent(over_seeds(right[name][:, i], c, seed, n)))
+        out[name]["cells"] = over_groups(items, lambda i, c: percent(over_seeds(right[name][:, i], c, seed=seed, n=n)))
         if name != row.versus and row.versus in right:
-            out[name]["versus"] = over_groups(items, lambda i, c: versus(right[name][:, i], right[row.versus][:, i], c, seed, n))
+            out[name]["versus"] = over_groups(items, lambda i, c: versus(right[name][:, i], right[row.versus][:, i], clusters=c, seed=seed, n=n))
     return adjust(out)
 
-def score_baselines(letters, chance, items, seed=0, n=2000):
+def score_baselines(letters, chance, *, items, seed=0, n=2000):
     "`baselines` of `results.json`: cells of the best constant, whose `letters` are given, and of `chance` (a probability an item; exact, so without interval)."
     right = right_answers([{"letters": letters}], items)
-    return {"constant": over_groups(items, lambda i, c: percent(over_seeds(right[:, i], c, seed, n))),
+    return {"constant": over_groups(items, lambda i, c: percent(over_seeds(right[:, i], c, seed=seed, n=n))),
             "chance": over_groups(items, lambda i, c: percent({"mean": chance[i].mean()}))}
 
 def adjust_family(cells):
@@ -106,25 +107,25 @@ def subset(images, share, seed):
 def curve_reader(table, side, size, channels):
     "The probe reader of a side: all see a grid of `size` and `channels` in the end."
     fronts = {"kept": lambda: None, "all": lambda: Pooled(size), "3D": lambda: VolumeEncoder(size, channels)}
-    return ProbeReader(size, table, channels, front=fronts[side]())
+    return ProbeReader(size, table, channels=channels, front=fronts[side]())
 
-def run_curve(out, data, store, samples, lesson, volume_lr, channels, grid, shares, seeds, preprocess, config, workers=2, progress=True):
+def run_curve(out, data, *, store, samples, lesson, volume_lr, channels, grid, shares, seeds, preprocess, config, workers=2, progress=True):
     "Side of `CURVE` → share → records, one per seed, on the phantom; the 3D encoder learns at the rate `volume_lr`."
     samples = [s for s in samples if s.image.startswith("phantom/")]
     train, row = images_of(samples, "train"), Row("curve", "", "", selection="uniform")
     images = train + images_of(samples, "test")
-    slices = Slices(store, images, train, channels, grid, progress)
+    slices = Slices(store, images, training=train, channels=channels, grid=grid, progress=progress)
     kept = slices.kept(row.rho, row.selection)
     volumes = torch.stack([preprocess(read_volume(data/image)).half() for image in images])
     def trial(side, share, seed):
         mine = replace(lesson, lr=volume_lr) if side == "3D" else lesson
         key = sha256_json([side, share, asdict(mine), channels, config, store.spec])
         make = partial(curve_reader, side=side, size=(kept.shape[1], *grid), channels=channels)
-        return Trial(out/"curve"/f"{side}-{share:g}-seed-{seed}.json", key, make, mine, seed, "volumes" if side == "3D" else "slices",
-                     kept if side == "kept" else None, tuple(subset(train, share, seed)))
+        return Trial(out/"curve"/f"{side}-{share:g}-seed-{seed}.json", key, make=make, lesson=mine, seed=seed, source="volumes" if side == "3D" else "slices",
+                     kept=kept if side == "kept" else None, use=tuple(subset(train, share, seed)))
     trials = {at: trial(*at) for at in product(reversed(CURVE), shares, seeds)}      # the longest first
     found = dict(zip(trials, run_trials(Bench({"slices": slices.grids, "volumes": volumes}, images, samples), [*trials.values()],
-                                        workers, progress, "curve of data")))
+                                        workers=workers, progress=progress, name="curve of data")))
     return {side: {share: [found[side, share, seed] for seed in seeds] for share in shares} for side in CURVE}
 
 def curve_constants(samples, shares, seeds):
@@ -133,22 +134,21 @@ def curve_constants(samples, shares, seeds):
     train = images_of(samples, "train")
     return {share: [constant_letters(samples, {*subset(train, share, seed)}) for seed in seeds] for share in shares}
 
-def score_curve(found, constants, items, seed=0, n=2000):
+def score_curve(found, constants, *, items, seed=0, n=2000):
     """`curve` of `results.json`: cells of each side and of the `constants`, the differences of the frozen encoder's from the 3D encoder's,
     and the mean loss of the last 20 steps, each by share."""
     items = [i for i in items if i[2] == "phantom"]
     clusters, right = [i[1] for i in items], {side: {f"{share:g}": right_answers(r, items) for share, r in shares.items()} for side, shares in found.items()}
     right["constant"] = {f"{share:g}": right_answers([{"letters": l} for l in letters], items) for share, letters in constants.items()}
-    cells = {side: {share: percent(over_seeds(r, clusters, seed, n)) for share, r in shares.items()} for side, shares in right.items()}
-    differences = {side: {share: versus(r, right["3D"][share], clusters, seed, n) for share, r in right[side].items()} for side in ("kept", "all")}
+    cells = {side: {share: percent(over_seeds(r, clusters, seed=seed, n=n)) for share, r in shares.items()} for side, shares in right.items()}
+    differences = {side: {share: versus(r, right["3D"][share], clusters=clusters, seed=seed, n=n) for share, r in right[side].items()} for side in ("kept", "all")}
     adjust_family([cell for shares in differences.values() for cell in shares.values()])
     loss = {side: {f"{share:g}": round(float(np.mean([r["loss"] for r in records])), 4) for share, records in shares.items()}
             for side, shares in found.items()}
     return {**cells, "difference": differences, "loss": loss}
 
-
 # %% ../../nbs/studies/sweep.ipynb #2cd4fdb4
-def ablate(out, data, store, rows="runs/ablate", train=500, test=320, probe_train=180, probe_test=100, dial=None, depth=24, size=84, channels=32,
+def ablate(out, data, *, store, rows="runs/ablate", train=500, test=320, probe_train=180, probe_test=100, dial=None, depth=24, size=84, channels=32,
            grid=(6, 6), steps=300, batch=32, lr=3e-3, volume_lr=2e-3, seeds=(0, 1, 2), shares=(5, 10, 25, 50, 100),
            drawn=0, resamples=2000, workers=2, progress=True):
     "Run what is missing of an ablation and of the data curve; write and return `results.json`. `shares` empty: no curve."
@@ -161,14 +161,14 @@ def ablate(out, data, store, rows="runs/ablate", train=500, test=320, probe_trai
         samples, cluster = draw_corpora(data, **corpora, workers=workers, progress=progress)
         items = items_of(samples, cluster)
         write_json(folder/"items.json", items)
-        scored = score_rows(run_rows(folder, table, store, data, samples, lesson, channels, tuple(grid), seeds, preprocess, corpora, workers, progress),
-                            table, items, n=resamples)
-        found = run_curve(folder, data, FeatureStore(store/table["full"].encoder), samples, lesson, volume_lr, channels, tuple(grid),
-                          shares, seeds, preprocess, corpora, workers, progress) if shares else {}
+        scored = score_rows(run_rows(folder, table, store=store, data=data, samples=samples, lesson=lesson, channels=channels, grid=tuple(grid), seeds=seeds, preprocess=preprocess, config=corpora, workers=workers, progress=progress),
+                            table, items=items, n=resamples)
+        found = run_curve(folder, data, store=FeatureStore(store/table["full"].encoder), samples=samples, lesson=lesson, volume_lr=volume_lr, channels=channels, grid=tuple(grid),
+                          shares=shares, seeds=seeds, preprocess=preprocess, config=corpora, workers=workers, progress=progress) if shares else {}
         results = {"schema": "medvlm3d.ablation/1", **config, "items": {c: len([i for i in items if i[2] == c]) for c in CORPORA},
                    "cases": {c: len({i[1] for i in items if i[2] == c}) for c in CORPORA}, "rows": scored,
-                   "baselines": score_baselines(constant_letters(samples), chances(samples), items, n=resamples),
-                   "curve": score_curve(found, curve_constants(samples, shares, seeds), items, n=resamples) if found else {}}
+                   "baselines": score_baselines(constant_letters(samples), chances(samples), items=items, n=resamples),
+                   "curve": score_curve(found, curve_constants(samples, shares, seeds), items=items, n=resamples) if found else {}}
         write_json(folder/"results.json", results)
         run.note(stores={p.parent.name: FeatureStore(p.parent).spec for p in sorted(store.glob("*/store.json"))})
     return results
@@ -199,13 +199,13 @@ def baseline_rows(results, corpora):
 
 def paper_text(known, metric, full):
     "The paper's accuracy and its distance to its full method."
-    value = published_value(known, "paper", "closed", "macro", metric) if metric else "–"
+    value = published_value(known, "paper", task="closed", type="macro", metric=metric) if metric else "–"
     return value if value in ("–", full) or full == "–" else f"{value} ({float(value) - float(full):+.2f})"
 
 def ablation_table(results, rows=None):
     "The paper's Table 8: its accuracy beside ours, with differences. Without results, the rows of `rows` are not run."
     known = published()
-    full = published_value(known, "paper", "closed", "macro", "accuracy: full")
+    full = published_value(known, "paper", task="closed", type="macro", metric="accuracy: full")
     made = results.get("rows") or {name: {"group": r.group, "label": r.label, "published": r.published, "versus row": r.versus}
                                    for name, r in (rows or {}).items()}
     lines = []

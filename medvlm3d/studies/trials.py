@@ -68,8 +68,8 @@ def run_trial(bench, trial):
         return bench.sources[trial.source][rows if trial.kept is None else (rows[:, None], torch.from_numpy(trial.kept)[rows])]
     test, learn = images_of(bench.samples, "test"), list(trial.use or images_of(bench.samples, "train"))
     targets = target_matrix(bench.samples, learn, bench.table)
-    reader, losses = fit_probe(lambda: trial.make(table=bench.table), read(learn), targets, trial.lesson, trial.seed, name=trial.path.stem)
-    lines = probe_lines(reader, read(test), test, asked_in_order(bench.samples), bench.table)
+    reader, losses = fit_probe(lambda: trial.make(table=bench.table), read(learn), targets=targets, lesson=trial.lesson, seed=trial.seed, name=trial.path.stem)
+    lines = probe_lines(reader, read(test), images=test, samples=asked_in_order(bench.samples), table=bench.table)
     write_json(trial.path, {"key": trial.key, "letters": "".join(parse_choice(l["prediction"], l["choices"]) for l in lines),
                             "parameters": sum(p.numel() for p in reader.parameters()), "tokens": reader.count,
                             "loss": round(float(np.mean(losses[-20:])), 4)})
@@ -92,7 +92,7 @@ def each_done(bench, trials, workers):
     else:
         with one_thread(): yield from (run_trial(bench, trial) for trial in trials)
 
-def run_trials(bench, trials, workers=2, progress=True, name="trials"):
+def run_trials(bench, trials, *, workers=2, progress=True, name="trials"):
     "The record of each of `trials`, after running those that have none."
     todo = [t for t in trials if t.record is None]
     for _ in tqdm(each_done(bench, todo, min(workers, len(todo))), desc=name, total=len(todo), unit="run", disable=not progress or not todo): pass

@@ -156,7 +156,7 @@ def connector_bytes(model):
     x = torch.empty(1, c.kept, c.grid[0] * c.grid[1], c.encoder_channels, dtype=torch.bfloat16, device="meta")
     return saved_bytes(connector, lambda: connector(x))
 
-def memory_bytes(model, rows, stage, batch, tokens, gpus, lora=None):
+def memory_bytes(model, rows, *, stage, batch, tokens, gpus, lora=None):
     "Bytes on each GPU by part, for the parameter `rows` of a model and a `stage` (1 or 2); features come from the store."
     text = model.config.text_config
     all_of, learn = sum(r[1] for r in rows[1:]), sum(r[1 + stage] for r in rows)

@@ -135,7 +135,7 @@ def begin(words, folder):
         return subprocess.Popen(words, cwd=project_root(), env={**os.environ, **asked},
                                 stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
 
-def launch(folder, plan, launcher=(sys.executable, "-m"), progress=True, allow_changes=False, allow_shared=False):
+def launch(folder, plan, *, launcher=(sys.executable, "-m"), progress=True, allow_changes=False, allow_shared=False):
     """Write the plan into `folder` and train in a process of its own; a failure raises with its first cause.
 
     What it says is kept in `launch.log`; with `progress` it is also shown and, in a notebook, its log is drawn."""

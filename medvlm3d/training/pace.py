@@ -36,13 +36,13 @@ def drawn_model(config, device, dtype):
         llm = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype, attn_implementation="sdpa")
         return MedVLM3D(config, llm).in_types(torch.float32)
 
-def drawn_batch(config, stage, words, batch, device, seed=0):
+def drawn_batch(config, stage, *, words, batch, device, seed=0):
     "A batch of random features and words for a stage, packed as in training."
     draw, image = torch.Generator().manual_seed(seed), config.image_token_id
     ids = lambda n: torch.randint(3, image, (n,), generator=draw).tolist()
     lengths = [words.report] * ("report" in stage.tasks) + [words.question] * (words.questions if {"closed", "open"} & {*stage.tasks} else 0)
     row = lambda: pack_examples(ids(1) + [image] * config.visual_tokens + ids(words.prefix - 1),
-                                [(ids(n // 2), ids(n - n // 2)) for n in lengths], config.context, "truncate")
+                                [(ids(n // 2), ids(n - n // 2)) for n in lengths], context=config.context, policy="truncate")
     features = torch.randn(batch, config.kept, config.grid[0] * config.grid[1], config.encoder_channels, generator=draw)
     return {name: t.to(device) for name, t in {**collate([row() for _ in range(batch)], 0), "features": features.bfloat16()}.items()}
 
@@ -55,7 +55,7 @@ def take_step(model, optimiser, batch, bf16=True):
     optimiser.zero_grad()
     return loss.item()      # waits until the device is done
 
-def measured_steps(config, stage, steps=5, batch=None, words=Words(), rate=None, checkpointing=True, dtype=torch.bfloat16, device="auto", warm=1):
+def measured_steps(config, stage, *, steps=5, batch=None, words=Words(), rate=None, checkpointing=True, dtype=torch.bfloat16, device="auto", warm=1):
     "`steps` steps of a `Stage` after `warm` that do not count, on one device: what was measured, as plain values; `rate` in TFLOP/s."
     if steps < 1 or (rate is not None and rate <= 0):
         raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s", "Give at least one step and a positive rate.")
@@ -63,16 +63,16 @@ def measured_steps(config, stage, steps=5, batch=None, words=Words(), rate=None,
     model = drawn_model(config, device, dtype).set_stage(stage.stage).train()
     if checkpointing:
         (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)({"use_reentrant": False})   # the older name
-    learn, given = [p for p in model.parameters() if p.requires_grad], drawn_batch(config, stage, words, batch, device)
+    learn, given = [p for p in model.parameters() if p.requires_grad], drawn_batch(config, stage, words=words, batch=batch, device=device)
     optimiser, seconds, losses = torch.optim.AdamW(learn, lr=stage.lr, weight_decay=stage.weight_decay), [], []
     for _ in range(warm + steps):
         since = time.perf_counter()
         losses.append(take_step(model, optimiser, given, dtype == torch.bfloat16))
         seconds.append(time.perf_counter() - since)
     return {"stage": stage.stage, "batch": batch, "steps": steps, "losses": [round(x, 4) for x in losses],
-            **pace_of(model, seconds[warm:], given["input_ids"].shape, rate, checkpointing)}
+            **pace_of(model, seconds[warm:], shape=given["input_ids"].shape, rate=rate, checkpointing=checkpointing)}
 
-def pace_of(model, seconds, shape, rate, checkpointing=True):
+def pace_of(model, seconds, *, shape, rate, checkpointing=True):
     "What steps of `seconds` on a batch of `shape` (B, T) come to."
     (batch, tokens), typical = shape, median(seconds)
     flops = batch * (llm_step_flops(model.llm, tokens, checkpointing) + connector_step_flops(model.config, model.llm.config.hidden_size))
@@ -85,7 +85,7 @@ def pace_of(model, seconds, shape, rate, checkpointing=True):
 # %% ../../nbs/training/pace.ipynb #e7b427d4
 PARTS = ("stage", "batch", "tokens a sequence", "seconds a step", "volumes a second", "tokens a second", "TFLOP/s", "share of the rate", "peak memory, GB")
 
-def pace_run(out, steps, batch, rate, text, words, dtype="bfloat16", checkpointing=True, **sizes):
+def pace_run(out, steps, *, batch, rate, text, words, dtype="bfloat16", checkpointing=True, **sizes):
     """Measure both stages of the paper's preset with random weights; `text` changes the language model's configuration, `sizes` the preset's.
 
     Written to `out/results.json` and returned."""
@@ -94,7 +94,7 @@ def pace_run(out, steps, batch, rate, text, words, dtype="bfloat16", checkpointi
     config.image_token_id = config.text_config.vocab_size - 1
     given = dict(steps=steps, batch=batch, rate=rate, text=text, words=vars(words), dtype=dtype, checkpointing=checkpointing, **sizes)
     with open_run(out, given) as run:
-        stages = [measured_steps(config, stage, steps, batch, words, rate, checkpointing, getattr(torch, dtype)) for stage in paper_stages()]
+        stages = [measured_steps(config, stage, steps=steps, batch=batch, words=words, rate=rate, checkpointing=checkpointing, dtype=getattr(torch, dtype)) for stage in paper_stages()]
         write_json(run/"results.json", {"stages": stages, "rate": rate})
     return stages
 

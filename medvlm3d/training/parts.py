@@ -14,7 +14,8 @@ from pathlib import Path
 from ..base.archive import shown
 from ..method.weights import FILES
 from ..base.core import MedVLM3DError, read_json
-from ..data.m3d import by_image, find, scan_m3d
+from ..data.samples import by_image
+from ..data.m3d import find, scan_m3d
 from ..method.encoder import KNOWN, locate
 from ..base.fetch import ASSETS
 

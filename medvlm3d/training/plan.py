@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_json
-from ..data.m3d import Problem, by_image, settle
+from ..data.samples import Problem, by_image, settle
 from ..features.encode import differences as changed_keys, plain
 from ..features.store import places_of, volume_keys
 from .parts import llm_lost
@@ -139,7 +139,7 @@ def agree(spec, config):
 def hold_volumes(store, root, samples):
     "Refuse volumes of `samples` below `root` whose bytes are not those that were encoded into `store`; each is named by where it is listed."
     images = list(by_image(samples))
-    bytes_of, now, places = (lambda key: key.partition(":")[0]), volume_keys(root, images, store.known), places_of(images, samples)
+    bytes_of, now, places = (lambda key: key.partition(":")[0]), volume_keys(root, images, known=store.known), places_of(images, samples)
     def why(image):
         if image not in store: return "is not in the feature store"
         if isinstance(now[image], Problem): return now[image].why

@@ -13,13 +13,14 @@ from pathlib import Path
 from ..base.archive import shown
 from ..base.core import MedVLM3DError, home
 from .cost import connector_step_flops, encoder_shape, host_bytes, llm_step_flops, memory_bytes, on_meta, parameter_rows
-from ..data.m3d import by_image
+from ..data.samples import by_image
 from ..features.store import read_spec
 from ..method.model import paper
 from .parts import Part, data_parts, encoder_parts, llm_folder, llm_parts
 from .plan import agree
 from ..method.tokens import image_prefix, prompt_ids, target_ids
-from .stages import paper_stages, task_pair
+from .plan import paper_stages
+from .stages import task_pair
 
 # %% ../../nbs/training/planning.ipynb #04a92a3f
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def measure(name, samples, tokenizer=None, most=400):
         taken = some[::max(1, len(some) // most)][:most]
         pairs = [task_pair(s) for s in taken]
         return sum(len(prompt_ids(tokenizer, p)) + len(target_ids(tokenizer, t)) for p, t in pairs) / max(1, len(pairs))
-    return Corpus(counted.name, counted.volumes, counted.questions, mean(reports), mean(asked), len(image_prefix(tokenizer, 0)), measured=True)
+    return Corpus(counted.name, counted.volumes, questions=counted.questions, report=mean(reports), question=mean(asked), prefix=len(image_prefix(tokenizer, 0)), measured=True)
 
 # %% ../../nbs/training/planning.ipynb #285b2e20
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Load:
     batch: int
     steps: int
 
-def load_of(stage, corpus, config, gpus, packed=True):
+def load_of(stage, corpus, *, config, gpus, packed=True):
     "The `Load` of a `Stage` on `gpus` devices: one sequence a volume (`packed`), or one a pair, padded to the context."
     asked = corpus.questions if set(stage.tasks) & {"closed", "open"} else 0.
     told = 1. if "report" in stage.tasks else 0.
@@ -106,7 +107,7 @@ def work_table(stages, corpus, config, gpus):
     rows = []
     for packed in (True, False):
         for s in stages:
-            x = load_of(s, corpus, config, gpus, packed)
+            x = load_of(s, corpus, config=config, gpus=gpus, packed=packed)
             rows.append((f"{s.stage}, {'packed by volume (here)' if packed else 'a pair a sequence (paper)'}",
                          f"{x.sequences:,}", f"{x.tokens:,}", f"{x.tokens * x.batch:,}", f"{s.epochs:g}", f"{x.steps:,}"))
     note = (f"{corpus.name}: {corpus.volumes:,} volumes, {corpus.questions:.2f} questions a volume; lengths {'measured' if corpus.measured else 'assumed'}: "
@@ -116,13 +117,13 @@ def work_table(stages, corpus, config, gpus):
 def memory_table(model, stages, loads, gpus):
     "Bytes on each GPU, by part and stage."
     rows = parameter_rows(model, encoder_shape(model.config))
-    found = [memory_bytes(model, rows, s.stage, s.batch, x.tokens, gpus, s.lora) for s, x in zip(stages, loads)]
+    found = [memory_bytes(model, rows, stage=s.stage, batch=s.batch, tokens=x.tokens, gpus=gpus, lora=s.lora) for s, x in zip(stages, loads)]
     lines = [(name, *(f"{m[name] / GB:.2f}" for m in found)) for name in found[0]] + [("sum", *(f"{sum(m.values()) / GB:.1f}" for m in found))]
     return ("Memory on each GPU, GB", ("part", *(f"stage {s.stage}" for s in stages)), lines,
             f"{stages[0].batch} packed volumes a GPU, {gpus} GPUs: {NEEDS}. Features come from the store. "
             f"Each rank first fills {host_bytes(rows) / GB:.1f} GB of the machine's own memory: the language model in bfloat16, what learns in float32.")
 
-def time_table(model, stages, loads, corpus, gpus, rate, share):
+def time_table(model, stages, *, loads, corpus, gpus, rate, share):
     "Operations and hours of encoding once and of each stage."
     config, hidden = model.config, model.llm.config.hidden_size
     work = [("encode all volumes once", 1, corpus.volumes * config.preprocess["depth"] * encoder_shape(config).flops)]
@@ -144,7 +145,7 @@ def store_parts(store, config):
     except MedVLM3DError as e: return [Part("features", "store.json", False, f"{e.why}; {e.remedy}")]
     return [Part("features", "store.json", True, shown(Path(store)) + "/")]
 
-def dry_run(preset="paper", gpus=4, rate=250., share=.45, data=None, llm=None, corpus=None, stages=None, store=None, **changes):
+def dry_run(preset="paper", gpus=4, *, rate=250., share=.45, data=None, llm=None, corpus=None, stages=None, store=None, **changes):
     """The `DryRun` of a preset: parameters, work, memory, time, and the files that are missing; nothing is loaded and no network is asked.
 
     `rate` in TFLOP/s of one GPU; `data` a folder in M3D's layout (default `data/m3d`), `llm` a folder, `store` the features if they are made;
@@ -158,9 +159,9 @@ def dry_run(preset="paper", gpus=4, rate=250., share=.45, data=None, llm=None, c
     name, (in_data, samples) = str(llm or config.llm_reference["name"]), data_parts(data or home()/"m3d")
     parts = [*encoder_parts(config.encoder), *llm_parts(name), *in_data, *(store_parts(store, config) if store else [])]
     if corpus is None: corpus = measure(Path(data or "m3d").name, samples, tokenizer_of(name)) if samples else paper_corpus()
-    model, loads = on_meta(config), [load_of(s, corpus, config, gpus) for s in stages]
+    model, loads = on_meta(config), [load_of(s, corpus, config=config, gpus=gpus) for s in stages]
     tables = (parameter_table(model, encoder_shape(config)), work_table(stages, corpus, config, gpus), memory_table(model, stages, loads, gpus),
-              time_table(model, stages, loads, corpus, gpus, rate, share), missing_table(parts))
+              time_table(model, stages, loads=loads, corpus=corpus, gpus=gpus, rate=rate, share=share), missing_table(parts))
     return DryRun(tables, all(p.found for p in parts))
 
 def tokenizer_of(name):

@@ -44,7 +44,7 @@ def commands(folder, plan, gpus=4):
             "or on the machines of a hostfile": f"deepspeed --hostfile runs/hostfile --no_local_rank --module medvlm3d.training.stages {words(folder)}",
             "or under SLURM": f"sbatch --nodes 1 --gpus-per-node {gpus} runs/slurm.sbatch {words(folder)}"}
 
-def write_plan(folder, gpus=4, data=None, store=None, llm=None, preset="paper", stages=None, **how):
+def write_plan(folder, gpus=4, *, data=None, store=None, llm=None, preset="paper", stages=None, **how):
     "Write the plan of a preset to `FOLDER/plan.yaml`; returns it, its dry run, and what a person is told: what is missing, and what to type."
     if preset not in PRESETS: raise MedVLM3DError(preset, "is no preset that can be planned", f"Choose one of {', '.join(PRESETS)}.")
     plan = paper_plan(data, store, llm, stages)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..base.core import MedVLM3DError, RunFolder, open_run, seed_everything, write_json
 from ..method.language import word_tokenizer
-from ..phantoms.phantom import ASKED, TYPES, questions, report, sample_cases
+from ..phantoms.phantom import ASKED, TYPES, questions, report
+from ..phantoms.anatomy import sample_cases
 from ..method.tokens import (add_image_token, closed_prompt, closed_target, collate, image_prefix, open_prompt, pack_examples,
                                    packed_mask, padding_id, prompt_ids, report_prompt, target_ids, target_loss)
 
@@ -33,7 +34,7 @@ def reader_tokenizer():
     add_image_token(tokenizer)
     return tokenizer
 
-def make_reader(tokenizer, hidden=192, layers=4, heads=6, seed=0):
+def make_reader(tokenizer, hidden=192, *, layers=4, heads=6, seed=0):
     "A random LLaMA for `tokenizer`; with the defaults about 1.8 million parameters."
     from transformers import LlamaConfig, LlamaForCausalLM
     seed_everything(seed)
@@ -43,7 +44,7 @@ def make_reader(tokenizer, hidden=192, layers=4, heads=6, seed=0):
         eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer)))
 
 # %% ../../nbs/training/reader.ipynb #e005341a
-def exercises(tokenizer, case, slots, style="text", rng=None):
+def exercises(tokenizer, case, *, slots, style="text", rng=None):
     "The packed questions and report of one case behind a prefix of `slots` image tokens."
     letters = "ABCDA" if rng is None else [str(x) for x in rng.choice(list("ABCD"), len(TYPES))]
     pairs = []
@@ -53,7 +54,7 @@ def exercises(tokenizer, case, slots, style="text", rng=None):
     return pack_examples(image_prefix(tokenizer, slots), [(prompt_ids(tokenizer, p), target_ids(tokenizer, t)) for p, t in pairs])
 
 # %% ../../nbs/training/reader.ipynb #daeab52a
-def say_facts(tokenizer, case, slots, rng, missing=.1, doubt=.5):
+def say_facts(tokenizer, case, *, slots, rng, missing=.1, doubt=.5):
     "(position, token, strength) of single facts in random places, some against a fainter wrong value."
     said, free = [], rng.permutation(np.arange(0, slots - 3, 3)).tolist()
     def say(word, strength):
@@ -79,10 +80,10 @@ def say_report(tokenizer, case, slots, rng):
 
 def scatter(tokenizer, case, slots, rng, **how):
     "What is said about one case: its report, or its facts."
-    return say_report(tokenizer, case, slots, rng) if rng.random() < .5 else say_facts(tokenizer, case, slots, rng, **how)
+    return say_report(tokenizer, case, slots, rng) if rng.random() < .5 else say_facts(tokenizer, case, slots=slots, rng=rng, **how)
 
 # %% ../../nbs/training/reader.ipynb #612c6d55
-def text_prefix(llm, said, slots, rng, noise=1.):
+def text_prefix(llm, said, *, slots, rng, noise=1.):
     "Embeddings (B, slots, hidden): the words in `said` by their strengths, in noise of up to `noise` times the embeddings' spread."
     table = llm.get_input_embeddings()
     spread = noise * table.weight.std().detach() * torch.from_numpy(rng.uniform(.1, 1, (len(said), 1, 1)).astype(np.float32))
@@ -92,7 +93,7 @@ def text_prefix(llm, said, slots, rng, noise=1.):
     return prefix.index_put((torch.tensor(row), torch.tensor(place)), words, accumulate=True)
 
 # %% ../../nbs/training/reader.ipynb #922677e4
-def say_votes(tokenizer, case, slots, rng, missing=.1):
+def say_votes(tokenizer, case, *, slots, rng, missing=.1):
     "Weights (slots, words): a faint random vote in many positions for each value of a fact, a little more for the true one."
     weights = np.zeros((slots, len(tokenizer)), np.float32)
     for value, values in facts_of(case):
@@ -117,14 +118,14 @@ def hum(prefix, scale, rng):
     return prefix + strength * torch.from_numpy(rng.standard_normal((len(prefix), 1, prefix.shape[2]), dtype=np.float32))
 
 # %% ../../nbs/training/reader.ipynb #046954d2
-def read_loss(llm, tokenizer, cases, slots, rng, noise=1., style="text", votes=0., **how):
+def read_loss(llm, tokenizer, *, cases, slots, rng, noise=1., style="text", votes=0., **how):
     "(loss, logits, batch) of the exercises of `cases`, read from scattered words or, for a share `votes` of them, from votes; `how` goes to `say_facts`."
-    batch = collate([exercises(tokenizer, case, slots, style, rng) for case in cases], padding_id(tokenizer))
+    batch = collate([exercises(tokenizer, case, slots=slots, style=style, rng=rng) for case in cases], padding_id(tokenizer))
     embedded = llm.get_input_embeddings()(batch["input_ids"])
     is_slot = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
-    prefix = text_prefix(llm, [scatter(tokenizer, case, slots, rng, **how) for case in cases], slots, rng, noise)
+    prefix = text_prefix(llm, [scatter(tokenizer, case, slots, rng, **how) for case in cases], slots=slots, rng=rng, noise=noise)
     if votes:
-        voted = votes_prefix(llm, np.stack([say_votes(tokenizer, case, slots, rng) for case in cases]), rng)
+        voted = votes_prefix(llm, np.stack([say_votes(tokenizer, case, slots=slots, rng=rng) for case in cases]), rng)
         prefix = torch.where(torch.from_numpy(rng.random((len(cases), 1, 1)) < votes), voted, prefix)
         prefix = hum(prefix, llm.get_input_embeddings().weight.std().detach(), rng)
     embedded = embedded.masked_scatter(is_slot[..., None], prefix.to(embedded.dtype))
@@ -133,11 +134,11 @@ def read_loss(llm, tokenizer, cases, slots, rng, noise=1., style="text", votes=0
 
 # %% ../../nbs/training/reader.ipynb #fbdc112d
 @torch.no_grad()
-def reading_score(llm, tokenizer, cases, slots, seed=0, style="text"):
+def reading_score(llm, tokenizer, *, cases, slots, seed=0, style="text"):
     "Share of exercises answered without a wrong token, by type: `Plane closed`, `Plane open`, … All facts are said, unopposed, in little noise."
     was_training = llm.training
     llm.eval()
-    _, logits, batch = read_loss(llm, tokenizer, cases, slots, np.random.default_rng(seed), .3, style, missing=0, doubt=0)
+    _, logits, batch = read_loss(llm, tokenizer, cases=cases, slots=slots, rng=np.random.default_rng(seed), noise=.3, style=style, missing=0, doubt=0)
     llm.train(was_training)
     labels, segments = batch["labels"][:, 1:], batch["segments"][:, 1:]
     wrong = (labels != -100) & (logits[:, :-1].argmax(-1) != labels)
@@ -145,7 +146,7 @@ def reading_score(llm, tokenizer, cases, slots, seed=0, style="text"):
     return {name: round(1 - float((wrong & (segments == k)).any(1).float().mean()), 4) for k, name in enumerate(names, 1)}
 
 # %% ../../nbs/training/reader.ipynb #170f40a7
-def train_reader(llm, tokenizer, steps=400, batch=16, slots=64, lr=2e-3, seed=0, style="text", votes=0., on_step=None, progress=True):
+def train_reader(llm, tokenizer, *, steps=400, batch=16, slots=64, lr=2e-3, seed=0, style="text", votes=0., on_step=None, progress=True):
     "Teach `llm` to read words, and for a share `votes` of the cases votes, in place; returns the losses. `on_step(step, loss, lr)` is called after each step."
     rng, losses = np.random.default_rng(seed), []
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .98))
@@ -154,7 +155,7 @@ def train_reader(llm, tokenizer, steps=400, batch=16, slots=64, lr=2e-3, seed=0,
     llm.train()
     for step in tqdm(range(steps), desc="votes" if votes else "words", unit="step", disable=not progress):
         cases = sample_cases(batch, seed=(seed + 1) * 100_000 + step, first=900_000)
-        loss, *_ = read_loss(llm, tokenizer, cases, slots, rng, style=style, votes=votes)
+        loss, *_ = read_loss(llm, tokenizer, cases=cases, slots=slots, rng=rng, style=style, votes=votes)
         optimizer.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.)
         optimizer.step(); schedule.step()
@@ -170,7 +171,7 @@ def gate(scores, least=.95):
     return scores
 
 # %% ../../nbs/training/reader.ipynb #42144704
-def reader_run(out, steps, votes, batch, lr, slots, hidden, layers, heads, least, held_out, seed):
+def reader_run(out, steps, *, votes, batch, lr, slots, hidden, layers, heads, least, held_out, seed):
     """Train a reader in the run folder `out`, `steps` on words and `votes` on words and votes, pass the gate, and save it in `out/model`;
     returns its scores (kept if it is done)."""
     config = dict(steps=steps, votes=votes, batch=batch, lr=lr, slots=slots, hidden=hidden,
@@ -178,12 +179,12 @@ def reader_run(out, steps, votes, batch, lr, slots, hidden, layers, heads, least
     if RunFolder(out).is_done(config): return RunFolder(out).results["scores"]
     with open_run(out, config, seed=seed, data="text of phantoms, drawn as needed") as run:
         tokenizer = reader_tokenizer()
-        llm = make_reader(tokenizer, hidden, layers, heads, seed)
-        train_reader(llm, tokenizer, steps, batch, slots, lr, seed, on_step=lambda step, loss, lr: run.log(stage="words", step=step, loss=loss, lr=lr))
+        llm = make_reader(tokenizer, hidden, layers=layers, heads=heads, seed=seed)
+        train_reader(llm, tokenizer, steps=steps, batch=batch, slots=slots, lr=lr, seed=seed, on_step=lambda step, loss, lr: run.log(stage="words", step=step, loss=loss, lr=lr))
         if votes:
-            train_reader(llm, tokenizer, votes, batch, slots, lr / 2, seed + 1, votes=.5,
+            train_reader(llm, tokenizer, steps=votes, batch=batch, slots=slots, lr=lr / 2, seed=seed + 1, votes=.5,
                          on_step=lambda step, loss, lr: run.log(stage="votes", step=steps + step, loss=loss, lr=lr))
-        scores = gate(reading_score(llm, tokenizer, sample_cases(held_out, seed=seed + 5, first=950_000), slots), least)
+        scores = gate(reading_score(llm, tokenizer, cases=sample_cases(held_out, seed=seed + 5, first=950_000), slots=slots), least)
         llm.to(torch.bfloat16).save_pretrained(run/"model")
         tokenizer.save_pretrained(run/"model")
         write_json(run/"results.json", {"scores": scores, "parameters": llm.num_parameters(), "words": len(tokenizer)})

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['task_pair', 'asked_now', 'PackedVolumes', 'rooms', 'measure_targets', 'make_arguments', 'frozen_hash', 'train_stage',
            'forget_after', 'take_steps', 'training_data', 'finish_stage', 'run_stages', 'write_card', 'train',
-           'hold_data', 'hold_and_train', 'main', 'Plan', 'Stage', 'checked', 'paper_stages', 'launch', 'on_ranks',
-           'begin', 'training_features']
+           'hold_data', 'hold_and_train', 'main']
 
 # %% ../../nbs/training/stages.ipynb #680f3182
 import json, sys
@@ -15,24 +14,21 @@ from pathlib import Path
 
 import torch
 import yaml
-
 from .checkpoint import newest_whole, step_of
 from ..method.connector import MedVLM3DConfig
 from ..base.core import MedVLM3DError, RunFolder, open_run, pick_device, project_root, read_json, relative, seed_everything, write_json, write_text
-from ..data.m3d import by_image
-from ..method.encoder import quietly
+from ..data.samples import by_image
+from ..method.weights import quietly
 from ..features.store import FeatureStore
 from ..method.language import base_hash
-from .launch import launch, leave_word, on_ranks
+from .launch import leave_word
 from ..data.manifest import check_lengths, load_samples, pin_data, samples_root
 from ..method.model import MedVLM3D
-from .plan import Plan, Stage, agree, checked, hold_to, hold_volumes, one_lora, paper_stages, plan_llm, require
+from .plan import Plan, agree, hold_to, hold_volumes, one_lora, plan_llm, require
 from ..base.ranks import Ranks, only_writer
 from .start import base_dtype, begin, in_bf16, training_features
 from ..method.tokens import (INSTRUCTIONS, closed_prompt, closed_target, collate, image_prefix, instruction_index, open_prompt, pack_examples,
                                    padding_id, prompt_ids, report_prompt, target_ids)
-
-_all_ = ["Plan", "Stage", "checked", "paper_stages", "launch", "on_ranks", "begin", "training_features"]
 
 # %% ../../nbs/training/stages.ipynb #c9ba30d5
 def task_pair(sample, style="letter", instruction=0):
@@ -48,7 +44,7 @@ def asked_now(sample, seed, epoch):
 
 class PackedVolumes(torch.utils.data.Dataset):
     "Volumes with their packed tasks. `constant` replaces the features of every volume (a blind reader)."
-    def __init__(self, samples, store, processor, config, tasks, weighting="question", forms="both", seed=0, constant=None, policy="error"):
+    def __init__(self, samples, store, *, processor, config, tasks, weighting="question", forms="both", seed=0, constant=None, policy="error"):
         self.store, self.tokenizer, self.config, self.seed, self.constant = store, processor.tokenizer, config, seed, constant
         self.weighting, self.forms, self.policy = weighting, forms, policy
         self.groups = list(by_image([s for s in samples if s.task in tasks]).items())
@@ -61,7 +57,7 @@ class PackedVolumes(torch.utils.data.Dataset):
         pairs = [task_pair(s, self.config.answer_style, instruction)
                  for s in samples if self.forms == "both" or len(samples) == 1 or asked_now(s, self.seed, self.epoch)]
         features = self.store[image][0] if self.constant is None else self.constant
-        return i, features, pack_examples(self.prefix, [self.segment(*pair) for pair in pairs], self.config.context, self.policy, self.weighting)
+        return i, features, pack_examples(self.prefix, [self.segment(*pair) for pair in pairs], context=self.config.context, policy=self.policy, weighting=self.weighting)
 
     def segment(self, prompt, target):
         "Their token ids; the same words come again with other volumes and in later epochs, so up to 65,536 pairs are remembered."
@@ -97,7 +93,7 @@ def measure_targets(samples, config, tokenizer, policy="error"):
     return sum(o > 0 for o in over), sum(o for o in over if o > 0)
 
 # %% ../../nbs/training/stages.ipynb #089b7e32
-def make_arguments(plan, stage, folder, steps_an_epoch, progress=True):
+def make_arguments(plan, stage, *, folder, steps_an_epoch, progress=True):
     "`TrainingArguments` of one stage: AdamW, warm-up, cosine, checkpoints every `save_every` steps."
     from transformers import TrainingArguments
     on_gpu, total = pick_device().type == "cuda", max(1, round(steps_an_epoch * stage.epochs))
@@ -116,7 +112,7 @@ def frozen_hash(state):
     "`base_hash` of the language model within the state of a whole model."
     return base_hash({name.removeprefix("llm."): t for name, t in state.items() if name.startswith("llm.")})
 
-def train_stage(run, plan, stage, model, data, progress=True, heard=None):
+def train_stage(run, plan, *, stage, model, data, progress=True, heard=None):
     """Train `model` for one stage, continuing from its newest whole checkpoint; returns what was trained.
 
     The result is in the newest checkpoint, and in `model` where it is not divided."""
@@ -127,7 +123,7 @@ def train_stage(run, plan, stage, model, data, progress=True, heard=None):
     table = [{"part": part, "parameters": n, "trained": t} for part, n, t in model.trainable_table()]
     if progress and Ranks.here().rank == 0:
         print("\n".join(f"stage {stage.stage}: {row['part']}, {row['trained']:,} of {row['parameters']:,} parameters are trained" for row in table))
-    with quietly(), sharded_as(plan.deepspeed): take_steps(run, plan, stage, model, data, progress, heard)
+    with quietly(), sharded_as(plan.deepspeed): take_steps(run, plan, stage=stage, model=model, data=data, progress=progress, heard=heard)
     return table
 
 def forget_after(run, stage, step):
@@ -135,12 +131,12 @@ def forget_after(run, stage, step):
     kept = [e for e in run.read_log() if (e["stage"], e["step"]) <= (stage, step)]
     write_text(run/"log.jsonl", "".join(json.dumps(e) + "\n" for e in kept))
 
-def take_steps(run, plan, stage, model, data, progress, heard):
+def take_steps(run, plan, *, stage, model, data, progress, heard):
     "Step through a stage, and check at its end that what was frozen has not moved."
     from medvlm3d.training.trainer import Interrupted, SafeTrainer
     ranks, before, folder = Ranks.here(), base_hash(model.llm), run/"checkpoints"/f"stage-{stage.stage}"
     per_epoch = max(1, -(-len(data) // (stage.batch * stage.accumulation * ranks.world)))
-    arguments = make_arguments(plan, stage, folder, per_epoch, progress and ranks.rank == 0)
+    arguments = make_arguments(plan, stage, folder=folder, steps_an_epoch=per_epoch, progress=progress and ranks.rank == 0)
     begun = ranks.lead(lambda: newest_whole(folder))
     if ranks.rank == 0: forget_after(run, stage.stage, step_of(begun) if begun else 0)
     if begun and step_of(begun) >= arguments.max_steps: return
@@ -159,14 +155,14 @@ def training_data(plan, allow_shared=False, run=None):
     images = set(list(by_image(samples))[:plan.limit])
     return [s for s in samples if s.image in images]
 
-def finish_stage(run, plan, stage, model, table):
+def finish_stage(run, plan, *, stage, model, table):
     "Read the model of a finished stage from its checkpoint and save it; the table of trained parameters is written last and marks the stage as complete."
     folder, saved = run/"checkpoints"/f"stage-{stage.stage}", run/f"stage-{stage.stage}"
     learned = MedVLM3D.from_pretrained(newest_whole(folder), llm=plan_llm(plan), dtype=torch.float32, llm_dtype=base_dtype(plan))
     learned.save_pretrained(saved)
     write_json(saved/"trained.json", table)
 
-def run_stages(run, plan, samples, store, progress, heard, allow_changes=False):
+def run_stages(run, plan, *, samples, store, progress, heard, allow_changes=False):
     "Both stages, each from its beginning, its newest checkpoint or its end; returns what each trained."
     ranks, images, trained = Ranks.here(), list(by_image(samples)), {}
     constant = training_features(store, images).mean(0).to(torch.bfloat16) if plan.blind else None
@@ -181,9 +177,9 @@ def run_stages(run, plan, samples, store, progress, heard, allow_changes=False):
     for stage in plan.stages:
         saved = run/f"stage-{stage.stage}"
         if not ranks.lead(lambda: (saved/"trained.json").exists()):
-            data = PackedVolumes(samples, store, model.processor, model.config, stage.tasks, plan.weighting, plan.forms, plan.seed, constant, plan.policy)
-            table = train_stage(run, plan, stage, model, data, progress, heard)
-            ranks.lead(lambda: finish_stage(run, plan, stage, model, table))
+            data = PackedVolumes(samples, store, processor=model.processor, config=model.config, tasks=stage.tasks, weighting=plan.weighting, forms=plan.forms, seed=plan.seed, constant=constant, policy=plan.policy)
+            table = train_stage(run, plan, stage=stage, model=model, data=data, progress=progress, heard=heard)
+            ranks.lead(lambda: finish_stage(run, plan, stage=stage, model=model, table=table))
         trained[f"stage {stage.stage}"] = read_json(saved/"trained.json")
         model = MedVLM3D.from_pretrained(saved, llm=plan_llm(plan), llm_dtype=base_dtype(plan))
     ranks.lead(lambda: model.save_pretrained(run/"model"))
@@ -209,18 +205,18 @@ def write_card(run, plan, spec):
                + "\n".join(rows) +
                "\n\nLoad it with `MedVLM3D.from_pretrained(folder)`. What it is worth has to be measured; this card says only how it was made.\n")
 
-def train(folder, plan, progress=True, allow_changes=False, allow_shared=False):
+def train(folder, plan, *, progress=True, allow_changes=False, allow_shared=False):
     "Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`. Returns the run folder."
     from medvlm3d.training.trainer import Interrupted, sharded_as
     plan, ranks, run = plan if isinstance(plan, Plan) else Plan.of(plan), Ranks.here(), RunFolder(folder)
     if ranks.world > 1:   # the arguments let the processes meet, as their devices demand
-        with sharded_as(plan.deepspeed): make_arguments(plan, plan.stages[0], run/"checkpoints", 1, False)
+        with sharded_as(plan.deepspeed): make_arguments(plan, plan.stages[0], folder=run/"checkpoints", steps_an_epoch=1, progress=False)
     require(plan)
     one_lora(plan.model.get("lora"), *(s.lora for s in plan.stages))
     seed_everything(plan.seed)
     with ExitStack() as noted:   # signals are heard until it is written down how the run ended
         try:
-            with ExitStack() as held: hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, noted)
+            with ExitStack() as held: hold_and_train(held, run, plan=plan, ranks=ranks, progress=progress, allow_changes=allow_changes, allow_shared=allow_shared, noted=noted)
         except Interrupted as e:
             if ranks.rank == 0: run.note(status="stopped", error=f"stopped by signal {e.code - 128}, with a checkpoint")
             raise
@@ -233,7 +229,7 @@ def hold_data(run, plan, store, samples):
     hold_volumes(store, root, samples)
     if not record.exists(): pin_data(record, root, samples)
 
-def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared, noted):
+def hold_and_train(held, run, *, plan, ranks, progress, allow_changes, allow_shared, noted):
     """Hold the folder (a process just killed may leave reading ones that hold it some seconds more), compare conditions,
     features and data with those of its first start, and train."""
     from medvlm3d.training.trainer import listening
@@ -246,7 +242,7 @@ def hold_and_train(held, run, plan, ranks, progress, allow_changes, allow_shared
     if ranks.rank == 0:
         if known: (run/"config.yaml").unlink(missing_ok=True)   # what it may differ in was settled above
         held.enter_context(open_run(run.path, plan.to_dict(), store=store.spec))
-    trained = run_stages(run, plan, samples, store, progress, noted.enter_context(listening()), allow_changes)
+    trained = run_stages(run, plan, samples=samples, store=store, progress=progress, heard=noted.enter_context(listening()), allow_changes=allow_changes)
     if ranks.rank == 0:
         run.note(trained=trained)
         write_card(run, plan, store.spec)
