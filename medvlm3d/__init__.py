@@ -1,18 +1,35 @@
+"""A 3D scan, read by a 2D encoder, answered in words."""
 __version__ = "0.1.0"
+
+from importlib import import_module
 
 from medvlm3d.base import compat
 
 compat.install()
 
-PUBLIC = ("MedVLM3D", "MedVLM3DConfig", "MedVLM3DProcessor", "tiny", "demo", "paper")
+PUBLIC = {
+    "fetch": "base.fetch",
+    "read_volume": "scans.readers",
+    "Volume": "scans.volume",
+    "Preprocess": "scans.volume",
+    "load_encoder": "method.encoder",
+    "select_slices": "method.selection",
+    "SpatialFrequencyFusion": "method.fusion",
+    "FineGrainedInjection": "method.injection",
+    "MedVLM3DConfig": "method.connector",
+    "MedVLM3DProcessor": "method.language",
+    "MedVLM3D": "method.model",
+    "tiny": "method.model",
+    "demo": "method.model",
+    "paper": "method.model",
+}
 
 
 def __getattr__(name):
-    "The model's names, imported from `medvlm3d.method.model` when first used: a bare import stays cheap."
+    "A public name, imported from its module when it is first used: a bare import stays cheap."
     if name not in PUBLIC:
         raise AttributeError(f"module 'medvlm3d' has no attribute {name!r}")
-    from medvlm3d.method import model
-    return getattr(model, name)
+    return getattr(import_module(f"medvlm3d.{PUBLIC[name]}"), name)
 
 
 def __dir__():

@@ -29,12 +29,12 @@ from medvlm3d.data.m3d import COLUMNS, image_reader, load_m3d, read_image, read_
 from medvlm3d.data.samples import Sample
 from medvlm3d.method.encoder import load_encoder
 from medvlm3d.features.store import main as encode
-from medvlm3d.data.leakage import audit, find_ties, take_census
+from medvlm3d.data.ties import audit, find_ties, take_census
 from medvlm3d.data.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root, scan_manifest, with_hashes, write_manifest
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.training.reader import make_reader, reader_tokenizer
 from medvlm3d.data.scale import varied_report
-from medvlm3d.data.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
+from medvlm3d.data.ties import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash, z_scores
 from medvlm3d.data.split import assign, groups_of, split_corpus
 from medvlm3d.training.stages import train
 from medvlm3d.scans.volume import Preprocess

@@ -21,6 +21,7 @@ import pytest
 from conftest import COMPONENTS, MODULES, NOTEBOOKS, ROOT, RUNNERS, WINGS, place
 from typer.testing import CliRunner
 
+from medvlm3d import PUBLIC
 from medvlm3d.front.cli import app
 from medvlm3d.front.runners import WIDGET
 
@@ -118,7 +119,7 @@ def test_exported_names_import(path):
 
 def test_public_face():
     import medvlm3d
-    for name in ("MedVLM3D", "MedVLM3DConfig", "MedVLM3DProcessor", "tiny", "demo", "paper"): assert getattr(medvlm3d, name).__module__.startswith("medvlm3d.")
+    for name, module in medvlm3d.PUBLIC.items(): assert getattr(medvlm3d, name).__module__ == f"medvlm3d.{module}", name
     with pytest.raises(AttributeError): medvlm3d.no_such_name
 
 
@@ -146,12 +147,11 @@ def test_imports_point_down():
 
 
 def imports_of(path):
-    "Modules of this library that a notebook imports, as WING.NAME; the public names of the package are the model's."
-    public = {"MedVLM3D", "MedVLM3DConfig", "MedVLM3DProcessor", "tiny", "demo", "paper"}
+    "Modules of this library that a notebook imports, as WING.NAME; a public name of the package stands for its module."
     for cell in cells(path, "code"):
         if cell.source.startswith("%%"): continue
         names = [n.split(".", 1)[1] for n in imported(cell.source) if n.startswith("medvlm3d.")]
-        yield from ("method.model" if n in public else n for n in names)
+        yield from (PUBLIC.get(n, n) for n in names)
 
 
 def test_no_star_imports_and_no_leftovers():

@@ -18,8 +18,8 @@ from medvlm3d.method.model import MedVLM3D, assemble, paper
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.training.parts import cut_short, llm_parts
 from medvlm3d.training.plan import Plan
-from medvlm3d.training.planning import Corpus, dry_run, load_of
-from medvlm3d.training.preset import paper_plan, start
+from medvlm3d.training.paper import Corpus, dry_run, load_of
+from medvlm3d.training.paper import paper_plan, start
 from medvlm3d.front.runners import run_plan
 from medvlm3d.method.tokens import build_prompt, collate, image_prefix, pack_examples, padding_id, prompt_ids, target_ids
 from medvlm3d.training.plan import paper_stages

@@ -14,10 +14,10 @@ from medvlm3d.base.core import read_json, sha256_file
 from medvlm3d.studies.crossmodal_study import accuracy_table, difference_table, agreement_table, source_table
 from medvlm3d.studies.data import audit_table, balance_table, scale_table, speed_table
 from medvlm3d.studies.efficiency import COLUMNS, Finding, goal_rows
-from medvlm3d.data.leakage import write_audit
+from medvlm3d.data.ties import write_audit
 from medvlm3d.report.tables import Table, write_table
 from medvlm3d.studies.stress import stress_note, stress_rows
-from medvlm3d.report.rendering import render
+from medvlm3d.report.study_tables import render
 from medvlm3d.studies.sweep import ablation_tables
 from medvlm3d.studies.paper_tables import write_paper_tables
 
@@ -62,7 +62,7 @@ def render_study(folder, scratch, patch):
     scratch.mkdir()
     for part in folder.iterdir():
         if part.name not in ("tables", "figures", "model", "notebooks"): (scratch/part.name).symlink_to(part)
-    patch.setattr("medvlm3d.report.rendering.save_figure", lambda *_: None)
+    patch.setattr("medvlm3d.report.study_tables.save_figure", lambda *_: None)
     render(scratch)
     asked = yaml.safe_load((ROOT/"runs"/f"{folder.name}.yaml").read_text())["99_report"]
     write_paper_tables(scratch, study=asked["out"], **{k: v for k, v in asked.items() if k in ("ablation", "crossmodal")})

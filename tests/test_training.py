@@ -26,7 +26,7 @@ from medvlm3d.training.reader import make_reader, reader_tokenizer
 from medvlm3d.method.tokens import prompt_ids, target_ids
 from medvlm3d.training.stages import PackedVolumes, measure_targets, train, train_stage
 from medvlm3d.training.plan import Plan
-from medvlm3d.training.start import begin
+from medvlm3d.training.plan import begin
 from medvlm3d.training.launch import launch
 from medvlm3d.scans.volume import Preprocess
 

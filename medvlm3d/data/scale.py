@@ -18,7 +18,7 @@ import numpy as np
 
 from ..base.core import write_json
 from .samples import TYPES, Sample
-from .leakage import audit, write_audit
+from .ties import audit, write_audit
 from .manifest import write_manifest
 from .split import split_corpus
 

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ..base.core import MedVLM3DError, relative, sha256_file, write_json, write_text
 from .samples import settle
-from .leakage import BIT, find_ties, look_at_volumes, open_corpus, side_names, take_census
+from .ties import BIT, find_ties, look_at_volumes, open_corpus, side_names, take_census
 from .manifest import write_manifest
 
 # %% ../../nbs/data/split.ipynb #d756ff06

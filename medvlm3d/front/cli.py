@@ -138,14 +138,14 @@ def train(config: Config = "demo", out: Out = None, *, p: Changes = None,
 
 def planned(preset, as_json=False, **how):
     "What a dry run prints."
-    from medvlm3d.training.planning import dry_run as plan
+    from medvlm3d.training.paper import dry_run as plan
     found = plan(preset, **how)
     return json.dumps(found.to_dict(), indent=1) if as_json else found
 
 def begin_preset(preset, out, *, ranks, start, gpus, how, where):
     "Write a preset's plan and say what to type; start its ranks if asked to, or if their number is given and nothing is missing."
     from medvlm3d.base.core import MedVLM3DError
-    from medvlm3d.training.preset import start as start_ranks, write_plan
+    from medvlm3d.training.paper import start as start_ranks, write_plan
     if out is None: raise MedVLM3DError(f"--preset {preset}", "needs a run folder", "Add --out FOLDER, or --dry-run to only be told what it takes.")
     plan, dry, told = write_plan(out, ranks or gpus, preset=preset, **where)
     print(told)

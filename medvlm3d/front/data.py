@@ -32,7 +32,7 @@ NearText = Annotated[float, typer.Option(help="Two reports are near from this Ja
 NearImage = Annotated[float, typer.Option(help="Two volumes are near from this cosine of their hashes on.")]
 
 class Kind(str, Enum):
-    "Kinds of ties (data/leakage)."
+    "Kinds of ties (data/ties)."
     case = "case"; patient = "patient"; text = "text"; near_text = "near text"; bytes = "bytes"; near_image = "near image"
 
 class Layout(str, Enum):
@@ -153,7 +153,7 @@ def verify(corpus: Corpus,
            as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False):
     "Audit a corpus: every problem, every tie between training and test. Exit status 1 if it does not pass."
     from medvlm3d.base.core import relative
-    from medvlm3d.data.leakage import audit, audit_page, write_audit
+    from medvlm3d.data.ties import audit, audit_page, write_audit
     result = audit(corpus, images=images, allow=[k.value for k in allow or []], text=near_text, image=near_image, workers=workers)
     out = out or (corpus if corpus.is_dir() else corpus.parent)/"audit"
     write_audit(out, result)

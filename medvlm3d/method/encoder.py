@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..base.archive import shown
+from ..base.fetch import shown
 from .weights import open_clip_tower, tiny_tower, transformers_tower
 from ..base.core import MedVLM3DError, home, sha256_tensors
 from ..base.fetch import fetch

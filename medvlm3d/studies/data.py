@@ -19,7 +19,7 @@ from ..data.samples import by_image
 from ..base.core import open_run, project_root, read_json, write_json
 from ..data.m3d import image_reader
 from ..features.store import FeatureStore
-from ..data.leakage import audit, write_audit
+from ..data.ties import audit, write_audit
 from ..data.manifest import load_samples, samples_root
 from ..phantoms.scanner import MODES, draw_mode, spacing_of
 from ..phantoms.phantom import TYPES, draw_letters, questions

@@ -35,9 +35,9 @@ from ..evaluation.outputs import clinical
 from ..phantoms.phantom import make_phantom, read_truth
 from ..evaluation.prediction import other_images, predict_items
 from ..scans.readers import real_scans
-from ..report.rendering import STATEMENT
+from ..report.study_tables import STATEMENT
 from ..report.figures import overlay, save_figure, slice_strip
-from ..evaluation.seeds import over_trainings
+from ..evaluation.scores import over_trainings
 from ..method.tokens import open_prompt, report_prompt
 from ..training.plan import Plan
 from ..scans.volume import Preprocess, lesion_slices, resample_mask
@@ -192,7 +192,7 @@ def cost_of(folder, lines):
 class Constant:
     "A store that gives every image the mean training features: what the blind twin was trained on."
     def __init__(self, store, images):
-        from medvlm3d.training.start import training_features
+        from medvlm3d.training.plan import training_features
         self.mean = training_features(store, images).mean(0).to(torch.bfloat16)
     def __getitem__(self, image): return self.mean, None
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .ablation import Row, Slices, chances, constant_letters, draw_corpora, items_of, read_rows, run_rows
-from ..report.charts import curve_figure, forest_figure
+from ..report.figures import curve_figure, forest_figure
 from ..base.core import MedVLM3DError, RunFolder, open_run, project_root, relative, sha256_json, write_json
 from ..features.store import FeatureStore
 from .probe import Lesson, Pooled, ProbeReader, VolumeEncoder

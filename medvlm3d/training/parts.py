@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.archive import shown
+from ..base.fetch import shown
 from ..method.weights import FILES
 from ..base.core import MedVLM3DError, read_json
 from ..data.samples import by_image

@@ -4,18 +4,26 @@
 
 # %% auto #0
 __all__ = ['FREE', 'ADAPTERS', 'Stage', 'Plan', 'checked', 'paper_stages', 'flat', 'differences', 'conditions', 'hold_to',
-           'one_lora', 'agree', 'hold_volumes', 'plan_llm', 'require']
+           'one_lora', 'agree', 'hold_volumes', 'plan_llm', 'require', 'in_bf16', 'base_dtype', 'training_features',
+           'begin']
 
 # %% ../../nbs/training/plan.ipynb #9753c7a8
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_json
-from ..data.samples import Problem, by_image, settle
+import torch
+
+from ..base.core import (
+    pick_device, project_root, read_json, relative, write_json, MedVLM3DError, RunFolder)
+from ..data.samples import by_image, settle, Problem
 from ..features.encode import differences as changed_keys, plain
 from ..features.store import places_of, volume_keys
-from .parts import llm_lost
+from ..method.connector import MedVLM3DConfig
+from ..method.encoder import quick_dtype
+from ..method.language import load_llm, load_tokenizer
+from ..method.model import assemble
 from ..scans.volume import Preprocess
+from .parts import llm_lost
 
 # %% ../../nbs/training/plan.ipynb #8360c286
 @dataclass(frozen=True)
@@ -160,3 +168,28 @@ def require(plan):
         not (root/plan.store/"store.json").exists())
     lost += [told] if name and (told := llm_lost(name)) else []
     if lost: raise MedVLM3DError("the plan", f"needs {len(lost)} things that are not there:\n  " + "\n  ".join(lost), "Nothing was begun.")
+
+# %% ../../nbs/training/plan.ipynb #03f6618a
+def in_bf16(plan):
+    "Whether the steps of a plan multiply in bfloat16 on this machine."
+    return plan.precision == "bf16" or (plan.precision == "auto" and quick_dtype(pick_device()) == torch.bfloat16)
+
+def base_dtype(plan):
+    "The float type of the frozen language model: bfloat16 where its steps are taken in it on a GPU or the preset says so, else float32."
+    asked = plan.model.get("dtype") == "bfloat16" and plan.precision != "fp32"
+    return torch.bfloat16 if asked or (pick_device().type == "cuda" and in_bf16(plan)) else torch.float32
+
+# %% ../../nbs/training/plan.ipynb #925e7008
+def training_features(store, images, most=200):
+    "Features (n, D̂, N, C) of up to `most` training volumes, evenly spaced through the list."
+    step = max(1, len(images) // most)
+    return torch.stack([store[i][0] for i in images[::step][:most]]).float()
+
+def begin(plan, store, images):
+    "A model for the plan: language model loaded, connector from seed, whitening fitted on the training volumes."
+    config, dtype = MedVLM3DConfig(**{**plan.model, "seed": plan.seed, "encoder_hash": store.spec["weights"]}), base_dtype(plan)
+    where = plan_llm(plan) or (config.llm_reference or {}).get("name")
+    model = assemble(config, load_llm(where, dtype), load_tokenizer(where)) if where else assemble(config)
+    model.in_types(torch.float32)
+    if config.whiten: model.connector.whitening.fit(training_features(store, images))
+    return model

@@ -26,7 +26,7 @@ from ..data.manifest import check_lengths, load_samples, pin_data, samples_root
 from ..method.model import MedVLM3D
 from .plan import Plan, agree, hold_to, hold_volumes, one_lora, plan_llm, require
 from ..base.ranks import Ranks, only_writer
-from .start import base_dtype, begin, in_bf16, training_features
+from .plan import base_dtype, begin, in_bf16, training_features
 from ..method.tokens import (INSTRUCTIONS, closed_prompt, closed_target, collate, image_prefix, instruction_index, open_prompt, pack_examples,
                                    padding_id, prompt_ids, report_prompt, target_ids)
 
