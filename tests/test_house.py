@@ -260,7 +260,7 @@ def test_links_lead_somewhere():
     settings = configparser.ConfigParser()
     settings.read(ROOT/"settings.ini")
     assert f"repo_url: {(repo := settings['DEFAULT']['git_url'])}\n" in (ROOT/"mkdocs.yml").read_text()
-    links = [(path, m) for path in NOTEBOOKS for c in cells(path, "markdown") for m in re.findall(r"\]\((?!https?:|#|attachment:)([^)#, ]+)", c.source)]
+    links = [(path, m) for path in NOTEBOOKS for c in cells(path, "markdown") for m in re.findall(r"\]\((?!https?:|#|attachment:)([^)#, ]*[./][^)#, ]*)", c.source)]
     outside = [(m, (path.parent/m).resolve().relative_to(ROOT)) for path, m in links if not (path.parent/m).resolve().is_relative_to(ROOT/"nbs")]
     wrong = [f"{place(path)}: {m}" for path, m in links if not (path.parent/m).exists()]
     assert not wrong
