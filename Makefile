@@ -7,7 +7,7 @@ ARGS   ?=
 BIN    := .venv/bin
 STAMP  := .venv/installed
 COMPONENTS = $(filter-out $(wildcard nbs/runners/*),$(wildcard nbs/*/*.ipynb)) nbs/index.ipynb
-REFRESH := $(BIN)/python -c "import sys; from medvlm3d.front.runners import refresh; refresh(*sys.argv[1:])"
+REFRESH := $(BIN)/python -c "import sys; from medvlm3d.front.pages import refresh; refresh(*sys.argv[1:])"
 # one thread a kernel and no GPU: stored outputs are the same whatever else the machine does
 STEADY := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }
@@ -22,6 +22,7 @@ setup:  ## .venv with the library and its development tools (only when pyproject
 	@test -x $(BIN)/python || { $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 	  { echo "Python 3.11 to 3.13 is needed, and $(PYTHON) is another: make PYTHON=python3.12 ..."; exit 1; }; \
 	  echo "setting up .venv"; $(PYTHON) -m venv .venv; }
+	@git config filter.notebook.clean "python3 .ci/clean_notebook.py" 2>/dev/null || true
 	@$(RECIPE) | cmp -s - $(STAMP) || { echo "installing (about three minutes the first time)"; \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && $(RECIPE) > $(STAMP); }
 
@@ -48,11 +49,10 @@ notebooks: fetch  ## execute every component notebook from a fresh kernel and st
 
 readme: setup  ## README.md from nbs/index.ipynb
 	@$(STEADY) $(REFRESH) nbs/index.ipynb && $(BIN)/nbdev_clean --fname nbs/index.ipynb
-	@$(BIN)/python -c "from medvlm3d.front.runners import write_readme; write_readme()"
+	@$(BIN)/python -c "from medvlm3d.front.pages import write_readme; write_readme()"
 
-docs: setup  ## the site, in site/ (installs mkdocs)
-	@$(BIN)/python -c "import material, mkdocs_jupyter" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --clean
+docs: setup  ## the site, in site/; a dead link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --clean
 
 clean:  ## remove what is generated (.venv, fetched data and reports stay)
 	@rm -rf build dist site _docs .pytest_cache .ruff_cache *.egg-info

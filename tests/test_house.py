@@ -86,7 +86,7 @@ def test_version():
 
 
 def test_readme_is_the_index():
-    from medvlm3d.front.runners import readme
+    from medvlm3d.front.pages import readme
     assert (ROOT/"README.md").read_text(encoding="utf-8") == readme(), "run `make readme`"
 
 
