@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.core import MedVLM3DError
-from .global_filter import global_filter
+from .global_filter import global_filter, reset_transfer
 
 # %% ../../nbs/method/04_fusion.ipynb #37da7e61
 def grid_of(selected: Tensor) -> tuple[int, int]:
@@ -143,8 +143,8 @@ def check_options(options: dict, known: dict):
 def check_grid(x: Tensor, channels: int):
     "Refuse features that are not (B, D, H, W, C) or (D, H, W, C) with C = `channels`."
     if x.ndim in (4, 5) and x.shape[-1] == channels: return
-    remedy = f"Give (B, D, H, W, {channels}); see to_grid."
-    raise MedVLM3DError("features", f"have shape {tuple(x.shape)}", remedy)
+    raise MedVLM3DError("features", f"have shape {tuple(x.shape)}",
+                        f"Give (B, D, H, W, {channels}); see to_grid.")
 
 # %% ../../nbs/method/04_fusion.ipynb #ccad7c4e
 def _centre(weight: Tensor) -> Tensor:
@@ -185,9 +185,7 @@ class FusionWeights(nn.Module):
     def reset_parameters(self):
         "Both paths near the identity, the gate near ½, the transfer function 1."
         for conv in self.children(): near_identity(conv)
-        if hasattr(self, "transfer"):
-            nn.init.ones_(self.transfer[0])
-            nn.init.zeros_(self.transfer[1])
+        if hasattr(self, "transfer"): reset_transfer(self.transfer)
 
 # %% ../../nbs/method/04_fusion.ipynb #8a0edb90
 class SpatialFrequencyFusion(FusionWeights):

@@ -7,6 +7,8 @@ __all__ = ['OPTIONS', 'low_size', 'trilinear', 'halve', 'downsample', 'project',
            'attend_regions', 'enhance', 'InjectionWeights', 'attention_weights', 'AttentionMap', 'FineGrainedInjection']
 
 # %% ../../nbs/method/05_injection.ipynb #6b00ec04
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,7 +97,7 @@ def _owners(high: tuple, low: tuple, device: torch.device | None) -> Tensor:
 
 def region_mask(high: tuple, low: tuple, device: torch.device | None = None) -> Tensor:
     "Which voxels each query sees, bool (M, L), for grids (D, H, W) of high and low resolution."
-    queries = torch.arange(low[0] * low[1] * low[2], device=device)
+    queries = torch.arange(prod(low), device=device)
     return _owners(high, low, device).flatten() == queries[:, None]
 
 # %% ../../nbs/method/05_injection.ipynb #6ed3e534
