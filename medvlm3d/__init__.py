@@ -12,7 +12,7 @@ PUBLIC = {
     "read_volume": "scans.readers",
     "Volume": "scans.volume",
     "Preprocess": "scans.volume",
-    "load_encoder": "method.encoder",
+    "load_encoder": "method.encoders",
     "select_slices": "method.selection",
     "SpatialFrequencyFusion": "method.fusion",
     "FineGrainedInjection": "method.injection",

@@ -4,161 +4,226 @@
 
 # %% auto #0
 __all__ = ['AXES', 'OPTIONS', 'grid_of', 'to_grid', 'spatial_path', 'spectrum', 'mix_channels', 'from_spectrum', 'fourier_path',
-           'reflect', 'mirror_pairs', 'even_odd_path', 'hat_weights', 'global_filter', 'mixing_weight', 'blend',
-           'check_options', 'near_identity', 'SpatialFrequencyFusion']
+           'reflect', 'mirror_pairs', 'even_odd_path', 'mixing_weight', 'blend', 'check_options', 'check_grid',
+           'near_identity', 'FusionWeights', 'SpatialFrequencyFusion']
 
 # %% ../../nbs/method/04_fusion.ipynb #ee9d98ec
 from math import isqrt
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.core import MedVLM3DError
+from .global_filter import global_filter, reset_transfer
 
 # %% ../../nbs/method/04_fusion.ipynb #37da7e61
-def grid_of(selected):
+def grid_of(selected: Tensor) -> tuple[int, int]:
     "(H, W) of the square patch grid behind features (…, D, N, C); an error if N is no square. Eq. (6)."
-    side = isqrt(patches := selected.shape[-2])
+    patches = selected.shape[-2]
+    side = isqrt(patches)
     if side**2 != patches:
-        raise MedVLM3DError("features", f"{patches} patches make no square grid", "Name the grid: to_grid(features, (H, W)).")
+        raise MedVLM3DError("features", f"{patches} patches make no square grid",
+                            "Name the grid: to_grid(features, (H, W)).")
     return side, side
 
-def to_grid(selected, grid=None):
+def to_grid(selected: Tensor, grid: tuple | None = None) -> Tensor:
     "Patches back in their rows and columns, (…, D, N, C) → (…, D, H, W, C), row by row. Eq. (7)."
     return selected.unflatten(-2, grid or grid_of(selected))
 
 # %% ../../nbs/method/04_fusion.ipynb #d0a98530
-def spatial_path(x, weight, bias=None):
+def spatial_path(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     "3×3×3 convolution with zero padding, (…, D, H, W, C) → the same shape; weight (C, C, 3, 3, 3). Eq. (8)."
     return F.conv3d(x.movedim(-1, -4), weight, bias, padding=1).movedim(-4, -1)
 
 # %% ../../nbs/method/04_fusion.ipynb #6abd0539
 AXES = (-4, -3, -2)
 
-def spectrum(x):
+def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     "Real and imaginary part of the 3D Fourier transform over D, H, W: two (…, D, H, W, C). Eq. (9)."
     X = torch.fft.fftn(x, dim=AXES)
     return X.real, X.imag
 
-def mix_channels(real, imag, *, A, B, a):
-    "1×1×1 convolutions on the two parts: A, B (C, C) act on channels, the bias a (C,) on the real part only. Eq. (10)."
+def mix_channels(real: Tensor, imag: Tensor, *, A: Tensor, B: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """1×1×1 convolutions on the two parts of the spectrum. Eq. (10).
+
+    Parameters
+    ----------
+    real, imag : (…, D, H, W, C)
+    A, B : channel matrices (C, C) of the real and of the imaginary part
+    a : bias (C,) of the real part
+    """
     return F.linear(real, A, a), F.linear(imag, B)
 
-def from_spectrum(real, imag):
+def from_spectrum(real: Tensor, imag: Tensor) -> Tensor:
     "The real part of the inverse 3D Fourier transform: two (…, D, H, W, C) → one. Eq. (11)."
     return torch.fft.ifftn(torch.complex(real, imag), dim=AXES).real
 
 # %% ../../nbs/method/04_fusion.ipynb #c9404ccc
-def fourier_path(x, A, B, a):
-    "The frequency path to the letter. Float32 at least, whatever autocast says: there is no half-precision FFT."
+def fourier_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
+    """The frequency path as published, in float32 at least.
+
+    Parameters
+    ----------
+    x : features (…, D, H, W, C)
+    A, B : channel matrices (C, C) of the real and of the imaginary part
+    a : bias (C,) of the real part
+    """
     with torch.autocast(x.device.type, enabled=False):
-        kind = torch.promote_types(x.dtype, torch.float32)
-        real, imag = spectrum(x.to(kind))
-        return from_spectrum(*mix_channels(real, imag, A=A.to(kind), B=B.to(kind), a=a.to(kind))).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        real, imag = spectrum(x.to(dtype))
+        real, imag = mix_channels(real, imag, A=A.to(dtype), B=B.to(dtype), a=a.to(dtype))
+        return from_spectrum(real, imag).to(x.dtype)
 
 # %% ../../nbs/method/04_fusion.ipynb #a04261d4
-def reflect(x):
+def reflect(x: Tensor) -> Tensor:
     "The point reflection n → −n mod (D, H, W) of (…, D, H, W, C): voxel 0 stays, the others change places."
     return x.flip(AXES).roll((1, 1, 1), AXES)
 
 # %% ../../nbs/method/04_fusion.ipynb #971a2cb9
-def mirror_pairs(size, device=None):
-    "For a grid (D, H, W), read row by row: one voxel of each mirror pair, its partner, and where each voxel stands in [these, those]."
+def mirror_pairs(size: tuple, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The mirror pairs of a grid (D, H, W) that is read row by row.
+
+    Returns one voxel of each pair, its partner, and the place of each voxel in the list [these, those]."""
     voxel = torch.arange(size[0]*size[1]*size[2], device=device)
     partner = reflect(voxel.view(*size, 1)).flatten()
     first = voxel <= partner
     rank = first.cumsum(0) - 1
-    return voxel[first], partner[first], torch.where(first, rank, rank[-1] + 1 + rank[partner])
+    place = torch.where(first, rank, rank[-1] + 1 + rank[partner])
+    return voxel[first], partner[first], place
 
-def even_odd_path(x, A, B, a):
-    "The same map as `fourier_path` without a transform: A on the even part, B on the odd, once per pair; `a` at voxel 0."
-    here, there, order = mirror_pairs(x.shape[-4:-1], x.device)
+# %% ../../nbs/method/04_fusion.ipynb #1d1bfb2e
+def even_odd_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
+    """The same map as `fourier_path` without a transform: A on the even part, B on the odd, once per pair.
+
+    Parameters
+    ----------
+    x : features (…, D, H, W, C)
+    A, B : channel matrices (C, C) of the even and of the odd part
+    a : bias (C,), added at voxel 0
+    """
+    here, there, place = mirror_pairs(x.shape[-4:-1], x.device)
     voxels = x.flatten(-4, -2)
     u, v = voxels.index_select(-2, here), voxels.index_select(-2, there)
     even, odd = F.linear(u + v, A / 2), F.linear(u - v, B / 2)
-    y = torch.cat([even + odd, even - odd], -2).index_select(-2, order).view_as(x)
+    pairs = torch.cat([even + odd, even - odd], -2)
+    y = pairs.index_select(-2, place).view_as(x)
     y[..., 0, 0, 0, :] += a
     return y
 
-# %% ../../nbs/method/04_fusion.ipynb #7d918ebf
-def hat_weights(size, knots, like):
-    "Linear interpolation (size, knots) from knots on [−½, ½] to the `size` frequencies of a Fourier transform, in its order."
-    position = (torch.fft.fftfreq(size, device=like.device) + .5) * (knots - 1)
-    return (1 - (position[:, None] - torch.arange(knots, device=like.device)).abs()).clamp_min(0).to(like.dtype)
-
-def global_filter(x, transfer):
-    "Beyond the paper: multiply each frequency of (…, D, H, W, C) by a learned complex weight; transfer (2, C, K, K, K)."
-    with torch.autocast(x.device.type, enabled=False):
-        z, G = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (x, transfer))
-        hats = [hat_weights(n, G.shape[-1], z) for n in x.shape[-4:-1]]
-        real, imag = torch.einsum("rcijk,di,hj,wk->rdhwc", G, *hats)
-        return torch.fft.ifftn(torch.fft.fftn(z, dim=AXES) * torch.complex(real, imag), dim=AXES).real.to(x.dtype)
-
 # %% ../../nbs/method/04_fusion.ipynb #ba3acb6e
-def mixing_weight(spatial, frequency, weight, bias):
-    "α in (0, 1) from both paths: 1×1×1 convolution of the concatenation, then sigmoid; weight (C or 1, 2C). Eq. (12)."
+def mixing_weight(spatial: Tensor, frequency: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """α in (0, 1) from both paths: 1×1×1 convolution of the concatenation, then sigmoid. Eq. (12).
+
+    Parameters
+    ----------
+    spatial, frequency : (…, D, H, W, C)
+    weight : (C, 2C) for one α per channel, (1, 2C) for one per voxel
+    bias : (C,) or (1,)
+    """
     return F.linear(torch.cat([spatial, frequency], -1), weight, bias).sigmoid()
 
-def blend(alpha, spatial, frequency):
-    "α of the spatial path and 1−α of the frequency path, all (…, D, H, W, C); α may have one channel. Eq. (13)."
+def blend(alpha: Tensor, spatial: Tensor, frequency: Tensor) -> Tensor:
+    "α of the spatial and 1−α of the frequency path, all (…, D, H, W, C); α may have one channel. Eq. (13)."
     return frequency + alpha * (spatial - frequency)
 
 # %% ../../nbs/method/04_fusion.ipynb #298c9b20
-OPTIONS = {"path": ("both", "spatial", "frequency", "none"), "alpha": ("channel", "scalar"), "frequency": ("fast", "fft", "global")}
+OPTIONS = {"path": ("both", "spatial", "frequency", "none"),
+           "alpha": ("channel", "scalar"),
+           "frequency": ("fast", "fft", "global")}
 
-def check_options(options, known):
+def check_options(options: dict, known: dict):
     "Refuse a value that is not among those `known` for its name."
     for name, value in options.items():
         if value not in known[name]:
-            raise MedVLM3DError(f"{name}={value!r}", "is not known", f"Choose one of {', '.join(map(str, known[name]))}.")
+            choices = ", ".join(str(choice) for choice in known[name])
+            raise MedVLM3DError(f"{name}={value!r}", "is not known", f"Choose one of {choices}.")
 
-def near_identity(layer, noise=.1):
-    "Start a linear or convolution layer (in place) as the identity at its centre plus noise of that relative size; bias 0."
-    nn.init.normal_(layer.weight, std=noise / layer.weight[0].numel()**.5)
+# %% ../../nbs/method/04_fusion.ipynb #ce5898d8
+def check_grid(x: Tensor, channels: int):
+    "Refuse features that are not (B, D, H, W, C) or (D, H, W, C) with C = `channels`."
+    if x.ndim in (4, 5) and x.shape[-1] == channels: return
+    raise MedVLM3DError("features", f"have shape {tuple(x.shape)}",
+                        f"Give (B, D, H, W, {channels}); see to_grid.")
+
+# %% ../../nbs/method/04_fusion.ipynb #ccad7c4e
+def _centre(weight: Tensor) -> Tensor:
+    "The channel matrix (outputs, inputs) in the middle of a kernel: a view."
+    middle = [k // 2 for k in weight.shape[2:]]
+    return weight[(..., *middle)]
+
+def near_identity(layer: nn.Module, noise: float = .1):
+    "Set a linear or convolution layer to the identity at its centre plus relative noise, and its bias to 0."
+    inputs_per_output = layer.weight[0].numel()
+    nn.init.normal_(layer.weight, std=noise / inputs_per_output**.5)
     if layer.bias is not None: nn.init.zeros_(layer.bias)
     with torch.no_grad():
-        centre = layer.weight[(..., *(k // 2 for k in layer.weight.shape[2:]))]
-        if centre.shape[0] == centre.shape[1]: centre += torch.eye(len(centre), device=centre.device)
+        centre = _centre(layer.weight)
+        outputs, inputs = centre.shape
+        if outputs == inputs: centre += torch.eye(outputs, device=centre.device)
 
-# %% ../../nbs/method/04_fusion.ipynb #8a0edb90
-class SpatialFrequencyFusion(nn.Module):
-    """Two paths over the grid of kept slices and their gated sum: (B, D, H, W, C) → the same; also without B.
-
-    `path` both, spatial, frequency or none; `alpha` one weight per channel or a scalar map; `frequency` fast
-    (even and odd parts), fft (to the letter, same weights) or global (beyond the paper: K³ complex knots a channel)."""
-    def __init__(self, channels, path="both", *, alpha="channel", frequency="fast", knots=8):
+# %% ../../nbs/method/04_fusion.ipynb #8b686c84
+class FusionWeights(nn.Module):
+    "The convolutions of the two paths and of the gate, and their start."
+    def __init__(self, channels: int, path: str, *, alpha: str, frequency: str, knots: int):
         super().__init__()
-        check_options(dict(path=path, alpha=alpha, frequency=frequency), OPTIONS)
-        self.channels, self.path, self.frequency = channels, path, frequency
-        if path in ("both", "spatial"): self.spatial = nn.Conv3d(channels, channels, 3, padding=1)
+        if path in ("both", "spatial"):
+            self.spatial = nn.Conv3d(channels, channels, 3, padding=1)
         if path in ("both", "frequency"):
-            self.real, self.imag = nn.Conv3d(channels, channels, 1), nn.Conv3d(channels, channels, 1, bias=False)
-            if frequency == "global": self.transfer = nn.Parameter(torch.empty(2, channels, knots, knots, knots))
-        if path == "both": self.mix = nn.Conv3d(2*channels, channels if alpha == "channel" else 1, 1)
+            self.real = nn.Conv3d(channels, channels, 1)
+            self.imag = nn.Conv3d(channels, channels, 1, bias=False)
+            if frequency == "global":
+                self.transfer = nn.Parameter(torch.empty(2, channels, knots, knots, knots))
+        if path == "both":
+            self.mix = nn.Conv3d(2*channels, channels if alpha == "channel" else 1, 1)
         self.reset_parameters()
+
+    def channel_maps(self) -> tuple[Tensor, Tensor, Tensor]:
+        "A, B and a of the frequency path."
+        return self.real.weight.flatten(1), self.imag.weight.flatten(1), self.real.bias
 
     def reset_parameters(self):
         "Both paths near the identity, the gate near ½, the transfer function 1."
         for conv in self.children(): near_identity(conv)
-        if hasattr(self, "transfer"): nn.init.ones_(self.transfer[0]), nn.init.zeros_(self.transfer[1])
+        if hasattr(self, "transfer"): reset_transfer(self.transfer)
 
-    def spatial_features(self, x): return spatial_path(x, self.spatial.weight, self.spatial.bias)
+# %% ../../nbs/method/04_fusion.ipynb #8a0edb90
+class SpatialFrequencyFusion(FusionWeights):
+    """Two paths over the grid of kept slices and their gated sum: (B, D, H, W, C) → the same; also without B.
 
-    def frequency_features(self, x):
+    Parameters
+    ----------
+    channels : C
+    path : both, spatial, frequency or none
+    alpha : one weight per channel, or scalar: one per voxel
+    frequency : fast (even and odd parts), fft (as published, same weights) or global (beyond the paper)
+    knots : K of the global path, which has K³ complex weights a channel
+    """
+    def __init__(self, channels: int, path: str = "both", *, alpha: str = "channel", frequency: str = "fast",
+                 knots: int = 8):
+        check_options(dict(path=path, alpha=alpha, frequency=frequency), OPTIONS)
+        super().__init__(channels, path, alpha=alpha, frequency=frequency, knots=knots)
+        self.channels, self.path, self.frequency = channels, path, frequency
+
+    def spatial_features(self, x: Tensor) -> Tensor:
+        return spatial_path(x, self.spatial.weight, self.spatial.bias)
+
+    def frequency_features(self, x: Tensor) -> Tensor:
         if self.frequency == "global": x = global_filter(x, self.transfer)
         path = fourier_path if self.frequency == "fft" else even_odd_path
-        return path(x, self.real.weight.flatten(1), self.imag.weight.flatten(1), self.real.bias)
+        return path(x, *self.channel_maps())
 
-    def gate(self, x):
+    def gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "α and the two paths it weighs, for features (B, D, H, W, C): (α, spatial, frequency)."
-        if self.path != "both": raise MedVLM3DError(f"path={self.path!r}", "has no gate", "Build the fusion with path='both'.")
-        paths = self.spatial_features(x), self.frequency_features(x)
-        return mixing_weight(*paths, self.mix.weight.flatten(1), self.mix.bias), *paths
+        if self.path != "both":
+            raise MedVLM3DError(f"path={self.path!r}", "has no gate", "Build the fusion with path='both'.")
+        spatial, frequency = self.spatial_features(x), self.frequency_features(x)
+        alpha = mixing_weight(spatial, frequency, self.mix.weight.flatten(1), self.mix.bias)
+        return alpha, spatial, frequency
 
-    def forward(self, x):
-        if x.ndim not in (4, 5) or x.shape[-1] != self.channels:
-            raise MedVLM3DError("features", f"have shape {tuple(x.shape)}", f"Give (B, D, H, W, {self.channels}); see to_grid.")
+    def forward(self, x: Tensor) -> Tensor:
+        check_grid(x, self.channels)
         if self.path == "both": return blend(*self.gate(x))
         if self.path == "spatial": return self.spatial_features(x)
-        return self.frequency_features(x) if self.path == "frequency" else x
+        if self.path == "frequency": return self.frequency_features(x)
+        return x

@@ -4,129 +4,208 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'low_size', 'trilinear', 'halve', 'downsample', 'project', 'as_tokens', 'attend', 'regions', 'region_mask',
-           'attend_regions', 'enhance', 'FineGrainedInjection']
+           'attend_regions', 'enhance', 'InjectionWeights', 'attention_weights', 'AttentionMap', 'FineGrainedInjection']
 
 # %% ../../nbs/method/05_injection.ipynb #6b00ec04
+from math import prod
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..base.core import MedVLM3DError
-from .fusion import check_options, near_identity
+from .fusion import check_grid, check_options, near_identity
 
 # %% ../../nbs/method/05_injection.ipynb #c35c065b
-def low_size(x, scale):
-    "(D, H, W) of features (…, D, H, W, C) after division by `scale`, rounded down; an error if an axis is shorter. Eq. (14)."
-    for name, n in zip(("slices", "rows", "columns"), x.shape[-4:-1]):
-        if n < scale:
-            raise MedVLM3DError("features", f"{n} {name} cannot be reduced by {scale}",
-                                "Keep more slices (raise rho) or lower the scale." if name == "slices" else "Lower the scale.")
-    return tuple(n // scale for n in x.shape[-4:-1])
+def _check_axis(n: int, axis: str, scale: int):
+    "An error if an axis of `n` slices, rows or columns would vanish."
+    if n >= scale: return
+    remedy = "Keep more slices (raise rho) or lower the scale." if axis == "slices" else "Lower the scale."
+    raise MedVLM3DError("features", f"{n} {axis} cannot be reduced by {scale}", remedy)
+
+def low_size(x: Tensor, scale: int) -> tuple:
+    "(D, H, W) of (…, D, H, W, C) divided by `scale`, rounded down; an error if one is shorter. Eq. (14)."
+    size = x.shape[-4:-1]
+    for n, axis in zip(size, ("slices", "rows", "columns")): _check_axis(n, axis, scale)
+    return tuple(n // scale for n in size)
 
 # %% ../../nbs/method/05_injection.ipynb #a3bfd511
-def trilinear(x, size):
+def trilinear(x: Tensor, size: tuple) -> Tensor:
     "Trilinear resampling of (…, D, H, W, C) to `size`, voxel centres aligned (align_corners=False)."
-    first = x.reshape(-1, *x.shape[-4:]).movedim(-1, 1)
-    return F.interpolate(first, size=size, mode="trilinear", align_corners=False).movedim(1, -1).reshape(*x.shape[:-4], *size, x.shape[-1])
+    batch, channels = x.shape[:-4], x.shape[-1]
+    channels_first = x.reshape(-1, *x.shape[-4:]).movedim(-1, 1)
+    low = F.interpolate(channels_first, size=size, mode="trilinear", align_corners=False)
+    return low.movedim(1, -1).reshape(*batch, *size, channels)
 
-def halve(x):
-    "The mean of each 2×2×2 block of (…, D, H, W, C); even sizes only, and the same in every run on every device."
-    for axis in (-2, -4, -6): x = x.unflatten(axis, (-1, 2))
-    return x.mean((-6, -4, -2))
+def _blocks(x: Tensor, s: int) -> Tensor:
+    "(…, D, H, W, C) → (…, D/s, s, H/s, s, W/s, s, C); s must divide the sizes."
+    for axis in (-2, -4, -6): x = x.unflatten(axis, (-1, s))
+    return x
 
-def downsample(x, scale=2):
-    "The low resolution, (…, D, H, W, C) → (…, D/s, H/s, W/s, C): trilinear, or its exact equal for s = 2 and even sizes. Eq. (15)."
+def halve(x: Tensor) -> Tensor:
+    "The mean of each 2×2×2 block of (…, D, H, W, C), even sizes only; deterministic on every device."
+    return _blocks(x, 2).mean((-6, -4, -2))
+
+# %% ../../nbs/method/05_injection.ipynb #9a01a4c0
+def downsample(x: Tensor, scale: int = 2) -> Tensor:
+    "(…, D, H, W, C) → (…, D/s, H/s, W/s, C), trilinear, or as block means where they equal it. Eq. (15)."
     size = low_size(x, scale)
+    if scale == 1: return x
     if scale == 2 and all(n % 2 == 0 for n in x.shape[-4:-1]): return halve(x)
-    return trilinear(x, size) if scale > 1 else x
+    return trilinear(x, size)
 
 # %% ../../nbs/method/05_injection.ipynb #838cf856
-def project(low, high, *, query, key, value):
-    "Queries from the low resolution, keys and values from the high: three channel matrices (C, C). Eq. (16)."
+def project(low: Tensor, high: Tensor, *, query: Tensor, key: Tensor, value: Tensor) -> tuple:
+    """Queries from the low resolution, keys and values from the high. Eq. (16).
+
+    Parameters
+    ----------
+    low, high : features (…, d, h, w, C) and (…, D, H, W, C)
+    query, key, value : channel matrices (C, C)
+    """
     return F.linear(low, query), F.linear(high, key), F.linear(high, value)
 
-def as_tokens(x):
+def as_tokens(x: Tensor) -> Tensor:
     "(…, D, H, W, C) → (…, D·H·W, C), in the order depth, row, column. Eq. (17)."
     return x.flatten(-4, -2)
 
 # %% ../../nbs/method/05_injection.ipynb #c0986c0d
-def attend(query, key, value, mask=None):
-    "Softmax attention, one head, scale 1/√C: (…, M, C), (…, L, C), (…, L, C) → (…, M, C); mask (M, L) allows. Eq. (18)."
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with one head and scale 1/√C: → (…, M, C). Eq. (18).
+
+    Parameters
+    ----------
+    query : (…, M, C)
+    key, value : (…, L, C)
+    mask : (M, L), true where a query may attend to a key; without it everywhere
+    """
     if query.ndim != 3: return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     heads = (t.unsqueeze(1) for t in (query, key, value))      # torch's fused kernels want an axis of heads
     return F.scaled_dot_product_attention(*heads, attn_mask=mask).squeeze(1)
 
 # %% ../../nbs/method/05_injection.ipynb #4a5f4b4a
-def regions(x, scale):
-    "The s×s×s block below each low-resolution voxel: (…, D, H, W, C) → (…, M, s³, C); sizes must divide by s."
-    for axis in (-2, -4, -6): x = x.unflatten(axis, (-1, scale))
-    return x.movedim((-6, -4, -2), (-4, -3, -2)).flatten(-4, -2).flatten(-5, -3)
+def regions(x: Tensor, scale: int) -> Tensor:
+    "The s×s×s block below each token: (…, D, H, W, C) → (…, M, s³, C); s must divide the sizes."
+    blocks = _blocks(x, scale).movedim((-6, -4, -2), (-4, -3, -2))       # (…, d, h, w, s, s, s, C)
+    return blocks.flatten(-4, -2).flatten(-5, -3)
 
-def region_mask(high, low, device=None):
-    "Which voxels each query sees, bool (M, L), for sizes (D, H, W) high and low: voxel n is query ⌊n·low/high⌋'s on each axis."
-    owner = [torch.arange(h, device=device) * l // h for h, l in zip(high, low)]
-    index = (owner[0][:, None, None] * low[1] + owner[1][:, None]) * low[2] + owner[2]
-    return index.flatten() == torch.arange(low[0]*low[1]*low[2], device=device)[:, None]
+# %% ../../nbs/method/05_injection.ipynb #145dc500
+def _owners(high: tuple, low: tuple, device: torch.device | None) -> Tensor:
+    "For each voxel of the grid `high` the number of its query on the grid `low`, (D, H, W)."
+    depth, row, column = (torch.arange(n, device=device) * m // n for n, m in zip(high, low))
+    return (depth[:, None, None] * low[1] + row[:, None]) * low[2] + column
 
-def attend_regions(query, key, value, scale):
-    "Each query attends to its own region only: (…, d, h, w, C) and two (…, D, H, W, C) → (…, M, C)."
+def region_mask(high: tuple, low: tuple, device: torch.device | None = None) -> Tensor:
+    "Which voxels each query sees, bool (M, L), for grids (D, H, W) of high and low resolution."
+    queries = torch.arange(prod(low), device=device)
+    return _owners(high, low, device).flatten() == queries[:, None]
+
+# %% ../../nbs/method/05_injection.ipynb #6ed3e534
+def attend_regions(query: Tensor, key: Tensor, value: Tensor, scale: int) -> Tensor:
+    """Each query attends to its own region only: → (…, M, C).
+
+    Parameters
+    ----------
+    query : (…, d, h, w, C)
+    key, value : (…, D, H, W, C)
+    scale : s, the edge of a region
+    """
     low, high = query.shape[-4:-1], key.shape[-4:-1]
-    if any(n % scale for n in high): return attend(as_tokens(query), as_tokens(key), as_tokens(value), region_mask(high, low, key.device))
-    return attend(as_tokens(query).unsqueeze(-2), regions(key, scale), regions(value, scale)).squeeze(-2)
+    if any(n % scale for n in high):
+        mask = region_mask(high, low, key.device)
+        return attend(as_tokens(query), as_tokens(key), as_tokens(value), mask)
+    one_by_one = as_tokens(query).unsqueeze(-2)
+    return attend(one_by_one, regions(key, scale), regions(value, scale)).squeeze(-2)
 
 # %% ../../nbs/method/05_injection.ipynb #2408a247
-def enhance(attended, mlp, size):
-    "The attended tokens through the MLP and back on the low-resolution grid: (…, M, C) → (…, d, h, w, C). Eq. (19)."
+def enhance(attended: Tensor, mlp: nn.Module, size: tuple) -> Tensor:
+    "The attended tokens through the MLP and back on the grid: (…, M, C) → (…, d, h, w, C). Eq. (19)."
     return mlp(attended).unflatten(-2, size)
+
+# %% ../../nbs/method/05_injection.ipynb #1e08710a
+class InjectionWeights(nn.Module):
+    "The linear maps of the attention and the MLP, and their start."
+    def __init__(self, channels: int, attention: str, mlp_ratio: int):
+        super().__init__()
+        if attention == "none": return
+        self.query = nn.Linear(channels, channels, bias=False)
+        self.key = nn.Linear(channels, channels, bias=False)
+        self.value = nn.Linear(channels, channels, bias=False)
+        wide = mlp_ratio * channels
+        self.mlp = nn.Sequential(nn.Linear(channels, wide), nn.GELU(), nn.Linear(wide, channels))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "Queries, keys and values near the identity, so that like attends to like; the MLP as torch does."
+        for linear in (self.query, self.key, self.value): near_identity(linear)
+        for linear in self.mlp[::2]: linear.reset_parameters()
+
+# %% ../../nbs/method/05_injection.ipynb #6229bbe3
+def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+    "Softmax weights (…, L) of one query (…, C) over keys (…, L, C), in float32; mask (L,) allows."
+    logits = (key @ query.unsqueeze(-1)).squeeze(-1).float() / query.shape[-1]**.5
+    if mask is not None: logits = logits.masked_fill(~mask, -torch.inf)
+    return logits.softmax(-1)
+
+def _check_token(query: tuple, size: tuple):
+    "An error if the token (d, h, w) lies outside the low-resolution grid of that size."
+    inside = len(query) == 3 and all(0 <= i < n for i, n in zip(query, size))
+    if not inside:
+        remedy = "Give (d, h, w) on the low-resolution grid."
+        raise MedVLM3DError(f"query={tuple(query)}", f"lies outside the grid {tuple(size)}", remedy)
+
+class AttentionMap:
+    "Adds `attention_map` to an injection."
+    @torch.no_grad()
+    def attention_map(self, x: Tensor, query: tuple) -> Tensor:
+        "The weight of each voxel of (…, D, H, W, C) for the token `query` = (d, h, w): (…, D, H, W), sum 1."
+        if self.attention == "none":
+            remedy = "Build it with 'global' or 'region'."
+            raise MedVLM3DError("attention='none'", "has no attention to show", remedy)
+        low, q, k, _ = self.projections(x)
+        high, size = x.shape[-4:-1], low.shape[-4:-1]
+        _check_token(query, size)
+        row = (query[0]*size[1] + query[1])*size[2] + query[2]
+        region = region_mask(high, size, x.device)[row] if self.attention == "region" else None
+        weights = attention_weights(as_tokens(q)[..., row, :], as_tokens(k), region)
+        return weights.unflatten(-1, high)
 
 # %% ../../nbs/method/05_injection.ipynb #df1c8845
 OPTIONS = {"attention": ("global", "region", "none"), "residual": (False, True)}
 
-class FineGrainedInjection(nn.Module):
+class FineGrainedInjection(AttentionMap, InjectionWeights):
     """Fewer tokens that have read the details: (B, D, H, W, C) → (B, D/s, H/s, W/s, C); also without B.
 
-    `attention` global (every query sees every voxel), region (its own s×s×s block) or none (only the downsampling,
-    no parameters); `residual` adds the downsampled features to the result."""
-    def __init__(self, channels, scale=2, *, attention="global", residual=False, mlp_ratio=4):
-        super().__init__()
+    Parameters
+    ----------
+    channels : C
+    scale : s, the factor by which each axis is reduced
+    attention : global (every query sees every voxel), region (its own s×s×s block) or none (only the
+        downsampling, no parameters)
+    residual : whether the downsampled features are added to the result
+    mlp_ratio : width of the MLP inside, in multiples of C
+    """
+    def __init__(self, channels: int, scale: int = 2, *, attention: str = "global", residual: bool = False,
+                 mlp_ratio: int = 4):
         check_options(dict(attention=attention, residual=residual), OPTIONS)
         if not (isinstance(scale, int) and scale >= 1):
-            raise MedVLM3DError(f"scale={scale!r}", "is not a whole number of at least 1", "Give scale=2, as the paper does.")
+            remedy = "Give scale=2, as the paper does."
+            raise MedVLM3DError(f"scale={scale!r}", "is not a whole number of at least 1", remedy)
+        super().__init__(channels, attention, mlp_ratio)
         self.channels, self.scale, self.attention, self.residual = channels, scale, attention, residual
-        if attention != "none":
-            self.query, self.key, self.value = (nn.Linear(channels, channels, bias=False) for _ in range(3))
-            self.mlp = nn.Sequential(nn.Linear(channels, mlp_ratio*channels), nn.GELU(), nn.Linear(mlp_ratio*channels, channels))
-            self.reset_parameters()
 
-    def reset_parameters(self):
-        "Queries, keys and values start near the features themselves, so that like attends to like; the MLP as torch does."
-        for linear in (self.query, self.key, self.value): near_identity(linear)
-        for linear in self.mlp[::2]: linear.reset_parameters()
-
-    def projections(self, x):
-        "The downsampled features (…, d, h, w, C), and queries, keys and values on their grids (none without attention)."
-        if x.ndim not in (4, 5) or x.shape[-1] != self.channels:
-            raise MedVLM3DError("features", f"have shape {tuple(x.shape)}", f"Give (B, D, H, W, {self.channels}).")
+    def projections(self, x: Tensor) -> tuple:
+        "The downsampled features (…, d, h, w, C), then queries, keys and values on their grids (if any)."
+        check_grid(x, self.channels)
         low = downsample(x, self.scale)
-        return low, *(project(low, x, query=self.query.weight, key=self.key.weight, value=self.value.weight) if self.attention != "none" else ())
+        if self.attention == "none": return (low,)
+        weights = dict(query=self.query.weight, key=self.key.weight, value=self.value.weight)
+        return low, *project(low, x, **weights)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         low, *qkv = self.projections(x)
         if self.attention == "none": return low
-        attended = attend_regions(*qkv, self.scale) if self.attention == "region" else attend(*map(as_tokens, qkv))
+        if self.attention == "region": attended = attend_regions(*qkv, self.scale)
+        else: attended = attend(*map(as_tokens, qkv))
         enhanced = enhance(attended, self.mlp, low.shape[-4:-1])
         return low + enhanced if self.residual else enhanced
-
-    @torch.no_grad()
-    def attention_map(self, x, query):
-        "How much the low-resolution voxel `query` = (d, h, w) attends to each voxel of (…, D, H, W, C): (…, D, H, W), sum 1."
-        if self.attention == "none": raise MedVLM3DError("attention='none'", "has no attention to show", "Build it with 'global' or 'region'.")
-        low, q, k, _ = self.projections(x)
-        high, size = x.shape[-4:-1], low.shape[-4:-1]
-        if len(query) != 3 or not all(0 <= i < n for i, n in zip(query, size)):
-            raise MedVLM3DError(f"query={tuple(query)}", f"lies outside the grid {tuple(size)}", "Give (d, h, w) on the low-resolution grid.")
-        logits = (as_tokens(k) @ q[(..., *query, slice(None))].unsqueeze(-1)).squeeze(-1).float() / self.channels**.5
-        if self.attention == "region":
-            row = (query[0]*size[1] + query[1])*size[2] + query[2]
-            logits = logits.masked_fill(~region_mask(high, size, x.device)[row], -torch.inf)
-        return logits.softmax(-1).unflatten(-1, high)

@@ -4,62 +4,72 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'pool_slices', 'adjacent_similarity', 'slice_scores', 'kept_count', 'lowest_scores', 'evenly_spaced',
-           'random_slices', 'farthest_points', 'indices_ahead', 'check_finite', 'select_indices', 'select_slices',
-           'as_kept', 'unwatched', 'encode_selected']
+           'random_slices', 'farthest_points', 'indices_ahead', 'check_features', 'select_indices', 'select_slices']
 
 # %% ../../nbs/method/03_selection.ipynb #f8e35584
 from fractions import Fraction
 
 import torch
+from torch import Tensor
 
 from ..base.core import MedVLM3DError
 
 # %% ../../nbs/method/03_selection.ipynb #d66f0d22
-def pool_slices(features):
+def pool_slices(features: Tensor) -> Tensor:
     "One vector per slice: the mean over the patches, (…, D, N, C) → (…, D, C), in float64. Eq. (3)."
     return features.mean(-2, dtype=torch.float64)
 
 # %% ../../nbs/method/03_selection.ipynb #4079240a
-def adjacent_similarity(pooled):
-    "Cosine of each slice vector with the next, (…, D, C) → (…, D−1), in [−1, 1]; two zero vectors count as equal (1). Eq. (4)."
+def adjacent_similarity(pooled: Tensor) -> Tensor:
+    "Cosine of each slice vector with the next, (…, D, C) → (…, D−1); two zero vectors are equal. Eq. (4)."
     a, b = pooled[..., :-1, :], pooled[..., 1:, :]
     norms = a.norm(dim=-1) * b.norm(dim=-1)
-    cosine = (a * b).sum(-1) / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-    return torch.where((a == 0).all(-1) & (b == 0).all(-1), 1., cosine)
+    smallest = torch.finfo(norms.dtype).tiny
+    cosine = (a * b).sum(-1) / norms.clamp_min(smallest)
+    both_zero = (a == 0).all(-1) & (b == 0).all(-1)
+    return torch.where(both_zero, 1., cosine)
 
-def slice_scores(features):
-    "A score per slice, (…, D, N, C) → (…, D): its similarity to the next slice; the last slice shares its predecessor's."
+# %% ../../nbs/method/03_selection.ipynb #2d5b690b
+def slice_scores(features: Tensor) -> Tensor:
+    "A score per slice, (…, D, N, C) → (…, D): its similarity to the next; the last repeats the one before."
     if features.shape[-3] < 2:
-        raise MedVLM3DError("features", "one slice has no neighbour to be compared with", "Give at least two slices.")
+        problem = "one slice has no neighbour to be compared with"
+        raise MedVLM3DError("features", problem, "Give at least two slices.")
     similarity = adjacent_similarity(pool_slices(features))
     return torch.cat([similarity, similarity[..., -1:]], -1)
 
 # %% ../../nbs/method/03_selection.ipynb #0d14b7f0
-def kept_count(depth, rho):
-    "How many of `depth` slices ρ percent are, rounded down in exact arithmetic; an error if that is none. Eq. (5)."
+def kept_count(depth: int, rho: float | str) -> int:
+    "ρ percent of `depth` slices, rounded down in exact arithmetic; an error if that is none. Eq. (5)."
     try: percent = Fraction(str(rho))
     except ValueError: percent = Fraction(0)
     if not 0 < percent <= 100:
-        raise MedVLM3DError(f"rho={rho}", "is not a percentage above 0 and up to 100", "Give rho in percent, such as 28.")
-    if not (kept := depth * percent // 100):
-        raise MedVLM3DError(f"rho={rho}", f"keeps none of {depth} slices", f"Give rho of at least {-(-10000 // depth) / 100:g}.")
-    return kept
+        problem = "is not a percentage above 0 and up to 100"
+        raise MedVLM3DError(f"rho={rho}", problem, "Give rho in percent, such as 28.")
+    count = depth * percent // 100
+    if count == 0:
+        least = -(-10000 // depth) / 100        # percent that keeps one slice, rounded up to two decimals
+        raise MedVLM3DError(f"rho={rho}", f"keeps none of {depth} slices", f"Give rho of at least {least:g}.")
+    return count
 
 # %% ../../nbs/method/03_selection.ipynb #2fbb56aa
-def lowest_scores(features, kept):
+def lowest_scores(features: Tensor, kept: int) -> Tensor:
     "The `kept` slices with the lowest scores; ties keep the lower index."
     return slice_scores(features).sort(stable=True).indices[:kept]
 
-def evenly_spaced(depth, kept):
+# %% ../../nbs/method/03_selection.ipynb #76ca8c43
+def evenly_spaced(depth: int, kept: int) -> Tensor:
     "The middles of `kept` equal pieces of the depth, in integer arithmetic."
     return torch.tensor([(2*k + 1) * depth // (2*kept) for k in range(kept)])
 
-def random_slices(depth, kept, seed=0):
+def random_slices(depth: int, kept: int, seed: int = 0) -> Tensor:
     "`kept` slices drawn without replacement; the same for the same seed."
-    return torch.randperm(depth, generator=torch.Generator().manual_seed(seed))[:kept]
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(depth, generator=generator)[:kept]
 
-def farthest_points(features, kept):
-    "Greedy k-centre: start at the slice nearest the mean, then always add the slice farthest from all chosen so far."
+# %% ../../nbs/method/03_selection.ipynb #ba9947a6
+def farthest_points(features: Tensor, kept: int) -> Tensor:
+    "Greedy k-centre: the slice nearest the mean, then always the slice farthest from all chosen so far."
     pooled = pool_slices(features)
     chosen = [(pooled - pooled.mean(0)).norm(dim=-1).argmin()]
     nearest = torch.full(pooled.shape[:1], torch.inf, dtype=pooled.dtype, device=pooled.device)
@@ -72,55 +82,75 @@ def farthest_points(features, kept):
 # %% ../../nbs/method/03_selection.ipynb #e32b5086
 STRATEGIES = ("cosine", "uniform", "random", "k-centre")
 
-def indices_ahead(depth, rho=28, strategy="uniform", seed=0):
-    "Ascending indices (D̂,) where the rule looks at no features (uniform, random), else None."
+def indices_ahead(depth: int, rho: float | str = 28, strategy: str = "uniform",
+                  seed: int = 0) -> Tensor | None:
+    """Ascending indices (D̂,) if the rule looks at no features (uniform, random), else None.
+
+    Parameters
+    ----------
+    depth : number of slices
+    rho : percent of the slices that are kept
+    strategy : one of `STRATEGIES`
+    seed : of the random strategy
+    """
     kept = kept_count(depth, rho)
     if strategy == "uniform": return evenly_spaced(depth, kept)
     if strategy == "random": return random_slices(depth, kept, seed).sort().values
-    if strategy not in STRATEGIES: raise MedVLM3DError(f"strategy={strategy!r}", "is not known", f"Choose one of {', '.join(STRATEGIES)}.")
+    if strategy not in STRATEGIES:
+        remedy = f"Choose one of {', '.join(STRATEGIES)}."
+        raise MedVLM3DError(f"strategy={strategy!r}", "is not known", remedy)
     return None
 
-def check_finite(features):
-    "Refuse NaN or infinite features (D, N, C), and name the slices."
-    if bad := (~pool_slices(features).isfinite().all(-1)).nonzero().flatten().tolist():
-        raise MedVLM3DError("features", f"not finite in slices {bad[:8]}", "Look for NaN in the volume or an overflow in the encoder.")
+# %% ../../nbs/method/03_selection.ipynb #9816619c
+def _slices_not_finite(features: Tensor) -> list:
+    "Indices of the slices with a NaN or infinite feature."
+    finite = pool_slices(features).isfinite().all(-1)
+    return (~finite).nonzero().flatten().tolist()
 
-def select_indices(features, rho=28, strategy="cosine", seed=0):
-    "Ascending indices (D̂,) of the slices of (D, N, C) that `strategy` keeps; NaN or infinite features are refused."
-    check_finite(features)
-    chosen = indices_ahead(features.shape[0], rho, strategy, seed)
+def check_features(features: Tensor):
+    "Refuse NaN or infinite features (D, N, C), and name the slices."
+    bad = _slices_not_finite(features)
+    if bad:
+        remedy = "Look for NaN in the volume or an overflow in the encoder."
+        raise MedVLM3DError("features", f"not finite in slices {bad[:8]}", remedy)
+
+# %% ../../nbs/method/03_selection.ipynb #c6a2928f
+def select_indices(features: Tensor, rho: float | str = 28, strategy: str = "cosine",
+                   seed: int = 0) -> Tensor:
+    """Ascending indices (D̂,) of the kept slices of (D, N, C); NaN or infinite features are an error.
+
+    Parameters
+    ----------
+    features : (D, N, C)
+    rho : percent of the slices that are kept
+    strategy : one of `STRATEGIES`
+    seed : of the random strategy
+    """
+    check_features(features)
+    depth = features.shape[0]
+    chosen = indices_ahead(depth, rho, strategy, seed)
     if chosen is None:
         rule = {"cosine": lowest_scores, "k-centre": farthest_points}[strategy]
-        chosen = rule(features, kept_count(features.shape[0], rho)).sort().values
+        chosen = rule(features, kept_count(depth, rho)).sort().values
     return chosen.to(features.device)
 
 # %% ../../nbs/method/03_selection.ipynb #d7bc690b
-def select_slices(features, rho=28, strategy="cosine", seed=0):
-    "Kept slices in depth order and their indices: (D, N, C) → (D̂, N, C), (D̂,); a batch (B, D, N, C) is treated one by one."
+def select_slices(features: Tensor, rho: float | str = 28, strategy: str = "cosine",
+                  seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The kept slices in depth order and their indices: (D, N, C) → (D̂, N, C), (D̂,).
+
+    Parameters
+    ----------
+    features : (D, N, C), or a batch (B, D, N, C) whose volumes are treated one by one
+    rho : percent of the slices that are kept
+    strategy : one of `STRATEGIES`
+    seed : of the random strategy
+    """
     if features.ndim == 4:
         pairs = [select_slices(f, rho, strategy, seed) for f in features]
         return tuple(torch.stack(part) for part in zip(*pairs))
     if features.ndim != 3:
-        raise MedVLM3DError("features", f"have shape {tuple(features.shape)}", "Give (D, N, C) or (B, D, N, C).")
+        problem = f"have shape {tuple(features.shape)}"
+        raise MedVLM3DError("features", problem, "Give (D, N, C) or (B, D, N, C).")
     indices = select_indices(features, rho, strategy, seed)
     return features[indices], indices
-
-# %% ../../nbs/method/03_selection.ipynb #4dee4122
-def as_kept(features):
-    "Features rounded to bf16, the precision in which they are kept, in the float type they came in."
-    return features.to(torch.bfloat16).to(features.dtype)
-
-def unwatched(stage, compute):
-    "Run one stage of a path. A trace puts its own function in this place, which also notes the shape and the time (`method/trace`)."
-    return compute()
-
-def encode_selected(encode, volume, *, rho=28, strategy="cosine", seed=0, step=unwatched):
-    "Features (D̂, N, C) of the kept slices of a volume (D, H, W), rounded as they are kept, and their indices; `encode` maps (D, H, W) to (D, N, C)."
-    indices = indices_ahead(len(volume), rho, strategy, seed)
-    if indices is None:
-        every = step("encoder", lambda: encode(volume))
-        features, indices = step("selection", lambda: select_slices(every, rho, strategy, seed))
-    else:
-        seen = step("selection", lambda: volume[indices.to(volume.device)])
-        check_finite(features := step("encoder", lambda: encode(seen)))
-    return as_kept(features), indices.to(features.device)
