@@ -1,4 +1,4 @@
-"""The phantom as a benchmark: known truth, chance for whoever does not look, 100 % for whoever knows, one probe for each claim."""
+"""The phantom as a benchmark: known truth, chance without looking, 100 % with the truth, four probes."""
 import hashlib
 import time
 from collections import Counter, defaultdict
@@ -21,7 +21,8 @@ from medvlm3d.base.fetch import fetch
 from medvlm3d.evaluation.findings import LEXICON
 from medvlm3d.evaluation.metrics import METEOR, BERTScore, tokens_13a
 from medvlm3d.phantoms.scanner import MODES, draw_mode
-from medvlm3d.phantoms.phantom import ASKED, TYPES, draw_ct, draw_letters, make_phantom, questions, read_masks, read_truth, render, report, to_unit
+from medvlm3d.phantoms.phantom import ASKED, TYPES, draw_ct, draw_letters, make_phantom, questions, read_masks
+from medvlm3d.phantoms.phantom import read_truth, render, report, to_unit
 from medvlm3d.phantoms.anatomy import Case
 from medvlm3d.evaluation.prediction import prediction_line
 from medvlm3d.phantoms.probes import PROBES, TEXTURES, make_probe, reflected
@@ -31,12 +32,16 @@ SETS = {"demonstration": (None, None), "CT": ("CT", MORE_KINDS), "MR": ("MR", No
 
 
 def digests(root):
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(root.rglob("*")) if p.is_file() and p.suffix != ".npz"}
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*")) if p.is_file() and p.suffix != ".npz"
+    }
 
 
 def draw(root, name, **how):
     modality, kinds = SETS[name]
-    return make_phantom(root, **how) if modality is None else make_benchmark(root, modality, kinds=kinds, **how)
+    if modality is None: return make_phantom(root, **how)
+    return make_benchmark(root, modality, kinds=kinds, **how)
 
 
 @pytest.fixture(scope="module", params=SETS)
@@ -46,13 +51,15 @@ def corpus(request, tmp_path_factory):
     return request.param, root
 
 
-# --- drawn from a seed ----------------------------------------------------------------------------------------------
+# --- drawn from a seed -----------------------------------------------------------------------------
 
 def test_the_same_seed_draws_the_same_bytes_in_one_process_or_two(corpus, tmp_path):
     name, root = corpus
     draw(tmp_path/"two", name, train=12, validation=4, test=24, **{**SMALL, "workers": 2})
     assert digests(tmp_path/"two") == digests(root)
-    for row in read_truth(root).values(): assert all(np.array_equal(a, b) for a, b in zip(read_masks(root, row), read_masks(tmp_path/"two", row)))
+    for row in read_truth(root).values():
+        assert all(
+            np.array_equal(a, b) for a, b in zip(read_masks(root, row), read_masks(tmp_path/"two", row)))
 
 
 def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path):
@@ -77,13 +84,16 @@ def test_masks_missing_from_an_older_phantom_are_added_without_touching_it(tmp_p
     rows = make_phantom(tmp_path/"a", train=3, validation=0, test=0, **SMALL)
     before, masks = digests(tmp_path/"a"), read_masks(tmp_path/"a", rows[0])
     for p in (tmp_path/"a").rglob("masks.npz"): p.unlink()
-    with pytest.raises(MedVLM3DError, match="masks.npz: is missing.*adds what is missing"): read_masks(tmp_path/"a", rows[0])
+    with pytest.raises(MedVLM3DError, match="masks.npz: is missing.*adds what is missing"):
+        read_masks(tmp_path/"a", rows[0])
     make_phantom(tmp_path/"a", train=3, validation=0, test=0, **SMALL)
-    assert digests(tmp_path/"a") == before and all(np.array_equal(a, b) for a, b in zip(masks, read_masks(tmp_path/"a", rows[0])))
+    assert digests(tmp_path/"a") == before
+    assert all(np.array_equal(a, b) for a, b in zip(masks, read_masks(tmp_path/"a", rows[0])))
 
 
 def test_ct_is_drawn_as_the_formula_says():
-    "The whole drawing once more, organ by organ on the full grid, without boxes or tables: equal in every bit."
+    """The whole drawing once more, organ by organ on the full grid, without boxes or tables: equal in
+    every bit."""
     from medvlm3d.phantoms.anatomy import ANATOMY, build_patient, coordinates, inside, lesion_shape
     from medvlm3d.phantoms.phantom import paint_lesion
     shape = (12, 40, 40)
@@ -93,32 +103,40 @@ def test_ct_is_drawn_as_the_formula_says():
         fine = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (.6, 1, 1)) * 3
         coarse = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (.9, 2.2, 2.2)) * 8
         body = inside(xyz, *patient["body"])
-        hu = np.where(body < 1, np.where(body < .74, -45 + 22*coarse, np.where(body < .88, 52. + 8*fine, -95. + 6*fine)), np.float32(-1000)).astype(np.float32)
+        hu = np.where(
+            body < 1,
+            np.where(body < .74, -45 + 22 * coarse, np.where(body < .88, 52. + 8 * fine, -95. + 6 * fine)),
+            np.float32(-1000)).astype(np.float32)
         for name, (_, _, values, texture) in ANATOMY.items():
             q = inside(xyz, *patient[name])
             mask = (q < 1) & (body < .9)
-            hu[mask] = values[phase] * rng.uniform(.93, 1.07) + texture*fine[mask]
+            hu[mask] = values[phase] * rng.uniform(.93, 1.07) + texture * fine[mask]
             if name.endswith("kidney") and phase: hu[(q < .25) & mask] += (0, -70, -10, 160)[phase]
-        paint_lesion(hu, q := np.where(body < .97, inside(xyz, *lesion_shape(case, patient, rng)), 2), case, coarse)
+        paint_lesion(hu, q := np.where(body < .97, inside(xyz, *lesion_shape(case, patient, rng)), 2), case,
+                     coarse)
         expected = gaussian_filter(hu, (.35, .6, .6)) + rng.normal(0, 9, shape).astype(np.float32)
         found, lesion = render(case, shape)
         assert np.array_equal(found, expected) and np.array_equal(lesion, q < 1)
 
 
-# --- masks and modalities -------------------------------------------------------------------------------------------
+# --- masks and modalities --------------------------------------------------------------------------
 
 def test_masks_say_where_the_lesion_is(corpus):
     name, root = corpus
     for row in read_truth(root).values():
         tissue, lesion = read_masks(root, row)
-        assert np.flatnonzero(lesion.any((1, 2))).tolist() == row["lesion_slices"] and lesion.sum() == row["lesion_voxels"]
+        assert np.flatnonzero(lesion.any((1, 2))).tolist() == row["lesion_slices"]
+        assert lesion.sum() == row["lesion_voxels"]
         assert np.load(root/row["image"]).shape == (1, *tissue.shape) and tissue.max() < len(TISSUES)
 
 
 def test_one_patient_has_the_same_masks_in_every_modality():
     for case in sample_findings(6, seed=3, kinds=("mass", "abscess", "nodule")):
-        scenes = [draw_mode(replace(case, phase=m.phases[2]), name, (12, 40, 40))[1] for name, m in MODES.items()]
-        assert all(np.array_equal(s.masks, scenes[0].masks) for s in scenes) and np.array_equal(scenes[0].masks & 127, scenes[0].labels)
+        scenes = [
+            draw_mode(replace(case, phase=m.phases[2]), name, (12, 40, 40))[1] for name, m in MODES.items()
+        ]
+        assert all(np.array_equal(s.masks, scenes[0].masks) for s in scenes)
+        assert np.array_equal(scenes[0].masks & 127, scenes[0].labels)
 
 
 @pytest.mark.parametrize("modality", MODES)
@@ -129,7 +147,8 @@ def test_every_kind_is_visible_in_its_modality(modality):
         for case in sample_findings(6, seed=4, kinds=(kind,), phases=mode.phases, planes=("axial",)):
             with_it, scene = draw_mode(case, modality, (24, 64, 64))
             without, _ = draw_mode(case, modality, (24, 64, 64), contrast=0.)
-            assert abs(with_it[scene.lesion] - without[scene.lesion]).mean() > {"CT": 15, "MR": 15, "PT": .3}[modality], (kind, case.organ, case.phase)
+            step = abs(with_it[scene.lesion] - without[scene.lesion]).mean()
+            assert step > {"CT": 15, "MR": 15, "PT": .3}[modality], (kind, case.organ, case.phase)
 
 
 def test_left_is_left_and_upper_is_upper_in_every_modality():
@@ -137,15 +156,20 @@ def test_left_is_left_and_upper_is_upper_in_every_modality():
         for case in sample_findings(8, seed=6, kinds=mode.kinds, phases=mode.phases, planes=("axial",)):
             _, scene = draw_mode(case, modality, (32, 64, 64))
             d, _, w = np.argwhere(scene.lesion).mean(0)
-            assert (w > 31.5) == (case.side == "left") and (d > np.argwhere(scene.labels == TISSUES.index(case.organ))[:, 0].mean()) == (case.level == "upper")
+            assert (w > 31.5) == (case.side == "left")
+            organ = np.argwhere(scene.labels == TISSUES.index(case.organ))
+            assert (d > organ[:, 0].mean()) == (case.level == "upper")
 
 
 def test_unknown_modality_phase_and_kind_are_refused(tmp_path):
     case = sample_cases(1)[0]
     with pytest.raises(MedVLM3DError, match="US: is no modality.*CT, MR, PT"): draw_mode(case, "US")
-    with pytest.raises(MedVLM3DError, match="has the phase.*which MRI has not.*T1-weighted"): draw_mode(case, "MR")
-    with pytest.raises(MedVLM3DError, match="wart: is no kind of finding.*nodule"): make_benchmark(tmp_path/"x", kinds=("wart",))
-    with pytest.raises(MedVLM3DError, match="cyst: is the only kind of finding.*Give two kinds"): make_benchmark(tmp_path/"x", kinds=("cyst",))
+    with pytest.raises(MedVLM3DError, match="has the phase.*which MRI has not.*T1-weighted"):
+        draw_mode(case, "MR")
+    with pytest.raises(MedVLM3DError, match="wart: is no kind of finding.*nodule"):
+        make_benchmark(tmp_path/"x", kinds=("wart",))
+    with pytest.raises(MedVLM3DError, match="cyst: is the only kind of finding.*Give two kinds"):
+        make_benchmark(tmp_path/"x", kinds=("cyst",))
 
 
 def test_an_effusion_is_behind_a_lung_and_organs_stay_balanced():
@@ -161,20 +185,30 @@ def test_an_effusion_is_behind_a_lung_and_organs_stay_balanced():
         assert np.argwhere(scene.lesion)[:, 1].mean() > lung[:, 1].mean() + 5
 
 
-# --- chance for whoever does not look -------------------------------------------------------------------------------
+# --- chance without looking ------------------------------------------------------------------------
 
 def asked_about(name, n, seed, first=0):
-    "Questions about `n` cases of a set or a probe, or drafted as cross-modal pairs, one dict each, without drawing a volume."
-    if name == "crossmodal": return [asdict(p) for p in Drafter(invented(1200), ROOT, seed + first).draft(n // 3)]
+    """Questions about `n` cases of a set or a probe, or drafted as cross-modal pairs, one dict each,
+    without drawing a volume."""
+    if name == "crossmodal":
+        return [asdict(p) for p in Drafter(invented(1200), ROOT, seed + first).draft(n // 3)]
     if name in PROBES:
         _, items_of, asked = PROBES[name]
-        items = items_of(n, "test", first, seed, (8, 32, 32), 1., 1.)
-        return [q for i, letters in zip(items, draw_letters(asked, n, (seed, first))) for q in questions(i.case, letters, asked, known_of(i, name))]
+        items = items_of(n, "test", first=first, seed=seed, shape=(8, 32, 32), size=1., contrast=1.)
+        return [
+            q for i, letters in zip(items, draw_letters(asked, n, (seed, first)))
+            for q in questions(i.case, letters, asked, known_of(i, name))
+        ]
     modality, kinds = SETS[name]
     asked = ASKED if modality is None else asked_of(modality, kinds)
-    cases = (sample_cases(n, seed, first=first) if modality is None
-             else sample_findings(n, seed, first=first, phases=MODES[modality].phases, kinds=kinds or MODES[modality].kinds))
-    return [q for case, letters in zip(cases, draw_letters(asked, n, (seed, first))) for q in questions(case, letters, asked)]
+    if modality is None: cases = sample_cases(n, seed, first=first)
+    else:
+        mode = MODES[modality]
+        cases = sample_findings(n, seed, first=first, phases=mode.phases, kinds=kinds or mode.kinds)
+    return [
+        q for case, letters in zip(cases, draw_letters(asked, n, (seed, first)))
+        for q in questions(case, letters, asked)
+    ]
 
 
 def known_of(item, name):
@@ -185,24 +219,33 @@ def known_of(item, name):
 
 @pytest.mark.parametrize("name", PROBES)
 def test_what_is_asked_about_a_probe_is_what_its_drawing_records(name):
-    for item in PROBES[name][1](4, "test", 0, 2, (8, 32, 32), 1., 1.):
+    for item in items(name, 4, seed=2, shape=(8, 32, 32)):
         known, drawn = known_of(item, name), item.draw(item)[2]
         assert {k: known[k] for k in drawn if k in known} == {k: v for k, v in drawn.items() if k in known}
 
 
 def features(q, letter):
-    "What can be read off a question and one of its options: the option, its letter, the wording, the other options, and pairs of these."
+    """What can be read off a question and one of its options: the option, its letter, the wording, the
+    other options, and pairs of these."""
     option = q["choices"]["ABCD".index(letter)]
     others = sorted(c for c in q["choices"] if c not in ("NA", option))
-    return [f"is {option}", f"at {letter}", f"{option} at {letter}", f"{option} in {q['question']}",
-            *(f"{option} beside {o}" for o in others), f"{option} among {others}"]
+    return [
+        f"is {option}", f"at {letter}", f"{option} at {letter}", f"{option} in {q['question']}",
+        *(f"{option} beside {o}" for o in others), f"{option} among {others}"
+    ]
 
 
 def learned_reader(training, steps=200, rate=1., decay=1e-3):
-    "A conditional logit over the options: maximum likelihood with a small penalty, by gradient ascent. Returns question → letter."
-    names = {f: i for i, f in enumerate(sorted({f for q in training for letter in offered(q) for f in features(q, letter)}))}
-    rows = [np.array([[names.get(f, len(names)) for f in features(q, letter)] + [len(names)] * (8 - len(features(q, letter))) for letter in offered(q)])
-            for q in training]
+    """A conditional logit over the options: maximum likelihood with a small penalty, by gradient ascent.
+    Returns question → letter."""
+    names = {
+        f: i for i, f in enumerate(
+            sorted({f for q in training for letter in offered(q) for f in features(q, letter)}))
+    }
+    def numbers(q, letter):
+        known = [names.get(f, len(names)) for f in features(q, letter)]
+        return known + [len(names)] * (8 - len(known))
+    rows = [np.array([numbers(q, letter) for letter in offered(q)]) for q in training]
     truth, weights = [offered(q).index(q["letter"]) for q in training], np.zeros(len(names) + 1)
     for _ in range(steps):
         gradient = np.zeros_like(weights)
@@ -213,7 +256,8 @@ def learned_reader(training, steps=200, rate=1., decay=1e-3):
             np.add.at(gradient, r, -p[:, None])
         weights += rate * (gradient / len(rows) - decay * weights)
         weights[-1] = 0
-    return lambda q: max(offered(q), key=lambda letter: sum(weights[names[f]] for f in features(q, letter) if f in names))
+    def score(q, letter): return sum(weights[names[f]] for f in features(q, letter) if f in names)
+    return lambda q: max(offered(q), key=lambda letter: score(q, letter))
 
 
 def offered(q): return [letter for letter, c in zip("ABCD", q["choices"]) if c != "NA"]
@@ -226,13 +270,16 @@ def within(right, chance):
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_best_constant_answer_is_at_chance(name):
-    "Of each type: the most frequent answer of the training cases where it is offered, and the most frequent letter."
+    """Of each type: the most frequent answer of the training cases where it is offered, and the most
+    frequent letter."""
     training, test = asked_about(name, 480, 1), asked_about(name, 720, 1, first=480)
     for kind in TYPES:
         old, new = ([q for q in qs if q["type"] == kind] for qs in (training, test))
         chance = 1 / len(offered(new[0]))
         rank = [a for a, _ in Counter(q["answer"] for q in old).most_common()]
-        assert within([min((rank.index(c), c) for c in q["choices"] if c in rank)[1] == q["answer"] for q in new], chance), kind
+        assert within(
+            [min((rank.index(c), c) for c in q["choices"] if c in rank)[1] == q["answer"] for q in new],
+            chance), kind
         letter = Counter(q["letter"] for q in old).most_common(1)[0][0]
         assert within([q["letter"] == letter for q in new], chance), kind
 
@@ -248,37 +295,48 @@ def test_the_best_reader_of_questions_is_at_chance(name):
 
 
 def test_the_learned_reader_does_find_a_leak():
-    "The same reader on questions whose answer is, in half of the cases, the option that comes first in the alphabet."
+    """The same reader on questions whose answer is, in half of the cases, the option that comes first in
+    the alphabet."""
     def leaky(seed, first):
         made = []
         for i, q in enumerate(asked_about("demonstration", 240, seed, first)):
             first_letter = min(offered(q), key=lambda letter: q["choices"]["ABCD".index(letter)])
-            made.append({**q, "letter": first_letter, "answer": q["choices"]["ABCD".index(first_letter)]} if i % 2 else q)
+            if i % 2: q = {**q, "letter": first_letter, "answer": q["choices"]["ABCD".index(first_letter)]}
+            made.append(q)
         return made
+
     test = leaky(3, 240)
     reader = learned_reader(leaky(3, 0))
     assert np.mean([reader(q) == q["letter"] for q in test]) > .5
 
 
-# --- 100 % for whoever knows ----------------------------------------------------------------------------------------
+# --- 100 % with the truth --------------------------------------------------------------------------
 
 def oracle(root, modality):
-    "The prediction lines of a reader of `truth.jsonl`: facts by type, and the report written again from the case."
+    """The prediction lines of a reader of `truth.jsonl`: facts by type, and the report written again from
+    the case."""
     lines, truth = [], read_truth(root)
     for image, samples in by_image(load_m3d(root)).items():
         row = truth[image]
         case = Case(**{k: row[k] for k in Case.__dataclass_fields__})
         for s in samples:
-            fact = row[ASKED[s.type][0]] if s.type in ASKED else report(case) if modality is None else report_about(case, modality)
-            if s.task == "closed": fact = next(f"{letter}. {c}" for letter, c in zip("ABCD", s.choices) if c == fact)
-            lines.append(prediction_line(s, fact, option_logprobs=[0. if c == row[ASKED[s.type][0]] else -9. for c in s.choices if c != "NA"]
-                                         if s.task == "closed" else None))
+            if s.type in ASKED: fact = row[ASKED[s.type][0]]
+            else: fact = report(case) if modality is None else report_about(case, modality)
+            if s.task == "closed":
+                fact = next(f"{letter}. {c}" for letter, c in zip("ABCD", s.choices) if c == fact)
+            scores = None
+            if s.task == "closed":
+                scores = [0. if c == row[ASKED[s.type][0]] else -9. for c in s.choices if c != "NA"]
+            lines.append(prediction_line(s, fact, option_logprobs=scores))
     return lines
 
 
 def lexicon_of(modality):
     if modality is None: return LEXICON
-    return {**LEXICON, "phase": {p: () for p in MODES[modality].phases}, "kind": {**LEXICON["kind"], "nodule": (), "effusion": ()}}
+    return {
+        **LEXICON, "phase": {p: () for p in MODES[modality].phases},
+        "kind": {**LEXICON["kind"], "nodule": (), "effusion": ()}
+    }
 
 
 def cells(tree, path=()):
@@ -289,25 +347,36 @@ def cells(tree, path=()):
 
 
 def test_an_oracle_scores_one_hundred_under_every_metric(corpus):
-    """Both protocols, all tasks, types and facts. Two scores except themselves by definition, and the oracle must reach exactly what
-    an identical text can: METEOR gives 1 - 0.5/m³ to m identical words, BLEU-4 gives 0 where no answer has four words."""
+    """Both protocols, all tasks, types and facts. Two scores are below 100 for identical texts by definition,
+    and the oracle must reach exactly that: METEOR gives 1 - 0.5/m³ to m identical words, BLEU-4 gives 0 where
+    no answer has four words."""
     name, root = corpus
     modality = SETS[name][0]
     lines, meteor = oracle(root, modality), METEOR(fetch("wordnet"))
-    facts = {"/".join(r["image"].split("/")[-3:-1]): {k: r[k] for k in LEXICON} for r in read_truth(root).values()}
-    results = evaluate_systems({"model": lines}, truth=facts, lexicon=lexicon_of(modality), meteor=meteor, bertscore=BERTScore(fetch("minilm")), n=50)
-    found = {p: c for part in ("m3d", "standard") for p, c in cells(results["systems"]["model"][part], (part,))}
+    facts = {
+        "/".join(r["image"].split("/")[-3:-1]): {k: r[k] for k in LEXICON} for r in read_truth(root).values()
+    }
+    results = evaluate_systems({"model": lines}, truth=facts, lexicon=lexicon_of(modality), meteor=meteor,
+                               bertscore=BERTScore(fetch("minilm")), n=50)
+    found = {
+        p: c for part in ("m3d", "standard") for p, c in cells(results["systems"]["model"][part], (part,))
+    }
     zero = {p for p in found if p[2] == "unparsed"}
     ceilings = {p for p in found if p[2] == meteor.name}
     assert len(found) > 40 and ceilings and zero
     for path, c in found.items():
         if path in zero: assert c["value"] == 0, path
-        elif path in ceilings: assert c["value"] == pytest.approx(ceiling(lines, meteor, *path), abs=1e-3), path
-        elif path[1:3] == ("open", "BLEU-4"): assert c["value"] == pytest.approx(room_for_four(lines, path[3]), abs=1e-3), path
-        elif "BERTScore" in path[2]: assert c["value"] == pytest.approx(100, abs=1e-3), path
-        else: assert c["value"] == 100, path
+        elif path in ceilings:
+            assert c["value"] == pytest.approx(ceiling(lines, meteor, *path), abs=1e-3), path
+        elif path[1:3] == ("open", "BLEU-4"):
+            assert c["value"] == pytest.approx(room_for_four(lines, path[3]), abs=1e-3), path
+        elif "BERTScore" in path[2]:
+            assert c["value"] == pytest.approx(100, abs=1e-3), path
+        else:
+            assert c["value"] == 100, path
     everything = dict(cells(results["systems"]["model"]["facts"]))
-    for path, c in everything.items(): assert c["value"] in ((0,) if path[1] in ("omitted", "hallucinated") else (100,)), path
+    for path, c in everything.items():
+        assert c["value"] in ((0,) if path[1] in ("omitted", "hallucinated") else (100,)), path
 
 
 def ceiling(lines, meteor, protocol, task, metric, group):
@@ -329,16 +398,19 @@ def room_for_four(lines, group):
 
 
 def test_what_is_written_is_what_is_true(corpus):
-    "Questions, options, answers and reports agree with the truth file, and the facts can be read back from the report."
+    """Questions, options, answers and reports agree with the truth file, and the facts can be read back
+    from the report."""
     name, root = corpus
     truth = read_truth(root)
     for s in load_m3d(root):
         row = truth[s.image]
         if s.task != "report": assert s.answer == row[ASKED[s.type][0]]
         if s.task == "closed":
-            assert s.choices["ABCD".index(s.letter)] == s.answer and len({c for c in s.choices if c != "NA"}) == sum(c != "NA" for c in s.choices)
+            assert s.choices["ABCD".index(s.letter)] == s.answer
+            assert len({c for c in s.choices if c != "NA"}) == sum(c != "NA" for c in s.choices)
         if s.task == "report":
-            for fact in (row["kind"], row["organ"], row["phase"], row["plane"], row["level"], row["side"]): assert fact in s.answer
+            for fact in (row["kind"], row["organ"], row["phase"], row["plane"], row["level"], row["side"]):
+                assert fact in s.answer
 
 
 def test_a_constant_reader_of_the_whole_evaluation_is_at_chance(corpus):
@@ -346,18 +418,22 @@ def test_a_constant_reader_of_the_whole_evaluation_is_at_chance(corpus):
     name, root = corpus
     samples = load_m3d(root)
     closed = [s for s in samples if s.task == "closed" and s.split == "test"]
-    lines = constant_predictions([prediction_line(s) for s in closed], [s for s in samples if s.split == "train"])
+    lines = constant_predictions([prediction_line(s) for s in closed],
+                                 [s for s in samples if s.split == "train"])
     results = evaluate_systems({"model": lines}, n=500)
-    found, chance = (results["systems"][k]["standard"]["closed"]["accuracy"]["macro"] for k in ("model", "chance"))
+    found, chance = (
+        results["systems"][k]["standard"]["closed"]["accuracy"]["macro"] for k in ("model", "chance"))
     assert found["low"] - 1 <= chance["value"] <= found["high"] + 1
 
 
-# --- the dial and the clock -----------------------------------------------------------------------------------------
+# --- the dial and the clock ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("modality", MODES)
 def test_the_dial_is_monotone(modality):
     mode = MODES[modality]
-    case = replace(sample_findings(4, seed=5, kinds=("mass",), phases=mode.phases, planes=("axial",))[0], organ="liver", phase=mode.phases[1])
+    case = replace(
+        sample_findings(4, seed=5, kinds=("mass",), phases=mode.phases, planes=("axial",))[0],
+        organ="liver", phase=mode.phases[1])
     still, _ = draw_mode(case, modality, (16, 64, 64), 0.)
     steps = []
     for contrast in (0., .25, .5, 1.):
@@ -369,18 +445,23 @@ def test_the_dial_is_monotone(modality):
 
 
 @pytest.mark.parametrize("modality, shape, limit", [("CT", (32, 112, 112), .66), ("MR", (32, 112, 112), .66),
-                                                    ("PT", (32, 112, 112), .66), ("CT", (50, 224, 224), 5.), ("PT", (50, 224, 224), 5.)])
+                                                    ("PT", (32, 112, 112), .66), ("CT", (50, 224, 224), 5.),
+                                                    ("PT", (50, 224, 224), 5.)])
 def test_volumes_are_drawn_fast_enough(modality, shape, limit, tmp_path):
-    "Processor time, with writing: three volumes a second on two cores leave each core 0.66 s a volume; a large one takes a few seconds."
+    """Processor time, with writing: three volumes a second on two cores leave each core 0.66 s a volume;
+    a large one takes a few seconds."""
     n = 4 if shape[0] == 32 else 1
     start = time.process_time()
-    make_benchmark(tmp_path/"x", modality, train=n, validation=0, test=0, shape=shape, workers=1, progress=False)
+    make_benchmark(tmp_path / "x", modality, train=n, validation=0, test=0, shape=shape, workers=1,
+                   progress=False)
     assert (time.process_time() - start) / n < limit
 
 
-# --- probes ---------------------------------------------------------------------------------------------------------
+# --- probes ----------------------------------------------------------------------------------------
 
-def items(name, n=24, seed=3, shape=(16, 56, 56), size=1., contrast=1.): return PROBES[name][1](n, "test", 0, seed, shape, size, contrast)
+def items(name, n=24, *, seed=3, shape=(16, 56, 56), size=1., contrast=1.):
+    _, items_of, _ = PROBES[name]
+    return items_of(n, "test", first=0, seed=seed, shape=shape, size=size, contrast=contrast)
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -389,10 +470,12 @@ def test_a_probe_is_a_corpus_with_true_answers(name, tmp_path):
     make_probe(tmp_path/"b", name, train=8, test=16, shape=(8, 40, 40), workers=2, progress=False)
     assert digests(tmp_path/"a") == digests(tmp_path/"b")
     samples, truth, asked = load_m3d(tmp_path/"a"), read_truth(tmp_path/"a"), PROBES[name][2]
-    assert Counter(s.task for s in samples) == {"closed": 24 * len(asked), "open": 24 * len(asked), "report": 24}
+    assert Counter(
+        s.task for s in samples) == {"closed": 24 * len(asked), "open": 24 * len(asked), "report": 24}
     for s in samples:
         if s.task != "report": assert s.answer == truth[s.image][asked[s.type][0]]
-    for row in rows: assert len(row["lesion_slices"]) > 0
+    for row in rows:
+        assert len(row["lesion_slices"]) > 0
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -411,7 +494,8 @@ def test_tiny_lesions_are_in_one_slice_and_seen():
         unit, masks, _ = item.draw(item)
         lesion = masks > 127
         assert lesion.any((1, 2)).sum() == 1 and 1 <= lesion.sum() <= 20
-        assert unit[lesion].max() > np.median(unit[draw_scene(item.case, item.shape).labels == TISSUES.index(item.case.organ)]) + .1
+        assert unit[lesion].max() > np.median(
+            unit[draw_scene(item.case, item.shape).labels == TISSUES.index(item.case.organ)]) + .1
 
 
 def test_textures_share_every_moment_and_differ_in_spectrum():
@@ -420,10 +504,13 @@ def test_textures_share_every_moment_and_differ_in_spectrum():
         unit, masks, facts = item.draw(item)
         hu, lesion = unit * 600 - 200, masks > 127
         values[facts["texture"]].append((hu[lesion].mean(), hu[lesion].std(), np.quantile(hu[lesion], .9)))
-        roughness[facts["texture"]].append([((hu - np.roll(hu, 1, a))[lesion & np.roll(lesion, 1, a)]**2).mean() for a in (1, 2)])
+        roughness[facts["texture"]].append(
+            [((hu - np.roll(hu, 1, a))[lesion & np.roll(lesion, 1, a)]**2).mean() for a in (1, 2)])
     assert {*values} == {*TEXTURES}
-    for v in values.values(): assert np.allclose(np.mean(v, 0), (90, 60, 166.9), atol=1.5)
-    across, down, fine, coarse = (np.mean(roughness[t], 0) for t in ("striped across", "striped down", "fine", "coarse"))
+    for v in values.values():
+        assert np.allclose(np.mean(v, 0), (90, 60, 166.9), atol=1.5)
+    across, down, fine, coarse = (
+        np.mean(roughness[t], 0) for t in ("striped across", "striped down", "fine", "coarse"))
     assert across[0] > 1.5 * across[1] and down[1] > 1.5 * down[0] and min(fine) > 3 * max(coarse)
 
 
@@ -437,13 +524,16 @@ def test_slices_holds_its_finding_in_one_or_two_of_many_alike():
 
 
 def test_mirror_pairs_differ_in_place_alone(tmp_path):
-    rows = make_probe(tmp_path/"m", "mirror", train=8, validation=4, test=16, shape=(8, 40, 40), workers=1, progress=False)
+    rows = make_probe(tmp_path/"m", "mirror", train=8, validation=4, test=16, shape=(8, 40, 40), workers=1,
+                      progress=False)
     kinds = Counter()
     for a, b in zip(rows[::2], rows[1::2]):
         x, y = (np.load(tmp_path/"m"/r["image"])[0] for r in (a, b))
         (tissue_a, lesion_a), (tissue_b, lesion_b) = (read_masks(tmp_path/"m", r) for r in (a, b))
-        assert a["pair"] == b["pair"] and a["split"] == b["split"] and a["location"] != b["location"] and a["id"] != b["id"]
-        assert np.array_equal(np.sort(x, None), np.sort(y, None)) and np.bincount(tissue_a.ravel()).tolist() == np.bincount(tissue_b.ravel()).tolist()
+        assert a["pair"] == b["pair"] and a["split"] == b["split"] and a["location"] != b["location"]
+        assert a["id"] != b["id"]
+        assert np.array_equal(np.sort(x, None), np.sort(y, None))
+        assert np.bincount(tissue_a.ravel()).tolist() == np.bincount(tissue_b.ravel()).tolist()
         (axis,) = [k for k in range(3) if np.array_equal(np.flip(x, k), y)]
         assert np.array_equal(np.flip(lesion_a, axis), lesion_b)
         turned = "left-right" if a["side"] != b["side"] else "up-down"
@@ -461,14 +551,20 @@ def test_a_reader_without_position_is_right_on_one_of_each_pair_at_most(tmp_path
 
 
 def test_probes_refuse_what_they_cannot_be(tmp_path):
-    with pytest.raises(MedVLM3DError, match="colour: is no probe.*tiny, texture, slices, mirror"): make_probe(tmp_path/"x", "colour")
-    with pytest.raises(MedVLM3DError, match="mirror: comes in pairs.*even numbers"): make_probe(tmp_path/"x", "mirror", test=7)
+    with pytest.raises(MedVLM3DError, match="colour: is no probe.*tiny, texture, slices, mirror"):
+        make_probe(tmp_path/"x", "colour")
+    with pytest.raises(MedVLM3DError, match="mirror: comes in pairs.*even numbers"):
+        make_probe(tmp_path/"x", "mirror", test=7)
 
 
 def test_the_dial_of_a_probe_turns():
-    large, small = (np.mean([(i.draw(i)[1] > 127).sum() for i in items("tiny", 6, shape=(32, 112, 112), size=s)]) for s in (2., 1.))
+    large, small = (np.mean([(i.draw(i)[1] > 127).sum()
+                             for i in items("tiny", 6, shape=(32, 112, 112), size=s)]) for s in (2., 1.))
     assert large > 2 * small
-    spread = {c: np.mean([i.draw(i)[0][i.draw(i)[1] > 127].std() for i in items("texture", 4, contrast=c)]) for c in (1., .3)}
+    spread = {
+        c: np.mean([i.draw(i)[0][i.draw(i)[1] > 127].std() for i in items("texture", 4, contrast=c)])
+        for c in (1., .3)
+    }
     assert spread[.3] < .4 * spread[1.]
 
 
@@ -487,4 +583,5 @@ def test_the_demonstration_is_a_plain_ct():
     "Its four kinds only, and `draw_ct` at full contrast."
     assert {c.kind for c in sample_cases(200)} == {*ASKED["Abnormality"][1]} == {*MORE_KINDS[:4]}
     case = sample_cases(1)[0]
-    assert np.array_equal(to_unit(draw_ct(draw_scene(case, (8, 32, 32)))), to_unit(render(case, (8, 32, 32))[0]))
+    assert np.array_equal(to_unit(draw_ct(draw_scene(case, (8, 32, 32)))),
+                          to_unit(render(case, (8, 32, 32))[0]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_app', 'To', 'Count', 'Root', 'Listing', 'Rejects', 'Source', 'Licence', 'Corpus', 'Images', 'Workers',
            'Contrast', 'NearText', 'NearImage', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers', 'phantom', 'probe',
-           'layout', 'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split', 'benchmark']
+           'layout', 'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split']
 
 # %% ../../nbs/front/data.ipynb #42555f87
 import json
@@ -175,8 +175,3 @@ def split(corpus: Corpus, by: Annotated[By, typer.Option(help="What stays togeth
     print(json.dumps(summary, indent=1))
     say(f"done: {summary['volumes']} volumes in {summary['groups']} groups. Check it with `medvlm3d data verify`.")
 
-@data_app.command()
-def benchmark(out: To, volumes: Annotated[int, typer.Option(min=100)] = 100_000, questions: Count = 500_000, workers: Workers = 2):
-    "Time verify and split on a generated corpus; writes scale.json."
-    from medvlm3d.data.scale import benchmark as run
-    print(json.dumps(run(out, volumes, questions=questions, workers=workers), indent=1))

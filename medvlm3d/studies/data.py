@@ -27,7 +27,6 @@ from ..phantoms.probes import PROBES
 from ..scans.readers import real_scans
 from ..report.tables import Table, write_table
 from ..report.figures import new_figure, save_figure
-from ..data.scale import benchmark
 from ..scans.volume import Preprocess
 
 # %% ../../nbs/studies/data.ipynb #eb3f3127
@@ -103,11 +102,11 @@ def speed(sizes, n=12, workers=2):
             found.setdefault(m, {})["×".join(map(str, shape))] = {"volumes": n, "a second": round(n / (time.perf_counter() - start), 2)}
     return found
 
-def scale_record(root, volumes, *, questions, workers=2, progress=True):
-    "The record of a scale run at `root`: the one that is there if it is of this size, since it takes minutes, else a new one."
-    old = read_json(root/"scale.json") if (root/"scale.json").exists() else {}
-    if (old.get("volumes"), old.get("questions"), old.get("workers")) == (volumes, questions, workers): return old
-    return benchmark(root, volumes, questions=questions, workers=workers, progress=progress)
+def scale_record(root, volumes, *, questions, workers=2):
+    "The record that `bench/scale.py` wrote at `root` if it is of this size, else an empty one."
+    record = read_json(root/"scale.json") if (root/"scale.json").exists() else {}
+    size = record.get("volumes"), record.get("questions"), record.get("workers")
+    return record if size == (volumes, questions, workers) else {}
 
 def balance_table(found):
     "Rows: types; columns: what constant readers reach in each modality, and chance."
@@ -159,7 +158,7 @@ def run(out, data, *, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112
         drawn=12, asked=720, volumes=600, questions=1200, seed=8, workers=2, progress=True):
     """The whole study in the folder `out`, generated data below `data`, both relative to the project root; returns its tables by name.
 
-    `corpus`: what is audited, with ties of the kinds `allow` allowed; a small one is drawn where none is named. `volumes` 0: no scale."""
+    `corpus`: what is audited, with ties of the kinds `allow` allowed; a small one is drawn where none is named. The record of `bench/scale.py` in `data/scale` is taken over if it is of `volumes` and `questions`."""
     config = dict(corpus=str(corpus), allow=list(allow), shape=list(shape), sizes=[list(s) for s in sizes],
                   drawn=drawn, asked=asked, volumes=volumes, questions=questions, seed=seed, workers=workers)
     out, data = project_root()/out, project_root()/data
@@ -169,7 +168,7 @@ def run(out, data, *, corpus="", allow=(), shape=(32, 112, 112), sizes=((32, 112
         save_figure(probe_sheet(tuple(shape)), folder/"figures", "probes")
         results = {"balance": balance(asked), "speed": speed(sizes, drawn, workers),
                    "audit": audit(project_root()/corpus if corpus else data/"corpus", allow=allow, workers=workers, progress=progress),
-                   "scale": scale_record(data/"scale", volumes, questions=questions, workers=workers, progress=progress) if volumes else {}}
+                   "scale": scale_record(data/"scale", volumes, questions=questions, workers=workers)}
         write_json(folder/"results.json", results)
         write_audit(folder/"audit", results["audit"])
         tables = {"balance": balance_table(results["balance"]), "speed": speed_table(results["speed"], workers),
