@@ -1,0 +1,89 @@
+"""Code that reads at a glance: limits on functions, lines, signatures and cells, with lists of exceptions that may only shrink."""
+import ast
+import json
+import statistics
+
+import pytest
+from conftest import COMPONENTS, MODULES, RUNNERS, place
+
+NODES, WIDTH = 250, 110                      # syntax nodes of a function without its docstring; characters of a line
+WIDE = json.loads("{}")                      # module → lines wider than that; none may be added
+LARGE = set()                                # functions above NODES
+# what transformers calls or overrides by position
+GIVEN = {"method/model MedVLM3D.forward", "method/connector MedVLM3DConfig.__init__", "method/keeping Keeping.save_pretrained"}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def functions(tree, prefix=""):
+    "(qualified name, node) of every function and method."
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield prefix + node.name, node
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from functions(node, f"{prefix}{node.name}.")
+        elif not isinstance(node, ast.expr):
+            yield from functions(node, prefix)
+
+
+def size(function):
+    "Syntax nodes of a function's body without its docstring."
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return sum(1 for statement in body for _ in ast.walk(statement))
+
+
+TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
+FUNCTIONS = {f"{place(path)} {name}": node for path, tree in TREES.items() for name, node in functions(tree)}
+
+
+def test_functions_can_be_taken_in():
+    large = {name for name, node in FUNCTIONS.items() if size(node) > NODES}
+    assert large == LARGE, "split what is new; take from the list what is mended"
+
+
+def test_most_functions_are_small():
+    sizes = sorted(size(node) for node in FUNCTIONS.values())
+    assert statistics.median(sizes) <= 60 and sizes[int(.9 * len(sizes))] <= 170
+
+
+def parameters(function):
+    "Names of the parameters that may be given by position, and of all; without self."
+    given = [a.arg for a in function.args.posonlyargs + function.args.args if a.arg not in ("self", "cls")]
+    return given, [*given, *(a.arg for a in function.args.kwonlyargs)]
+
+
+def test_long_signatures_are_keyword_only_after_the_second_parameter():
+    wrong = set()
+    for name, node in FUNCTIONS.items():
+        given, every = parameters(node)
+        if len(every) > 4 and len(given) > 2 and not node.args.vararg: wrong.add(name)
+    assert wrong == GIVEN
+
+
+def code_cells(path):
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and not source.startswith("%%"):
+            yield "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in source.splitlines())
+
+
+@pytest.mark.parametrize("path", [*MODULES, *RUNNERS], ids=place)
+def test_no_call_tells_six_things_by_their_place(path):
+    trees = [TREES[path]] if path in TREES else [ast.parse(source) for source in code_cells(path)]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert not [ast.unparse(call) for call in calls if len(call.args) >= 6]
+
+
+def test_comprehensions_are_one_deep():
+    nested = sum(any(isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node)
+                 for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, COMPREHENSIONS))
+    lines = sum(bool(line.strip()) for path in MODULES for line in path.read_text(encoding="utf-8").splitlines())
+    assert nested / lines * 100 <= .3
+
+
+def test_lines_fit_a_page():
+    "Not counted: what nbdev writes (`__all__`), and the sentence of a notebook that becomes the docstring of its module."
+    wide = {}
+    for path in COMPONENTS:
+        count = sum(len(line) > WIDTH for source in code_cells(path) for line in source.splitlines())
+        if count: wide[place(path)] = count
+    assert wide == WIDE, "wrap what is new; take from the list what is mended"
