@@ -142,7 +142,7 @@ def make_projector(kind: str, channels: int, hidden: int) -> nn.Module:
     if kind == "mlp": return nn.Sequential(nn.Linear(channels, hidden), nn.GELU(), nn.Linear(hidden, hidden))
     raise MedVLM3DError(f"projector={kind!r}", "is not known", "Choose mlp or linear.")
 
-# %% ../../nbs/method/07_connector.ipynb #fcb61c0c
+# %% ../../nbs/method/07_connector.ipynb #f2409ab5
 class Connector(nn.Module):
     "Features of the kept slices (B, D′, N, C) → visual tokens (B, M′, hidden)."
     def __init__(self, config: MedVLM3DConfig, hidden: int):
@@ -156,13 +156,16 @@ class Connector(nn.Module):
 
     def on_grid(self, features: Tensor) -> Tensor:
         "(B, D′, N, C) → (B, D′, H′, W′, c), whitened and in the parameters' float type."
-        patches = self.grid[0] * self.grid[1]
-        if features.ndim != 4 or features.shape[-2:] != (patches, self.incoming):
-            wanted = f"(B, D′, {patches}, {self.incoming})"
-            raise MedVLM3DError("features", f"have shape {tuple(features.shape)}",
-                                f"Give {wanted}: the kept slices of this configuration's encoder.")
+        self._check_shape(features)
         features = features.to(next(self.projector.parameters()).dtype)
         return to_grid(self.whitening(features), self.grid)
+
+    def _check_shape(self, features):
+        patches = self.grid[0] * self.grid[1]
+        if features.ndim == 4 and features.shape[-2:] == (patches, self.incoming): return
+        wanted = f"(B, D′, {patches}, {self.incoming})"
+        raise MedVLM3DError("features", f"have shape {tuple(features.shape)}",
+                            f"Give {wanted}: the kept slices of this configuration's encoder.")
 
     def forward(self, features: Tensor) -> Tensor:
         enhanced = self.injection(self.fusion(self.on_grid(features)))

@@ -42,12 +42,12 @@ class Counting:
             if wanted and p.dtype != wanted: p.data = p.data.to(wanted)
         return self
 
-# %% ../../nbs/method/keeping.ipynb #d77c5658
+# %% ../../nbs/method/keeping.ipynb #093a8721
 class Learning(Counting):
     "What is trained in which stage."
     def add_lora(self, r: int = 16, alpha: float = 32, dropout: float = .1,
                  targets: str | Sequence[str] = "all-linear"):
-        """Insert adapters into the language model, in the connector's float type; recorded in the configuration.
+        """Insert adapters into the language model, in the connector's float type, and record them.
 
         Parameters
         ----------
@@ -175,12 +175,21 @@ def _float_type(dtype):
     if dtype in (None, "auto"): return None
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
-# %% ../../nbs/method/keeping.ipynb #e04fc5ba
+# %% ../../nbs/method/keeping.ipynb #a4578a10
 def _set_types(model, dtype, llm_dtype):
     "The model in the float types asked for; if none is, in those of its file that this processor multiplies."
     if llm_dtype: return model.in_types(dtype, llm_dtype)
     return model.to(dtype) if dtype else widen_emulated(model)
 
+def _fill(model, folder):
+    "Give a model the weights of its folder; each must find its place."
+    from safetensors.torch import load_file
+    state = load_file(vouched(folder/"model.safetensors"))
+    check_state(folder.name, state, model.own_state())
+    model.load_state_dict(state, strict=False, assign=True)
+    model.llm.tie_weights()
+
+# %% ../../nbs/method/keeping.ipynb #17171426
 def load_saved(cls: type, folder: str | Path, *, llm: str | Path | torch.nn.Module | None = None,
                config: MedVLM3DConfig | None = None, dtype: torch.dtype | str | None = None,
                llm_dtype: torch.dtype | str | None = None, torch_dtype: torch.dtype | str | None = None,
@@ -196,16 +205,12 @@ def load_saved(cls: type, folder: str | Path, *, llm: str | Path | torch.nn.Modu
     torch_dtype : the older name of `dtype`
     revision, local_files_only : see `huggingface_hub.snapshot_download`
     """
-    from safetensors.torch import load_file
     _check_options(other)
     dtype, llm_dtype = _float_type(dtype or torch_dtype), _float_type(llm_dtype)
     folder = saved_folder(folder, revision=revision, local_files_only=local_files_only)
     config = config or MedVLM3DConfig.from_pretrained(folder)
-    state = load_file(vouched(folder/"model.safetensors"))
     reference = config.llm_reference
     model = cls(config, reference_llm(reference, llm, llm_dtype or torch.float32) if reference else None)
-    check_state(folder.name, state, model.own_state())
-    model.load_state_dict(state, strict=False, assign=True)
-    model.llm.tie_weights()
+    _fill(model, folder)
     if (folder/"processor_config.json").exists(): model.attach(MedVLM3DProcessor.from_pretrained(folder))
     return _set_types(model, dtype, llm_dtype).eval()

@@ -70,8 +70,9 @@ def base_hash(llm: nn.Module | dict) -> str:
     hashes = {name: sha256_tensors({name: t.bfloat16()}) for name, t in base_state(llm).items()}
     return sha256_json(hashes)
 
-# %% ../../nbs/method/language.ipynb #5b9cdcc6
-def reference_llm(reference: dict, llm: str | Path | nn.Module | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+# %% ../../nbs/method/language.ipynb #9e6f79e5
+def reference_llm(reference: dict, llm: str | Path | nn.Module | None = None,
+                  dtype: torch.dtype = torch.float32) -> nn.Module:
     """The language model that a saved model refers to, loaded in `dtype`; other weights are refused.
 
     Parameters
@@ -143,22 +144,27 @@ def merged_state(llm: nn.Module) -> dict:
         state[f"{name}.weight"] = layer.base_layer.weight.detach() + update
     return state
 
-# %% ../../nbs/method/language.ipynb #b3c930d9
+# %% ../../nbs/method/language.ipynb #5c77ab2e
+def _words_of(texts, split):
+    "The different pieces of some texts, in alphabetical order."
+    words = set()
+    for text in texts: words.update(word for word, _ in split.pre_tokenize_str(" " + text))
+    return sorted(words)
+
 def word_tokenizer(texts: Sequence[str]):
     "A word-level tokenizer of all words in `texts`, the prefix, the instructions and the option letters."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
     own = (IMAGE_PREFIX.removeprefix("<image>"), *INSTRUCTIONS, "Choices: A. B. C. D.")
-    words = set()
-    for text in (*texts, *own): words.update(word for word, _ in split.pre_tokenize_str(" " + text))
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<pad>", "<eos>", *sorted(words)])}
+    special = dict(unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
+    words = [*special.values(), *_words_of((*texts, *own), split)]
+    vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
-    special = dict(unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
-# %% ../../nbs/method/language.ipynb #8080b837
+# %% ../../nbs/method/language.ipynb #c338728d
 Scan = str | Path | Volume | Tensor
 
 class _Inputs:
@@ -169,23 +175,26 @@ class _Inputs:
             from medvlm3d.scans.readers import read_volume
             scan = read_volume(scan)
         if isinstance(scan, Volume): return self.preprocess(scan)
-        if not torch.is_tensor(scan) or tuple(scan.shape) != self.preprocess.shape:
-            given, wanted = getattr(scan, "shape", type(scan).__name__), self.preprocess.shape
-            raise MedVLM3DError("scan", f"is {given}, not a path, a Volume or a tensor {wanted}",
-                                "Read it with read_volume, or prepare it with this processor's preprocess.")
-        return scan.float()
+        wanted = self.preprocess.shape
+        if torch.is_tensor(scan) and tuple(scan.shape) == wanted: return scan.float()
+        given = getattr(scan, "shape", type(scan).__name__)
+        raise MedVLM3DError("scan", f"is {given}, not a path, a Volume or a tensor {wanted}",
+                            "Read it with read_volume, or prepare it with this processor's preprocess.")
 
-    def __call__(self, scans: Scan | Sequence[Scan] | None = None, prompts: str | Sequence[str] | None = None) -> dict:
-        "Tensors of as many scans as prompts (one of either is a batch of one); prompts are padded at the left."
+    def __call__(self, scans: Scan | Sequence[Scan] | None = None,
+                 prompts: str | Sequence[str] | None = None) -> dict:
+        "Tensors of as many scans as prompts (one of either is a batch of one), padded at the left."
         batch = {}
         if scans is not None:
             scans = scans if isinstance(scans, (list, tuple)) else [scans]
             batch["pixel_values"] = torch.stack([self.pixels(scan) for scan in scans])
         if prompts is not None:
-            prompts = [prompts] if isinstance(prompts, str) else prompts
-            ids = [build_prompt(self.tokenizer, prompt, self.visual_tokens) for prompt in prompts]
-            batch |= collate_prompts(ids, padding_id(self.tokenizer))
+            batch |= self._prompts([prompts] if isinstance(prompts, str) else prompts)
         return batch
+
+    def _prompts(self, prompts):
+        ids = [build_prompt(self.tokenizer, prompt, self.visual_tokens) for prompt in prompts]
+        return collate_prompts(ids, padding_id(self.tokenizer))
 
 # %% ../../nbs/method/language.ipynb #26679cae
 class _Words:

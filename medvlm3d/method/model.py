@@ -60,7 +60,7 @@ class Encoding:
         options = dict(rho=c.rho, strategy=c.selection, seed=c.seed)
         return encode_selected(encode, volume.to(self.device), step=step, **options)
 
-# %% ../../nbs/method/08_model.ipynb #f487aae1
+# %% ../../nbs/method/08_model.ipynb #95039b27
 class Seeing(Encoding):
     "From volumes to embeddings: what the model does with an image."
     def visual_tokens(self, features: Tensor) -> Tensor:
@@ -73,13 +73,16 @@ class Seeing(Encoding):
         places = input_ids == self.config.image_token_id
         words = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
         if not places.any(): return words
-        if features is None and pixel_values is None:
-            problem = "speak of an image, and none is given"
-            raise MedVLM3DError("input_ids", problem, "Give pixel_values or features.")
-        if features is None: features, _ = self.encode(pixel_values)
+        if features is None: features = self._features(pixel_values)
         visual = self.visual_tokens(features).to(words.dtype)
         _check_counts(places.sum(1), visual)
         return words.masked_scatter(places[..., None], visual)
+
+    def _features(self, pixel_values):
+        "Features of the volumes, which must be given if there are no features."
+        if pixel_values is not None: return self.encode(pixel_values)[0]
+        problem = "speak of an image, and none is given"
+        raise MedVLM3DError("input_ids", problem, "Give pixel_values or features.")
 
 def _check_counts(counts, visual):
     "An error unless each sequence has as many image places as its volume has visual tokens."
@@ -112,7 +115,7 @@ class Attending:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)
         return {"attention_mask": attention_mask, "position_ids": position_ids}
 
-# %% ../../nbs/method/08_model.ipynb #4664e42d
+# %% ../../nbs/method/08_model.ipynb #c98b6fd9
 def _with_loss(out, labels, *, loss_weights, items):
     "The language model's output with the loss of its targets, scaled to `items` targets if these are known."
     loss = None if labels is None else target_loss(out.logits, labels, loss_weights)
@@ -122,6 +125,7 @@ def _with_loss(out, labels, *, loss_weights, items):
     return CausalLMOutputWithPast(loss=loss, logits=out.logits, hidden_states=out.hidden_states,
                                   attentions=out.attentions, **cache)
 
+# %% ../../nbs/method/08_model.ipynb #ec10dfd0
 class Forward(Seeing, Attending):
     "The forward pass."
     def forward(self, input_ids: Tensor | None = None, pixel_values: Tensor | None = None,
@@ -158,7 +162,7 @@ class Forward(Seeing, Attending):
         raise MedVLM3DError("input_ids", "hold no image place although an image is given",
                             "Begin the prompt with image_prefix(tokenizer, visual_tokens).")
 
-# %% ../../nbs/method/08_model.ipynb #8b12c51b
+# %% ../../nbs/method/08_model.ipynb #fd2e799a
 class MedVLM3D(Forward, Learning, Keeping, Speaking, PreTrainedModel, GenerationMixin):
     "A volume and words → words. A Hugging Face model: `generate`, `save_pretrained`, `from_pretrained`."
     config_class, main_input_name = MedVLM3DConfig, "input_ids"
@@ -181,13 +185,13 @@ class MedVLM3D(Forward, Learning, Keeping, Speaking, PreTrainedModel, Generation
     def get_output_embeddings(self): return self.llm.get_output_embeddings()
 
     def attach(self, processor: MedVLM3DProcessor):
-        "Give the model its processor; generation is then greedy, at most 256 tokens, and stops at the end token."
+        "Give the model its processor; generation is greedy, at most 256 tokens, and stops at the end token."
         self.processor, tok = processor, processor.tokenizer
         ends = dict(eos_token_id=tok.eos_token_id, pad_token_id=padding_id(tok))
         self.generation_config = GenerationConfig(max_new_tokens=256, do_sample=False, **ends)
         return self
 
-# %% ../../nbs/method/08_model.ipynb #ed8d16f3
+# %% ../../nbs/method/08_model.ipynb #86cf23ab
 AutoConfig.register("medvlm3d", MedVLM3DConfig, exist_ok=True)
 AutoModel.register(MedVLM3DConfig, MedVLM3D, exist_ok=True)
 AutoModelForCausalLM.register(MedVLM3DConfig, MedVLM3D, exist_ok=True)
@@ -195,7 +199,7 @@ AutoProcessor.register(MedVLM3DConfig, MedVLM3DProcessor, exist_ok=True)
 
 def assemble(config: MedVLM3DConfig, llm: nn.Module | None = None,
              tokenizer: PreTrainedTokenizerBase | None = None) -> MedVLM3D:
-    "A model with its processor: language model and tokenizer given, by reference, or random from `text_config`."
+    "A model with its processor; its language model is given, referred to, or random from `text_config`."
     reference, values = config.llm_reference, config.to_dict()
     if reference:
         llm = llm or load_llm(reference["name"])
@@ -214,7 +218,7 @@ def _processor(config, tokenizer):
     "The processor of a model with this configuration."
     return MedVLM3DProcessor(tokenizer, Preprocess.from_dict(config.preprocess), config.visual_tokens)
 
-# %% ../../nbs/method/08_model.ipynb #ac1b9f88
+# %% ../../nbs/method/08_model.ipynb #08ba3630
 WORDS = ("Which organ is enlarged? Where is the lesion? "
          "liver spleen kidney lung left right yes no. The liver is normal.")
 
@@ -222,8 +226,9 @@ def tiny(seed: int = 0, **changes) -> MedVLM3D:
     "A random model that runs in a second; `changes` are fields of its configuration."
     tokenizer = word_tokenizer([WORDS])
     text = dict(model_type="llama", vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-                initializer_range=.2, eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=512, initializer_range=.2, bos_token_id=None,
+                eos_token_id=tokenizer.eos_token_id)
     values = dict(preprocess=Preprocess(8, 64, 64).to_dict(), rho=50, text_config=text, seed=seed)
     config = MedVLM3DConfig(**{**values, **changes})
     with torch.random.fork_rng(devices=[]):

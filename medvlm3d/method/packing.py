@@ -18,10 +18,10 @@ from .tokens import Example, fit_target
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerBase
 
-# %% ../../nbs/method/packing.ipynb #67fe65dc
+# %% ../../nbs/method/packing.ipynb #a9a5e139
 @dataclass(frozen=True)
 class Packed:
-    "One prefix and many segments: lists of length T; `segments` is 0 for the prefix, k for the k-th question."
+    "One prefix and many segments, as lists of length T; `segments` is 0 for the prefix, then 1, 2, …"
     input_ids: list
     labels: list
     position_ids: list
@@ -68,7 +68,18 @@ def _segment_rows(prompt, target, *, number, start, weight):
     weights = [0.] * len(prompt) + [weight] * len(target)
     return list(zip(ids, labels, positions, [number] * len(ids), weights))
 
-# %% ../../nbs/method/packing.ipynb #41cbcd92
+# %% ../../nbs/method/packing.ipynb #78dfc64f
+def _check_weighting(weighting):
+    if weighting not in ("question", "token"):
+        raise MedVLM3DError(repr(weighting), "is no weighting", "Use 'question' or 'token'.")
+
+def _check_segment(number, prompt, target):
+    "An error for a segment whose first target token would be predicted from another segment."
+    if not prompt or not target:
+        problem = "has an empty prompt or target"
+        raise MedVLM3DError(f"segment {number}", problem, "Give both at least one token.")
+
+# %% ../../nbs/method/packing.ipynb #ff13b13c
 def pack_examples(prefix_ids: list, segments: Sequence[tuple], *, context: int = 512, policy: str = "error",
                   weighting: str = "question") -> Packed:
     """Pack (prompt ids, target ids) pairs behind `prefix_ids`.
@@ -81,8 +92,7 @@ def pack_examples(prefix_ids: list, segments: Sequence[tuple], *, context: int =
     policy : "error" or "truncate", when a target does not fit
     weighting : "question" (each counts once) or "token" (each target token counts once)
     """
-    if weighting not in ("question", "token"):
-        raise MedVLM3DError(repr(weighting), "is no weighting", "Use 'question' or 'token'.")
+    _check_weighting(weighting)
     start, truncated = len(prefix_ids), 0
     rows = _segment_rows(prefix_ids, [], number=0, start=0, weight=0.)
     for number, (prompt, target) in enumerate(segments, 1):
@@ -94,20 +104,17 @@ def pack_examples(prefix_ids: list, segments: Sequence[tuple], *, context: int =
     columns = [list(column) for column in zip(*rows)]
     return Packed(*columns, truncated)
 
-def _check_segment(number, prompt, target):
-    "An error for a segment whose first target token would be predicted from another segment."
-    if not prompt or not target:
-        problem = "has an empty prompt or target"
-        raise MedVLM3DError(f"segment {number}", problem, "Give both at least one token.")
-
-# %% ../../nbs/method/packing.ipynb #b5ae116c
+# %% ../../nbs/method/packing.ipynb #94699f40
 def packed_mask(segments: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
     "Who sees whom, (B, T) → (B, 1, T, T): True or False, or 0 and the lowest number of a float `dtype`."
     T = segments.shape[1]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments.device).tril()
     own = segments[:, :, None] == segments[:, None]
     prefix = segments[:, None] == 0
-    seen = causal & (own | prefix)
-    if dtype is torch.bool: return seen[:, None]
-    added = torch.zeros(seen.shape, dtype=dtype, device=segments.device)
-    return added.masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+    seen = (causal & (own | prefix))[:, None]
+    return seen if dtype is torch.bool else _added(seen, dtype)
+
+def _added(seen, dtype):
+    "True as 0 and False as the lowest number of a float type."
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill(~seen, torch.finfo(dtype).min)
