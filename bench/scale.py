@@ -4,14 +4,14 @@
     python bench/scale.py /tmp/small --volumes 600 --questions 1200   # seconds
 
 Writes a corpus with known leaks, verifies it, splits it, verifies the split, and leaves `scale.json` in the
-folder: seconds by the clock and of the processor, and peak memory, of each step. Each step runs in a process of
-its own, so that its peak memory is its own. `medvlm3d data report` takes a record of its size over from
+folder: seconds by the clock and of the processor, and peak memory, of each step. Each step runs in a process
+of its own, so that its peak memory is its own. `medvlm3d data report` takes a record of its size over from
 `data/scale/scale`.
 
-Measured in November 2026 on two cores: 500,000 questions on 100,000 volumes (600,000 lines, 33,000 cases) are
-verified in 93 to 135 s of processor time and split in 126 to 157 s. The main process peaks at 0.86 GB and each of
-two workers at 0.42 GB, of which the imported libraries are 0.25 GB each. Volumes are 4 kB here: real ones of 8 MB
-would add their reading, about an hour at 200 MB/s.
+Measured in November 2026 on two cores: 500,000 questions on 100,000 volumes (600,000 lines, 33,000 cases)
+are verified in 93 to 135 s of processor time and split in 126 to 157 s. The main process peaks at 0.86 GB
+and each of two workers at 0.42 GB, of which the imported libraries are 0.25 GB each. Volumes are 4 kB here:
+real ones of 8 MB would add their reading, about an hour at 200 MB/s.
 """
 import argparse
 import json
@@ -50,8 +50,8 @@ def coarse_volume(seed):
 
 
 class Plan:
-    """Which volume belongs to which case (one to five each), which case to which split (90 : 5 : 5), and which
-    test case leaks from which training case: `leak` is case → (kind, partner)."""
+    """Which volume belongs to which case (one to five each), which case to which split (90 : 5 : 5), and
+    which test case leaks from which training case: `leak` is case → (kind, partner)."""
     def __init__(self, volumes, seed=0, leaks=LEAKS):
         rng = np.random.default_rng(seed)
         self.seed = seed
@@ -155,7 +155,8 @@ def timed(step):
     step()
     seconds, processor = time.perf_counter() - start, processor_seconds() - used
     return {"seconds": round(seconds, 1), "processor seconds": round(processor, 1),
-            "peak MB": megabytes(resource.RUSAGE_SELF), "peak MB of a worker": megabytes(resource.RUSAGE_CHILDREN)}
+            "peak MB": megabytes(resource.RUSAGE_SELF),
+            "peak MB of a worker": megabytes(resource.RUSAGE_CHILDREN)}
 
 
 def benchmark(root, volumes=100_000, *, questions=500_000, workers=2, progress=True):

@@ -65,7 +65,7 @@ def _path_problem(study, root, folder):
         bad = path_problem(root, path.relative_to(root).as_posix())
         if bad: return f"{path.name.removeprefix(folder.name)}: {bad}"
 
-# %% ../../nbs/data/corpora.ipynb #4c4ad340
+# %% ../../nbs/data/corpora.ipynb #3968483b
 BRATS_NAME = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+")
 PUBLIC = re.compile(rf"{BRATS_NAME.pattern}|PETCT_[0-9a-f]+")
 
@@ -78,6 +78,7 @@ def _check_twice(root, studies):
     if twice:
         raise MedVLM3DError(relative(root), f"holds {twice} cases in two folders", "Keep one copy of each.")
 
+# %% ../../nbs/data/corpora.ipynb #c31cd749
 def load_studies(root: Path | str, folders: Sequence[Path], *, reader: Callable, layout: str,
                  rejects: Path | str | None = None) -> list[Study]:
     """The studies in `folders`, without problems.
@@ -143,6 +144,7 @@ def autopet_study(folder: Path, number: int = 1) -> tuple[Study | None, str | No
     return Study(f"{patient}/{number}", patient, images=images, mask=mask if mask.exists() else None,
                  source="AutoPET"), None
 
+# %% ../../nbs/data/corpora.ipynb #e817fc98
 def _visit_numbers(folders):
     "folder → the number of the examination within its patient's folder, in order of path."
     counts, numbers = Counter(), {}
@@ -160,7 +162,7 @@ def load_autopet(root: Path | str, rejects: Path | str | None = None) -> list[St
     "The studies of a folder in the layout of AutoPET."
     folders = _autopet_folders(root)
     numbers = _visit_numbers(folders)
-    def read(folder): return autopet_study(folder, numbers[folder])
+    def read(folder: Path) -> tuple: return autopet_study(folder, numbers[folder])
     layout = "PETCT_<patient>/<study>/{CTres,SUV,SEG}.nii.gz"
     return load_studies(root, folders, reader=read, layout=layout, rejects=rejects)
 
@@ -197,7 +199,7 @@ def _is_stack(path):
     try: return len(read_headers(*members(path).values(), path)) > 1
     except MedVLM3DError: return False
 
-# %% ../../nbs/data/corpora.ipynb #94037094
+# %% ../../nbs/data/corpora.ipynb #c8ca2c45
 def _in_folder(folder, scans):
     """Add the scans of a folder to `scans`; returns the folders in it that are still to be searched, last
     one first."""
@@ -210,6 +212,7 @@ def _in_folder(folder, scans):
 
 def _folders_of(entries): return [p for p in entries if p.is_dir() and not p.is_symlink()]
 
+# %% ../../nbs/data/corpora.ipynb #231dff72
 def find_scans(root: Path | str) -> list[Path]:
     "The scans below `root`, in order of path: files, and folders of pictures or DICOM."
     root = Path(root)
@@ -258,7 +261,7 @@ def left_over(root: Path | str, scans: Sequence[Path]) -> list[Path]:
     files = [p for p in sorted(Path(root).rglob("*")) if p.is_file() or p.is_symlink()]
     return [p for p in files if p not in loose and not _is_known(p, taken, headers)]
 
-# %% ../../nbs/data/corpora.ipynb #2e14b25a
+# %% ../../nbs/data/corpora.ipynb #b9c1ff62
 def _words_of(scan, text, *, root, where):
     "(report of a scan, []) or an empty text and the problems at `where`."
     why, problems = _unusable(scan, text, root), []
@@ -273,6 +276,7 @@ def _unusable(scan, text, root):
     if why: return why
     return path_problem(root, text.relative_to(root).as_posix()) if text else "there is no report beside it"
 
+# %% ../../nbs/data/corpora.ipynb #d4eaa038
 def _scan_sample(scan, text, *, root, where, **known):
     "(report sample of a scan, []) or (None or the sample, its problems)."
     words, problems = _words_of(scan, text, root=root, where=where)
@@ -302,6 +306,7 @@ def _folder_problems(root, scans, texts):
         remedy = "Formats are " + ", ".join(SCANS) + ", DICOM and numbered pictures."
         yield Problem("the folder", "holds no scan", remedy)
 
+# %% ../../nbs/data/corpora.ipynb #83851ca2
 def load_folder(root: Path | str, source: str = "", licence: str = "",
                 rejects: Path | str | None = None) -> list[Sample]:
     """A report sample per scan of a plain folder, not yet split.

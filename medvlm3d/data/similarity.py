@@ -91,7 +91,7 @@ def _measured(codes, n, *, measure, threshold, chunk):
         values.append(value[near])
     return np.concatenate(pairs), np.concatenate(values)
 
-# %% ../../nbs/data/similarity.ipynb #0c919097
+# %% ../../nbs/data/similarity.ipynb #ca8c8102
 def near_pairs(keys: np.ndarray, measure: Callable, *, threshold: float, window: int = 64,
                chunk: int = 200_000) -> tuple:
     """Similar pairs among items that share a key: (i, j, likeness, crowded) with i < j.
@@ -114,11 +114,12 @@ def near_pairs(keys: np.ndarray, measure: Callable, *, threshold: float, window:
     codes, first = np.unique(np.concatenate(codes), return_index=True)
     return codes // n, codes % n, np.concatenate(values)[first], crowded
 
+# %% ../../nbs/data/similarity.ipynb #36b7c7fc
 def near_texts(texts: Sequence[str], threshold: float = .8) -> tuple:
     "Pairs of texts whose shingles have a Jaccard index of at least `threshold`: (i, j, J, crowded)."
     sets = [shingles(t) for t in texts]
     matrix = set_matrix(sets)
-    def measure(i, j): return jaccard(matrix, i, j)
+    def measure(i: np.ndarray, j: np.ndarray) -> np.ndarray: return jaccard(matrix, i, j)
     return near_pairs(band_keys(minhash(sets)), measure, threshold=threshold)
 
 # %% ../../nbs/data/similarity.ipynb #83f12f29
@@ -170,7 +171,7 @@ def z_scores(hashes: np.ndarray, prior: int = 30) -> np.ndarray:
 
 def _lengths(vectors): return np.sqrt(np.einsum("nc,nc->n", vectors, vectors))
 
-# %% ../../nbs/data/similarity.ipynb #99edef9c
+# %% ../../nbs/data/similarity.ipynb #6764440c
 def plane_keys(vectors: np.ndarray, bands: int = 57, rows: int = 24, seed: int = 0) -> np.ndarray:
     """Keys (N, bands): on which side of random planes each vector lies.
 
@@ -194,6 +195,7 @@ def near_volumes(hashes: np.ndarray, threshold: float = .95) -> tuple:
     live = np.flatnonzero(hashes.any(1))
     if len(live) < 2: return np.zeros(0, int), np.zeros(0, int), np.zeros(0), False
     vectors = z_scores(hashes[live])
-    def measure(i, j): return np.einsum("nc,nc->n", vectors[i], vectors[j])
+    def measure(i: np.ndarray, j: np.ndarray) -> np.ndarray:
+        return np.einsum("nc,nc->n", vectors[i], vectors[j])
     i, j, cosine, crowded = near_pairs(plane_keys(vectors), measure, threshold=threshold, chunk=20_000)
     return live[i], live[j], cosine, crowded

@@ -58,7 +58,7 @@ def _large_first(sizes, seed):
     order = np.random.default_rng(seed).permutation(len(sizes))
     return order[np.argsort(-sizes[order], kind="stable")]
 
-# %% ../../nbs/data/split.ipynb #6b96557f
+# %% ../../nbs/data/split.ipynb #a488240a
 OPTIONAL = ("text", "near text", "bytes", "near image")   # kinds of tie that a split may tear
 
 def _largest_share(volumes, ties): return f"{np.bincount(groups_of(volumes, ties)).max() / volumes:.0%}"
@@ -71,6 +71,7 @@ def _without_each(volumes, ties):
         if tie.kind in OPTIONAL: parts.append(f"without {tie.kind} {_largest_share(volumes, rest)}")
     return ", ".join(parts) or "by case alone"
 
+# %% ../../nbs/data/split.ipynb #32415068
 def check_shares(group: np.ndarray, side: np.ndarray, shares: Sequence[float], ties: Sequence[Tie]) -> None:
     """Raise if a side is empty or ten points away from its share.
 
@@ -99,6 +100,7 @@ def _ties_per_group(group, tie):
     items = np.flatnonzero(np.bincount(tie.item) > 1) if tie.pairs is None else tie.pairs[:, 0]
     return Counter(int(group[first[item]]) for item in items.tolist())
 
+# %% ../../nbs/data/split.ipynb #adaf872c
 def ledger_rows(census: Census, group: np.ndarray, *, side: np.ndarray, ties: Sequence[Tie],
                 most: int = 3) -> Iterator[dict]:
     """One row for each group, as plain values.
@@ -174,7 +176,7 @@ def _target(path, root, *, by, out):
         raise MedVLM3DError(relative(out), why, f"Write it to {relative(root)}.")
     return out
 
-# %% ../../nbs/data/split.ipynb #5b3d2654
+# %% ../../nbs/data/split.ipynb #72fab567
 def _read_census(path, read):
     "(census, samples left out by list) of a corpus without problems."
     problems, left_out = [], Counter()
@@ -189,6 +191,7 @@ def _read_volumes(path, census, root, *, workers, progress):
     settle(relative(path), [p for p in looks.problems if "interleaved" not in p.why], remedy=REPAIR)
     return looks
 
+# %% ../../nbs/data/split.ipynb #78bc8481
 def _held_ties(census, looks, *, kinds, thresholds):
     "The ties that must not be torn."
     text, image = thresholds.values()
@@ -200,6 +203,8 @@ def _sides(volumes, held, *, shares, seed):
     side = assign(np.bincount(group), shares, seed)
     check_shares(group, side, shares, held)
     return group, side
+
+def _kinds(ties): return [tie.kind for tie in ties]
 
 def _write_ledger(out, rows):
     write_text(out.with_suffix(".ledger.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
@@ -241,7 +246,7 @@ def split_corpus(path: Path | str, by: str = "case", *, out: Path | str | None =
     group, side = _sides(len(census.images), held, shares=shares, seed=seed)
     written = write_manifest(out, with_sides(whole_lists(read([])), census, side[group], looks))
     _write_ledger(out, ledger_rows(census, group, side=side, ties=held))
-    summary = {"by": by, "ties": [t.kind for t in held], "thresholds": thresholds, "images_read": images,
+    summary = {"by": by, "ties": _kinds(held), "thresholds": thresholds, "images_read": images,
                "seed": seed, "shares": list(shares), "samples": written, **_outcome(census, group, side),
                "left out": left_out, "sha256": sha256_file(out)}
     write_json(out.with_suffix(".summary.json"), summary)

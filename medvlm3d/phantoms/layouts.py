@@ -114,7 +114,7 @@ def _paint_tumour(q, room, fold):
     necrosis, enhancing, oedema = room & (rough < .13), room & (rough < .38), room & (q + .25*fold < 1)
     return np.select([necrosis, enhancing, oedema], [1, 3, 2], 0).astype(np.uint8)
 
-# %% ../../nbs/phantoms/layouts.ipynb #cd84928e
+# %% ../../nbs/phantoms/layouts.ipynb #0a4e2989
 def draw_brain(case: BrainCase, shape: Sequence[int] = (40, 64, 64)) -> tuple:
     "Two arrays (D, H, W) uint8: tissues as indices into BRAIN, and the tumour's parts as in BraTS."
     rng, xyz = np.random.default_rng(case.seed), brain_axes(shape)
@@ -128,6 +128,7 @@ def draw_brain(case: BrainCase, shape: Sequence[int] = (40, 64, 64)) -> tuple:
     for part, tissue in TUMOUR.items(): labels[segmentation == part] = tissue
     return labels, segmentation
 
+# %% ../../nbs/phantoms/layouts.ipynb #07683092
 def draw_sequence(labels: np.ndarray, sequence: str, seed: int, noise: float = 9.) -> np.ndarray:
     """MR magnitude (D, H, W) of a labelled brain, int16; zero outside it, as after skull stripping.
 
@@ -253,6 +254,7 @@ def write_layout(root: Path | str, layout: str, *, studies: int = 12, shape: Seq
         for job in jobs: write(job)
     return root
 
+# %% ../../nbs/phantoms/layouts.ipynb #bc9c5342
 def is_generated(root: Path | str) -> bool:
     "Whether a folder says that it was generated."
     return (Path(root)/"GENERATED.json").exists()

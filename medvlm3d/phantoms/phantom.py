@@ -222,7 +222,7 @@ def draw_letters(asked: Mapping, n: int, seed: int) -> list[list[str]]:
         if len(possible) < 4: letters[:, column] = draw_balanced(possible, n, rng)
     return letters.tolist()
 
-# %% ../../nbs/phantoms/phantom.ipynb #f821d351
+# %% ../../nbs/phantoms/phantom.ipynb #e0edc6c1
 COLUMNS = ("Image Path", "Text", "Question Type", "Question",
            "Choice A", "Choice B", "Choice C", "Choice D", "Answer", "Answer Choice")
 SPLIT_FILES = {"train": "train", "validation": "val", "test": "test"}
@@ -243,6 +243,7 @@ def write_questions(root: Path | str, cases: Sequence[Case], *, rows: Sequence[d
         chosen = [(case, row) for case, row in zip(cases, rows) if row["split"] == split]
         _write_table(Path(root)/f"M3D_VQA_{stem}.csv", [COLUMNS, *_question_lines(chosen, seed, asked)])
 
+# %% ../../nbs/phantoms/phantom.ipynb #c45aa492
 def _question_lines(chosen, seed, asked):
     "The lines of the table about these pairs (case, row of truth)."
     for (case, row), letters in zip(chosen, draw_letters(asked, len(chosen), seed)):
@@ -299,11 +300,12 @@ def write_corpus(root: Path | str, items: Sequence[Item], *, config: dict, seed:
     _write_lists(root, rows)
     return rows
 
-# %% ../../nbs/phantoms/phantom.ipynb #29ab9278
+# %% ../../nbs/phantoms/phantom.ipynb #322a48ae
 def numbered(sizes: Mapping[str, int]) -> Iterator[tuple]:
     "(split, number of cases, first id) of each split of a corpus."
     return zip(sizes, sizes.values(), np.cumsum([0, *sizes.values()]).tolist())
 
+# %% ../../nbs/phantoms/phantom.ipynb #de22d5b6
 def make_phantom(root: Path | str, train: int = 840, *, validation: int = 120, test: int = 240,
                  shape: Sequence[int] = (32, 112, 112), seed: int = 0, workers: int = 2,
                  progress: bool = True, contrast: float = 1.) -> list[dict]:

@@ -172,7 +172,7 @@ PROBES = {  # name: claim, items, questions
     "mirror": ("position", _mirror_items, {"Location": ASKED["Location"]}),
 }
 
-# %% ../../nbs/phantoms/probes.ipynb #369257d5
+# %% ../../nbs/phantoms/probes.ipynb #3034f44b
 def _check_probe(name, sizes):
     "Raise unless `name` is a probe; a split of mirrors needs an even number of cases."
     if name not in PROBES: raise MedVLM3DError(name, "is no probe", f"Choose one of {', '.join(PROBES)}.")
@@ -180,6 +180,7 @@ def _check_probe(name, sizes):
         raise MedVLM3DError("mirror", "comes in pairs, which stand on one side of a split",
                             "Ask for even numbers of cases.")
 
+# %% ../../nbs/phantoms/probes.ipynb #b21b940d
 def make_probe(root: Path | str, name: str, *, train: int = 0, validation: int = 0, test: int = 96,
                shape: Sequence[int] = (32, 112, 112), size: float = 1., contrast: float = 1., seed: int = 0,
                workers: int = 2, progress: bool = True) -> list[dict]:
