@@ -82,22 +82,26 @@ class StoreSpec:
         "Plain JSON values: tuples become lists."
         return plain(asdict(self))
 
-# %% ../../nbs/features/encode.ipynb #a4d05cbf
+# %% ../../nbs/features/encode.ipynb #47d9b16c
 def plain(value):
     "The same value with lists for tuples, as JSON would give it back."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
+# %% ../../nbs/features/encode.ipynb #a74439e1
 def differences(old: dict, new: dict, inside: str = "") -> list[str]:
     "What differs between two plain descriptions, as `rho (28 → 50)`; within a dict, by its own keys."
     changes = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict): changes += differences(a, b, f"{inside}{key}.")
-        elif a != b: changes.append(f"{inside}{key} ({_shortened(a)} → {_shortened(b)})")
+        elif a != b: changes.append(inside + _change(key, a, b))
     return changes
 
-def _shortened(value): return value[:12] if isinstance(value, str) else value
+# %% ../../nbs/features/encode.ipynb #b67f4654
+def _change(key, *values):
+    short = [value[:12] if isinstance(value, str) else value for value in values]
+    return f"{key} ({short[0]} → {short[1]})"
 
 # %% ../../nbs/features/encode.ipynb #c4e6e786
 def volume_hashes(path: Path) -> tuple[str, str]:
@@ -113,19 +117,23 @@ def stamp(path: Path) -> str:
     stats = [(name, f.stat()) for name, f in volume_files(path).items()]
     return sha256_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])[:16]
 
-# %% ../../nbs/features/encode.ipynb #596977df
+# %% ../../nbs/features/encode.ipynb #8595f24a
 def reader_hints(path: Path | str, modality: str = "", **choices) -> str:
     "What a reader knows besides the bytes, as text: modality, facts from names and places, listed `choices`."
     path = Path(path)
-    hints = [modality] if modality else []
     m3d = next((p.parent for p in path.parents if p.name.startswith("M3D_Cap")), None)
     if m3d: hints = ["m3d", series_facts(path.name)[0] or "axial", modality or corpus_modality(m3d)]
-    elif ".nii" in path.name:
-        sequence = path.name.split(".nii")[0].split("-")[-1]
-        if sequence in NAMED: hints.append(sequence)
+    else: hints = [hint for hint in (modality, _sequence(path.name)) if hint]
     hints += [f"{name}={choices[name]}" for name in sorted(choices)]
     return "".join(":" + hint for hint in hints)
 
+# %% ../../nbs/features/encode.ipynb #7100de94
+def _sequence(name):
+    "The MR sequence at the end of a NIfTI file's name, if it is one of the known ones."
+    sequence = name.split(".nii")[0].split("-")[-1]
+    return sequence if ".nii" in name and sequence in NAMED else ""
+
+# %% ../../nbs/features/encode.ipynb #ffe05984
 def volume_key(path: Path, modality: str = "", **choices) -> str:
     "The name of a volume in a store: the hash of its bytes, and what its reader knows besides them."
     return volume_hashes(path)[0] + reader_hints(path, modality, **choices)
@@ -160,7 +168,7 @@ def volumes_at_once(device: torch.device | str) -> int:
     "How many volumes are encoded together: on a CPU one a core, at most eight; on other devices one."
     return min(8, torch.get_num_threads()) if torch.device(device).type == "cpu" else 1
 
-# %% ../../nbs/features/encode.ipynb #5d5759dc
+# %% ../../nbs/features/encode.ipynb #1fa667da
 def try_or_problem(place: str, action: Callable, errors: type[Exception] = Exception):
     "The result of `action()`, or the `Problem` of the volume at `place`; catches `errors` and the library's."
     try: return action()
@@ -168,6 +176,7 @@ def try_or_problem(place: str, action: Callable, errors: type[Exception] = Excep
     except errors as e:
         return Problem(place, f"cannot be read ({type(e).__name__})", "Restore or remove the file.")
 
+# %% ../../nbs/features/encode.ipynb #d64fd8ac
 def encode_many(images: Iterable[str], load: Callable, *, encode: Callable, workers: int = 1, ahead: int = 3,
                 places: dict | None = None, parallel: int = 1) -> Iterator[tuple]:
     """Yield (image, result of `encode` or a `Problem`) for each image, in order.
@@ -180,13 +189,15 @@ def encode_many(images: Iterable[str], load: Callable, *, encode: Callable, work
     ahead : how many loaded volumes may wait
     places : image → where it is listed, for problems
     """
-    def _place(image): return (places or {}).get(image) or f"volume {alias(image)}"
-    def _load(image): return image, try_or_problem(_place(image), lambda: load(image))
+    places = places or {}
+    def _load(image): return image, try_or_problem(_place(image, places), lambda: load(image))
     def _encode(pair):
         image, pixels = pair
         if isinstance(pixels, Problem): return pair
-        return image, try_or_problem(_place(image), lambda: encode(pixels), MedVLM3DError)
+        return image, try_or_problem(_place(image, places), lambda: encode(pixels), MedVLM3DError)
     cores = max(1, torch.get_num_threads() // parallel)
     with ThreadPoolExecutor(workers) as readers, thread_pool(parallel, cores) as encoders:
         loaded = map_ahead(readers, _load, images, ahead)
         yield from map_ahead(encoders, _encode, loaded, parallel)
+
+def _place(image, places): return places.get(image) or f"volume {alias(image)}"

@@ -39,35 +39,45 @@ FORMAT = "medvlm3d.features/3"
 KINDS = ("features", "indices")
 
 def write_shard(path: Path | str, encoded: dict, notes: dict | None = None) -> dict:
-    "Write {key: (features, indices)} as one shard, then its card with the reader's `notes`; returns the card."
-    rows, tensors = {}, {}
+    "Write {key: (features, indices)} as one shard, then its card with the `notes`; returns the card."
+    tensors, digests = {}, {}
     for key, pair in encoded.items():
-        rows[key] = {kind: t.contiguous().cpu() for kind, t in zip(KINDS, pair)}
-        tensors.update({f"{key}.{kind}": t for kind, t in rows[key].items()})
-    file = Path(path)/f"shard-{sha256_json(sorted(rows))[:16]}.safetensors"
+        row = {kind: t.contiguous().cpu() for kind, t in zip(KINDS, pair)}
+        digests[key] = sha256_tensors(row)
+        tensors.update({f"{key}.{kind}": t for kind, t in row.items()})
+    file = Path(path)/f"shard-{sha256_json(sorted(digests))[:16]}.safetensors"
     with atomic_path(file) as part: save_file(tensors, part)
+    remarks = {key: list(texts) for key, texts in (notes or {}).items() if texts}
+    return _write_card(file, digests, remarks)
+
+# %% ../../nbs/features/store.ipynb #ae079165
+def _write_card(file, digests, remarks):
     card = {"file": file.name, "bytes": file.stat().st_size, "sha256": sha256_file(file),
-            "volumes": {key: sha256_tensors(row) for key, row in rows.items()},
-            "notes": {key: list(remarks) for key, remarks in (notes or {}).items() if remarks}}
+            "volumes": digests, "notes": remarks}
     write_json(file.with_suffix(".json"), card)
     return card
 
-# %% ../../nbs/features/store.ipynb #d8cc896d
+# %% ../../nbs/features/store.ipynb #182402ac
 REENCODE = "Encode again with verify=True: what is missing or damaged is made anew."
 FIELDS = ("bytes", "sha256", "volumes", "notes")
 
 def check_shard(card_file: Path, verify: bool = False) -> dict:
     "The card, if its shard is whole (with `verify`, by its hash); else an error that names the shard."
-    file = card_file.with_suffix(".safetensors")
-    damaged = MedVLM3DError(relative(card_file), "is damaged", REENCODE)
-    try: card = {key: value for key, value in read_json(card_file).items() if key in FIELDS}
-    except (MedVLM3DError, UnicodeDecodeError, AttributeError) as e: raise damaged from e
-    if len(card) < len(FIELDS): raise damaged
+    file, card = card_file.with_suffix(".safetensors"), _read_card(card_file)
     if not file.exists(): raise MedVLM3DError(relative(file), "is missing from the feature store", REENCODE)
     whole = file.stat().st_size == card["bytes"] and (not verify or sha256_file(file) == card["sha256"])
     if not whole: raise MedVLM3DError(relative(file), "is damaged", REENCODE)
     return {"file": file.name, **card}
 
+# %% ../../nbs/features/store.ipynb #44764b9a
+def _read_card(file):
+    damaged = MedVLM3DError(relative(file), "is damaged", REENCODE)
+    try: card = {key: value for key, value in read_json(file).items() if key in FIELDS}
+    except (MedVLM3DError, UnicodeDecodeError, AttributeError) as e: raise damaged from e
+    if len(card) < len(FIELDS): raise damaged
+    return card
+
+# %% ../../nbs/features/store.ipynb #7741bd8d
 def drop_damaged(path: Path | str, verify: bool = True) -> list[str]:
     "Remove the cards of damaged shards, and what a killed process left; returns the names of the damaged."
     damaged, path = [], Path(path)
@@ -81,10 +91,12 @@ def drop_damaged(path: Path | str, verify: bool = True) -> list[str]:
     for file in path.glob(".*.part"): file.unlink()
     return damaged
 
-# %% ../../nbs/features/store.ipynb #03f98317
+# %% ../../nbs/features/store.ipynb #7ae93b1e
 class ShardMaps:
     "The memory maps of a folder's shards, at most `most_open` at a time; other processes open their own."
-    def __init__(self, path, most_open): self.path, self.most_open, self.mapped = path, most_open, OrderedDict()
+    def __init__(self, path, most_open):
+        self.path, self.most_open, self.mapped = path, most_open, OrderedDict()
+
     def __getstate__(self): return {**self.__dict__, "mapped": OrderedDict()}
 
     def __getitem__(self, file):
@@ -93,6 +105,16 @@ class ShardMaps:
         while len(self.mapped) > self.most_open: self.mapped.popitem(last=False)
         return self.mapped[file]
 
+    def read(self, file: str, key: str, digest: str) -> tuple[torch.Tensor, ...]:
+        "Copies of the tensors of one volume; an error if they do not have the hash `digest`."
+        try: row = {kind: self[file].get_tensor(f"{key}.{kind}").clone() for kind in KINDS}
+        except (OSError, SafetensorError) as e:
+            raise MedVLM3DError(relative(self.path/file), f"is damaged ({type(e).__name__})", REENCODE) from e
+        if sha256_tensors(row) != digest:
+            raise MedVLM3DError(relative(self.path/file), "is damaged", REENCODE)
+        return tuple(row.values())
+
+# %% ../../nbs/features/store.ipynb #39a0e004
 def read_spec(path: Path) -> dict:
     "The settings of the store at `path`."
     if not (path/"store.json").exists():
@@ -105,6 +127,7 @@ def read_spec(path: Path) -> dict:
                             "Encode into a new folder, or delete this one first.")
     return spec
 
+# %% ../../nbs/features/store.ipynb #e7d9a94e
 def check_spec(path: Path, spec: StoreSpec) -> None:
     "Refuse the store at `path` if it was made with settings other than `spec`; each is named, old → new."
     changed = differences(read_spec(path), spec.to_dict())
@@ -131,10 +154,11 @@ class FeatureStore:
         known = self.path/"images.json"
         self.known = read_json(known) if known.exists() else {}
         self.rows, self.remarks = {}, {}
-        for file in sorted(self.path.glob("shard-*.json")):
-            card = check_shard(file, verify)
-            self.rows.update({key: (card["file"], digest) for key, digest in card["volumes"].items()})
-            self.remarks.update({key: tuple(remarks) for key, remarks in card["notes"].items()})
+        for file in sorted(self.path.glob("shard-*.json")): self._add(check_shard(file, verify))
+
+    def _add(self, card):
+        self.rows.update({key: (card["file"], digest) for key, digest in card["volumes"].items()})
+        self.remarks.update({key: tuple(remarks) for key, remarks in card["notes"].items()})
 
     def key(self, image: str) -> str | None: return self.known.get(alias(image), {}).get("key")
     def notes(self, image: str) -> tuple[str, ...]: return self.remarks.get(self.key(image), ())
@@ -148,15 +172,7 @@ class FeatureStore:
                                 "Encode the corpus into it first: what is there is kept.")
         key = self.key(image)
         file, digest = self.rows[key]
-        row = self._read(file, key)
-        if sha256_tensors(row) != digest:
-            raise MedVLM3DError(relative(self.path/file), "is damaged", REENCODE)
-        return tuple(row.values())
-
-    def _read(self, file, key):
-        try: return {kind: self.shards[file].get_tensor(f"{key}.{kind}").clone() for kind in KINDS}
-        except (OSError, SafetensorError) as e:
-            raise MedVLM3DError(relative(self.path/file), f"is damaged ({type(e).__name__})", REENCODE) from e
+        return self.shards.read(file, key, digest)
 
     def changed(self, root: Path | str, images: list[str], samples: Iterable[Sample] = ()) -> list[str]:
         "Those of the `images` whose volume below `root` is not the one that was encoded."
@@ -173,6 +189,7 @@ def places_of(images: list[str], samples: Iterable[Sample]) -> dict[str, str]:
         if image in listed: places[image] = listed[image].where or listed[image].id
     return places
 
+# %% ../../nbs/features/store.ipynb #f7c87e2c
 def volume_keys(root: Path | str, images: list[str], *, known: dict, samples: Iterable[Sample] = (),
                 fresh: bool = False, workers: int = 1, places: dict | None = None) -> dict:
     """image → the key, stamp and listed hash of its volume, or the `Problem` with it.
@@ -194,6 +211,7 @@ def volume_keys(root: Path | str, images: list[str], *, known: dict, samples: It
     def _try(image): return try_or_problem(places[image], lambda: _entry(image))
     with ThreadPoolExecutor(workers) as pool: return dict(zip(images, pool.map(_try, images)))
 
+# %% ../../nbs/features/store.ipynb #868494db
 def _key_entry(path, old, sample, place):
     "The entry of one volume; `old` is an earlier one or {}, `sample` lists it or is None."
     mark = stamp(path)
@@ -231,30 +249,32 @@ def encode_missing(path: Path, todo: dict, *, load: Callable, encode: Callable, 
         if encoded: write_shard(path, encoded, notes)
     return problems
 
+# %% ../../nbs/features/store.ipynb #3883e6c6
 def count_remarks(store: FeatureStore, images: list[str]) -> list[str]:
     "`n volumes: remark`, for each remark of the reader on the `images`; the commonest first."
     counts = Counter()
     for image in images: counts.update({reason(remark) for remark in store.notes(image)})
     return [f"{n} volume{'s' * (n > 1)}: {why}" for why, n in counts.most_common()]
 
-# %% ../../nbs/features/store.ipynb #f0a98b40
+# %% ../../nbs/features/store.ipynb #e3f6a693
 def open_or_create(path: Path, spec: StoreSpec, verify: bool = False) -> list[str]:
     "Make the store at `path`, or compare its settings and drop what is damaged, whose names are returned."
     if not (path/"store.json").exists(): write_json(path/"store.json", {"format": FORMAT, **spec.to_dict()})
     check_spec(path, spec)
     return drop_damaged(path, verify)
 
+# %% ../../nbs/features/store.ipynb #85c5bbcd
 def update_keys(store: FeatureStore, root: Path, images: list[str], **options) -> list[Problem]:
     "Every rank computes the keys of its share of the `images`, rank 0 writes them all; returns the problems."
-    ranks = Ranks.here()
-    shares = ranks.gather(volume_keys(root, ranks.share(images), known=store.known, **options))
-    entries = {image: entry for share in shares for image, entry in share.items()}
-    problems = [entry for entry in entries.values() if isinstance(entry, Problem)]
-    store.known.update({alias(image): entry for image, entry in entries.items()})
-    store.known = {name: entry for name, entry in store.known.items() if not isinstance(entry, Problem)}
+    ranks, problems = Ranks.here(), []
+    for share in ranks.gather(volume_keys(root, ranks.share(images), known=store.known, **options)):
+        for image, entry in share.items():
+            store.known[alias(image)] = entry
+            if isinstance(entry, Problem): problems.append(store.known.pop(alias(image)))
     ranks.lead(lambda: write_json(store.path/"images.json", store.known))
     return problems
 
+# %% ../../nbs/features/store.ipynb #8f19fed8
 def missing_volumes(store: FeatureStore, images: list[str]) -> dict[str, str]:
     "{image: key} of the volumes that the store lacks, each once."
     lacking = {}
@@ -289,24 +309,21 @@ def encode_images(path: Path | str, root: Path | str, *, images: Iterable[str], 
     """
     path, root, images, samples = Path(path), Path(root), list(dict.fromkeys(images)), list(samples)
     settings = dict(rho=rho, strategy=strategy, seed=seed, grid=grid)
-    spec, places = StoreSpec.of(encoder, preprocess, read=read, **settings), places_of(images, samples)
-    load = _loader(root, read, preprocess, samples)
-    def _encode(loaded):
-        pixels, remarks = loaded
-        return encode_volume(pixels, encoder, preprocess=preprocess, **settings), remarks
+    spec = StoreSpec.of(encoder, preprocess, read=read, **settings)
+    common = dict(places=places_of(images, samples), workers=workers)
     with ExitStack() as lock:
         store = _open_locked(path, spec, lock, verify)
-        problems = update_keys(store, root, images, samples=samples, fresh=verify, workers=workers,
-                               places=places)
-        problems += _encode_share(store, missing_volumes(store, images), progress, load=load, encode=_encode,
-                                  shard_size=shard_size, workers=workers, places=places,
-                                  parallel=volumes_at_once(encoder.like.device))
+        problems = update_keys(store, root, images, samples=samples, fresh=verify, **common)
+        problems += _encode_share(store, missing_volumes(store, images), progress, shard_size=shard_size,
+                                  load=_loader(root, read, preprocess, samples),
+                                  encode=_encoder(encoder, preprocess, settings),
+                                  parallel=volumes_at_once(encoder.like.device), **common)
         store = FeatureStore(path, spec)
         if progress: _print_remarks(store, images)
         Ranks.here().lead(lambda: settle(relative(path), problems, rejects=rejects))
     return store
 
-# %% ../../nbs/features/store.ipynb #6ba344dc
+# %% ../../nbs/features/store.ipynb #1f0a5c33
 def _loader(root, read, preprocess, samples):
     "image → (pixels, what the reader remarked); the first sample of an image says how it is read."
     options = {s.image: reading(s) for s in reversed(samples)}
@@ -315,6 +332,15 @@ def _loader(root, read, preprocess, samples):
         return preprocess(volume), volume.warnings
     return _load
 
+# %% ../../nbs/features/store.ipynb #b9886815
+def _encoder(encoder, preprocess, settings):
+    "(pixels, remarks) → (features and indices, remarks)."
+    def _encode(loaded):
+        pixels, remarks = loaded
+        return encode_volume(pixels, encoder, preprocess=preprocess, **settings), remarks
+    return _encode
+
+# %% ../../nbs/features/store.ipynb #9828250d
 def _open_locked(path, spec, lock, verify):
     "The store, made or opened by rank 0, which holds its folder as long as `lock` is open."
     def _begin():
@@ -324,6 +350,7 @@ def _open_locked(path, spec, lock, verify):
         print(f"{name}: damaged, its volumes are encoded again", file=sys.stderr)
     return FeatureStore(path, spec)
 
+# %% ../../nbs/features/store.ipynb #49b97e1e
 def _encode_share(store, lacking, progress, **options):
     "Encode this rank's share of the volumes `lacking` (image → key); returns the problems of all ranks."
     ranks = Ranks.here()

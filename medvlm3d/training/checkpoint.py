@@ -28,6 +28,7 @@ def sync(path: Path) -> None:
     try: os.fsync(handle)
     finally: os.close(handle)
 
+# %% ../../nbs/training/checkpoint.ipynb #8edddf31
 def seal(folder: Path | str, final: Path | str, **facts) -> Path:
     "Make the files in `folder` the checkpoint `final`: hash and sync each, write card and marker, rename."
     folder, final = Path(folder), Path(final)
@@ -35,12 +36,15 @@ def seal(folder: Path | str, final: Path | str, **facts) -> Path:
     for name in files: sync(folder/name)
     write_json(folder/CARD, {"files": files, **facts})
     write_text(folder/MARK, sha256_file(folder/CARD) + "\n")
-    for inner in (folder, *folder.rglob("*")):
-        if inner.is_dir(): sync(inner)
+    _sync_folders(folder)
     if final.exists(): shutil.rmtree(final)
     os.rename(folder, final)
     sync(final.parent)
     return final
+
+def _sync_folders(folder):
+    for inner in (folder, *folder.rglob("*")):
+        if inner.is_dir(): sync(inner)
 
 # %% ../../nbs/training/checkpoint.ipynb #34a768fd
 def disk_error(error: Exception) -> str | None:
@@ -50,6 +54,7 @@ def disk_error(error: Exception) -> str | None:
     if "inline_container" in str(error): return "the disk took only a part of a file"   # of torch
     return None
 
+# %% ../../nbs/training/checkpoint.ipynb #947e93ad
 @contextmanager
 def whole_or_absent(final: Path | str):
     "While the checkpoint `final` is written, an error of the disk becomes one line and the part is removed."
@@ -82,6 +87,7 @@ def flaw(folder: Path | str) -> str | None:
         return f"has another {CARD} than was written"
     return _missing_part(folder) or _damaged_part(folder)
 
+# %% ../../nbs/training/checkpoint.ipynb #41bca841
 def _missing_part(folder):
     card = read_json(folder/CARD)
     ranks, sharded = card.get("ranks", 1), card.get("sharded", False)
@@ -91,6 +97,7 @@ def _missing_part(folder):
     shards = missing_shards(card["files"], ranks) if sharded else 0
     return f"lacks {shards} of {ranks} optimiser shards" if shards > 0 else None
 
+# %% ../../nbs/training/checkpoint.ipynb #b6bb1675
 def _damaged_part(folder):
     files = read_json(folder/CARD)["files"]
     damaged = [name for name, digest in files.items() if sha256_file(folder/name) != digest]
@@ -105,6 +112,7 @@ def checkpoints(folder: Path | str) -> list[Path]:
     "The checkpoints of a stage, whole or not, newest first."
     return sorted((p for p in Path(folder).glob("checkpoint-*") if p.is_dir()), key=step_of, reverse=True)
 
+# %% ../../nbs/training/checkpoint.ipynb #76bdf47f
 def newest_whole(folder: Path | str, tell: Callable = print) -> Path | None:
     "The newest checkpoint that is whole, or None if there is none at all; flawed ones are named by `tell`."
     flaws = []

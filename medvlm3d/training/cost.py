@@ -12,6 +12,7 @@ __all__ = ['ENCODERS', 'PARTS', 'count_flops', 'ViT', 'encoder_shape', 'mirror_p
 import copy, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -75,35 +76,38 @@ def encoder_shape(config: MedVLM3DConfig) -> ViT:
 # %% ../../nbs/training/cost.ipynb #3769544b
 def mirror_pair_count(size: tuple[int, int, int]) -> int:
     "Pairs {n, −n} on a grid (D, H, W); an even axis has two fixed positions, an odd one."
-    own = 1
-    for n in size: own *= 2 - n % 2
-    return (size[0] * size[1] * size[2] + own) // 2
+    own = prod(2 - n % 2 for n in size)
+    return (prod(size) + own) // 2
 
+# %% ../../nbs/training/cost.ipynb #191897ae
 def fusion_flops(config: MedVLM3DConfig) -> dict[str, int]:
     "Operations of the fusion on one volume, by part, without the Fourier transforms of the literal path."
     grid, C = (config.kept, *config.grid), config.channels
-    L = grid[0] * grid[1] * grid[2]
+    L = prod(grid)
     pairs = L if config.frequency == "fft" else mirror_pair_count(grid)
-    parts = {"spatial": 2 * 27 * L * C * C, "frequency": 4 * pairs * C * C,
-             "gate": 4 * L * C * (C if config.alpha == "channel" else 1)}
+    weights = C if config.alpha == "channel" else 1
+    parts = {"spatial": 2 * 27 * L * C * C, "frequency": 4 * pairs * C * C, "gate": 4 * L * C * weights}
     if config.fusion == "both": return parts
     return {name: flops if name == config.fusion else 0 for name, flops in parts.items()}
 
-# %% ../../nbs/training/cost.ipynb #a296fcfe
+# %% ../../nbs/training/cost.ipynb #b319e47b
 def connector_flops(config: MedVLM3DConfig, hidden: int) -> dict[str, int]:
     "Operations of the connector on one volume, forward, by part."
     C, M = config.channels, config.visual_tokens
     L = config.kept * config.grid[0] * config.grid[1]
-    seen = {"global": L, "region": config.scale ** 3, "none": 0}[config.attention]
-    attends = config.attention != "none"
     outputs = C + hidden if config.projector == "mlp" else C
     return {"whitening": 2 * L * config.encoder_channels * C if config.whiten else 0,
-            **fusion_flops(config),
-            "queries, keys, values": 2 * (M + 2 * L) * C * C if attends else 0,
-            "attention": 4 * M * seen * C,
-            "MLP": 16 * M * C * C if attends else 0,
+            **fusion_flops(config), **_injection_flops(config, C, M, L),
             "projector": 2 * M * hidden * outputs}
 
+# %% ../../nbs/training/cost.ipynb #c97d4137
+def _injection_flops(config, C, M, L):
+    if config.attention == "none": return {"queries, keys, values": 0, "attention": 0, "MLP": 0}
+    seen = L if config.attention == "global" else config.scale ** 3
+    return {"queries, keys, values": 2 * (M + 2 * L) * C * C, "attention": 4 * M * seen * C,
+            "MLP": 16 * M * C * C}
+
+# %% ../../nbs/training/cost.ipynb #363d4570
 def connector_step_flops(config: MedVLM3DConfig, hidden: int) -> int:
     "Forward and backward: weights and inputs each cost a forward pass; stored features get no gradient."
     parts = connector_flops(config, hidden)
@@ -121,6 +125,7 @@ def linear_sizes(llm: PreTrainedModel) -> dict[str, int]:
         sizes[part] += module.weight.numel()
     return sizes
 
+# %% ../../nbs/training/cost.ipynb #ad0ec0f3
 def attention_flops(text: PreTrainedConfig, tokens: int) -> int:
     "The two products of scores and of sums over all blocks, one sequence, forward."
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -133,6 +138,7 @@ def llm_forward_flops(llm: PreTrainedModel, tokens: int) -> tuple[int, int]:
     linear = 2 * tokens * (sizes["blocks"] + sizes["adapters"])
     return linear + attention_flops(llm.config, tokens), 2 * tokens * sizes["head"]
 
+# %% ../../nbs/training/cost.ipynb #95e592d6
 def llm_step_flops(llm: PreTrainedModel, tokens: int, checkpointing: bool = True) -> int:
     "Forward and backward of one sequence with a gradient for its embeddings; only adapters learn."
     blocks, head = llm_forward_flops(llm, tokens)
@@ -166,7 +172,7 @@ def saved_bytes(module: nn.Module, run: Callable) -> int:
     if result is None: return 0
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
 
-# %% ../../nbs/training/cost.ipynb #2763db83
+# %% ../../nbs/training/cost.ipynb #6164ccc7
 def block_bytes(config: MedVLM3DConfig, batch: int, tokens: int, lora: dict | None = None) -> int:
     """S₁: what one block of the language model (and the last norm) keeps in bf16 while it is recomputed.
 
@@ -186,6 +192,7 @@ def block_bytes(config: MedVLM3DConfig, batch: int, tokens: int, lora: dict | No
         mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool)
     return saved_bytes(llm, lambda: llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits)
 
+# %% ../../nbs/training/cost.ipynb #e27b521b
 def connector_bytes(model: MedVLM3D) -> int:
     """S_c: what the connector keeps for one volume, in bf16.
 
@@ -196,8 +203,7 @@ def connector_bytes(model: MedVLM3D) -> int:
     fusion = connector.fusion
     def _frequency(x): return nn.functional.linear(x + x, fusion.real.weight.flatten(1), fusion.real.bias)
     if fusion.path in ("both", "frequency"): fusion.frequency_features = _frequency
-    patches = c.grid[0] * c.grid[1]
-    x = torch.empty(1, c.kept, patches, c.encoder_channels, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(1, c.kept, prod(c.grid), c.encoder_channels, dtype=torch.bfloat16, device="meta")
     return saved_bytes(connector, lambda: connector(x))
 
 # %% ../../nbs/training/cost.ipynb #bf58e2af
@@ -223,6 +229,7 @@ def memory_bytes(model: MedVLM3D, rows: list[tuple], *, stage: int, batch: int, 
             "logits and gradient": 4 * batch * tokens * text.vocab_size,
             "connector": batch * connector_bytes(model)}
 
+# %% ../../nbs/training/cost.ipynb #38452bf6
 def host_bytes(rows: list[tuple]) -> int:
     "Bytes of the machine's own memory that each rank fills while it loads a model of these `parameter_rows`."
     bytes_each = {"encoder": 0, "language model": 2}
@@ -237,13 +244,14 @@ class Words:
     questions: int = 4    # a volume
     prefix: int = 13      # start and words of the prefix, without visual tokens
 
+# %% ../../nbs/training/cost.ipynb #0a228b1e
 def drawn_model(config: MedVLM3DConfig, device: torch.device | str, dtype: torch.dtype) -> MedVLM3D:
     "A model with random weights: language model in `dtype`, connector and adapters in float32."
     with torch.device(device):
         llm = AutoModelForCausalLM.from_config(config.text_config, dtype=dtype, attn_implementation="sdpa")
         return MedVLM3D(config, llm).in_types(torch.float32)
 
-# %% ../../nbs/training/cost.ipynb #4230b1d4
+# %% ../../nbs/training/cost.ipynb #76749d0d
 def drawn_batch(config: MedVLM3DConfig, stage: Stage, *, words: Words, batch: int, device: torch.device | str,
                 seed: int = 0) -> dict[str, torch.Tensor]:
     """A batch of random features and words for a stage, packed as in training.
@@ -256,18 +264,23 @@ def drawn_batch(config: MedVLM3DConfig, stage: Stage, *, words: Words, batch: in
     device : where the batch is needed
     seed : of features and words
     """
-    generator, image = torch.Generator().manual_seed(seed), config.image_token_id
+    generator = torch.Generator().manual_seed(seed)
     lengths = [words.report] * ("report" in stage.tasks)
     if {"closed", "open"} & {*stage.tasks}: lengths += [words.question] * words.questions
-    def _ids(n): return torch.randint(3, image, (n,), generator=generator).tolist()
-    def _row():
-        prefix = _ids(1) + [image] * config.visual_tokens + _ids(words.prefix - 1)
-        segments = [(_ids(n // 2), _ids(n - n // 2)) for n in lengths]
-        return pack_examples(prefix, segments, context=config.context, policy="truncate")
-    patches = config.grid[0] * config.grid[1]
-    features = torch.randn(batch, config.kept, patches, config.encoder_channels, generator=generator)
-    tensors = {**collate([_row() for _ in range(batch)], 0), "features": features.bfloat16()}
+    shape = batch, config.kept, prod(config.grid), config.encoder_channels
+    features = torch.randn(shape, generator=generator)
+    rows = [_drawn_row(config, words.prefix, lengths, generator) for _ in range(batch)]
+    tensors = {**collate(rows, 0), "features": features.bfloat16()}
     return {name: t.to(device) for name, t in tensors.items()}
+
+# %% ../../nbs/training/cost.ipynb #551c037b
+def _drawn_row(config, prefix_length, lengths, generator):
+    "A packed sequence of random tokens behind the visual ones."
+    image = config.image_token_id
+    def _ids(n): return torch.randint(3, image, (n,), generator=generator).tolist()
+    prefix = _ids(1) + [image] * config.visual_tokens + _ids(prefix_length - 1)
+    segments = [(_ids(n // 2), _ids(n - n // 2)) for n in lengths]
+    return pack_examples(prefix, segments, context=config.context, policy="truncate")
 
 # %% ../../nbs/training/cost.ipynb #d620cc49
 def take_step(model: MedVLM3D, optimiser: torch.optim.Optimizer, batch: dict, bf16: bool = True) -> float:
@@ -284,6 +297,7 @@ def take_step(model: MedVLM3D, optimiser: torch.optim.Optimizer, batch: dict, bf
     optimiser.zero_grad()
     return loss.item()      # waits until the device is done
 
+# %% ../../nbs/training/cost.ipynb #9804491d
 def pace_of(model: MedVLM3D, seconds: list[float], *, shape: tuple[int, int], rate: float | None,
             checkpointing: bool = True) -> dict:
     """What measured steps amount to, as plain values.
@@ -300,15 +314,18 @@ def pace_of(model: MedVLM3D, seconds: list[float], *, shape: tuple[int, int], ra
     hidden = model.llm.config.hidden_size
     a_volume = llm_step_flops(model.llm, tokens, checkpointing) + connector_step_flops(model.config, hidden)
     tflop = batch * a_volume / 1e12
-    peak = torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda" else None
-    return {"tokens a sequence": tokens, "seconds a step": round(typical, 4),
-            "volumes a second": round(batch / typical, 3),
-            "tokens a second": round(batch * tokens / typical, 1),
-            "TFLOP a step": round(tflop, 6), "TFLOP/s": round(tflop / typical, 6),
+    speeds = {"volumes a second": round(batch / typical, 3),
+              "tokens a second": round(batch * tokens / typical, 1),
+              "TFLOP a step": round(tflop, 6), "TFLOP/s": round(tflop / typical, 6)}
+    return {"tokens a sequence": tokens, "seconds a step": round(typical, 4), **speeds,
             "share of the rate": rate and round(tflop / typical / rate, 4),
-            "peak memory, GB": peak and round(peak, 2)}
+            "peak memory, GB": _peak_memory(model)}
 
-# %% ../../nbs/training/cost.ipynb #794ac56e
+def _peak_memory(model):
+    if model.device.type != "cuda": return None
+    return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+
+# %% ../../nbs/training/cost.ipynb #1561fe07
 def measured_steps(config: MedVLM3DConfig, stage: Stage, *, steps: int = 5, batch: int | None = None,
                    words: Words = Words(), rate: float | None = None, checkpointing: bool = True,
                    dtype: torch.dtype = torch.bfloat16, device: str = "auto", warm: int = 1) -> dict:
@@ -325,9 +342,7 @@ def measured_steps(config: MedVLM3DConfig, stage: Stage, *, steps: int = 5, batc
     dtype : float type of the language model; with bfloat16 products are in it, too
     device : "auto": a GPU if there is one
     """
-    if steps < 1 or (rate is not None and rate <= 0):
-        raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s",
-                            "Give at least one step and a positive rate.")
+    _check_measurement(steps, rate)
     device, batch = pick_device(device), batch or stage.batch
     model = drawn_model(config, device, dtype).set_stage(stage.stage).train()
     if checkpointing: _recompute_blocks(model)
@@ -337,12 +352,18 @@ def measured_steps(config: MedVLM3DConfig, stage: Stage, *, steps: int = 5, batc
                    checkpointing=checkpointing)
     return {"stage": stage.stage, "batch": batch, "steps": steps, "losses": losses, **pace}
 
-# %% ../../nbs/training/cost.ipynb #04ba4fe0
+# %% ../../nbs/training/cost.ipynb #93dd1c82
+def _check_measurement(steps, rate):
+    if steps >= 1 and (rate is None or rate > 0): return
+    raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s",
+                        "Give at least one step and a positive rate.")
+
 def _recompute_blocks(model):
     "Switch checkpointing on, under the name that this version of transformers knows."
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
+# %% ../../nbs/training/cost.ipynb #c5fd25ab
 def _timed_steps(model, stage, inputs, steps, *, bf16):
     "(losses, seconds) of `steps` steps with AdamW."
     learn = [p for p in model.parameters() if p.requires_grad]
@@ -377,6 +398,7 @@ def pace_run(out: Path | str, steps: int, *, batch: int, rate: float | None, tex
         write_json(run/"results.json", {"stages": stages, "rate": rate})
     return stages
 
+# %% ../../nbs/training/cost.ipynb #f4c9680f
 def _random_preset(text, sizes):
     "The preset's configuration with changed sizes and no published weights; its last token is the image's."
     language = paper().text_config.to_dict()
@@ -385,6 +407,7 @@ def _random_preset(text, sizes):
     config.image_token_id = config.text_config.vocab_size - 1
     return config
 
+# %% ../../nbs/training/cost.ipynb #5cb9f2f9
 def pace_rows(stages: list[dict]) -> tuple[tuple[str, ...], ...]:
     "The rows of a table of what was measured, in the order of `PARTS`."
     rows = [[stage[part] for part in PARTS] for stage in stages]

@@ -29,6 +29,7 @@ def smooth(values: list[float], share: float = .05) -> np.ndarray:
     start = np.maximum(end - window, 0)
     return (sums[end] - sums[start]) / (end - start)
 
+# %% ../../nbs/training/launch.ipynb #31985a09
 def steps_of(run: RunFolder | Path | str) -> dict[int, list[dict]]:
     "{stage: its log entries that have a loss}; an error if there are none."
     path = Path(getattr(run, "path", run))
@@ -47,19 +48,26 @@ def loss_figure(run: RunFolder | Path | str):
     "A figure from a run's log: loss by step of each stage and, below, what else was logged of `BELOW`."
     import matplotlib.pyplot as plt
     stages = steps_of(run)
-    entries = [entry for steps in stages.values() for entry in steps]
-    keys = [key for key in BELOW if any(entry.get(key) is not None for entry in entries)]
-    size = 3.6 * len(stages), 2.5 + .9 * len(keys)
-    figure = plt.figure(figsize=size, dpi=100, layout="constrained")
-    axes = figure.subplots(1 + len(keys), len(stages), squeeze=False, sharex="col",
-                           height_ratios=[3, *[1] * len(keys)])
+    keys = _logged_keys(stages)
+    rows, columns = 1 + len(keys), len(stages)
+    figure = plt.figure(figsize=(3.6 * columns, 2.5 + .9 * len(keys)), dpi=100, layout="constrained")
+    heights = [3] + [1] * len(keys)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex="col", height_ratios=heights)
     for column, (stage, steps) in zip(axes.T, stages.items()): _draw_stage(column, stage, steps, keys)
     for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
     plt.close(figure)
     return figure
 
-# %% ../../nbs/training/launch.ipynb #b024a4f3
+# %% ../../nbs/training/launch.ipynb #facd4125
+def _logged_keys(stages):
+    "The quantities of `BELOW` that at least one entry of a log has."
+    logged = set()
+    for steps in stages.values():
+        for entry in steps: logged.update(key for key in BELOW if entry.get(key) is not None)
+    return [key for key in BELOW if key in logged]
+
+# %% ../../nbs/training/launch.ipynb #c0fea18c
 def _draw_stage(axes, stage, steps, keys):
     "The loss of a stage in the first of `axes`, the quantities `keys` in those below."
     top, *lower = axes
@@ -68,11 +76,14 @@ def _draw_stage(axes, stage, steps, keys):
     top.plot(x, loss, color=".75", lw=.8)
     top.plot(x, smooth(loss), color="C0")
     top.set(title=f"stage {stage}", ylabel="loss")
-    for ax, key in zip(lower, keys):
-        ax.plot(x, [np.nan if entry.get(key) is None else entry[key] for entry in steps], color="C2", lw=.9)
-        ax.set_ylabel(BELOW[key], fontsize=8)
-        ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    for ax, key in zip(lower, keys): _draw_below(ax, x, steps, key)
     axes[-1].set_xlabel("step")
+
+# %% ../../nbs/training/launch.ipynb #69c9cfbb
+def _draw_below(ax, x, steps, key):
+    ax.plot(x, [np.nan if entry.get(key) is None else entry[key] for entry in steps], color="C2", lw=.9)
+    ax.set_ylabel(BELOW[key], fontsize=8)
+    ax.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
 
 # %% ../../nbs/training/launch.ipynb #7b1e03a3
 def copy_output(log: Path, since: int = 0) -> int:
@@ -83,6 +94,7 @@ def copy_output(log: Path, since: int = 0) -> int:
         sys.stderr.flush()
         return f.tell()
 
+# %% ../../nbs/training/launch.ipynb #14076b97
 class LossDisplay:
     "The loss figure of the run in `folder`, drawn in the notebook and again when there are new steps."
     def __init__(self, folder): self.folder, self.steps, self.handle = Path(folder), 0, None
@@ -135,6 +147,7 @@ def record_failure(folder: Path | str, error: Exception, ranks: Ranks | None = N
     with suppress(OSError):   # a full disk must not hide the error itself
         write_json(Path(folder)/f"failed-rank-{ranks.rank}.json", record)
 
+# %% ../../nbs/training/launch.ipynb #56076fa9
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)
 
 def first_cause(folder: Path | str, output: str = "", status: int = 1) -> str:
@@ -146,10 +159,15 @@ def first_cause(folder: Path | str, output: str = "", status: int = 1) -> str:
     if killed and int(killed[2]) < 0:
         return f"rank {killed[1]} was killed by signal {-int(killed[2])}, and the others were ended"
     if status < 0: return f"it was killed by signal {-status}"
-    failures = [read_json(file) for file in Path(folder).glob("failed-rank-*.json")]
-    if failures: return min(failures, key=lambda failure: failure["time"])["error"]
     last_lines = "\n".join(output.strip().splitlines()[-5:])
-    return RunFolder(folder).manifest.get("error") or last_lines or "it left no message"
+    return (_first_failure(folder) or RunFolder(folder).manifest.get("error") or last_lines
+            or "it left no message")
+
+# %% ../../nbs/training/launch.ipynb #3d9f9a21
+def _first_failure(folder):
+    "The message of the rank that failed first, or None."
+    failures = [read_json(file) for file in Path(folder).glob("failed-rank-*.json")]
+    return min(failures, key=lambda failure: failure["time"])["error"] if failures else None
 
 # %% ../../nbs/training/launch.ipynb #7b1e03a5
 @contextmanager
@@ -162,6 +180,7 @@ def exit_on_sigterm():
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+# %% ../../nbs/training/launch.ipynb #31b80f4e
 def start_process(command: list[str], folder: Path | str) -> subprocess.Popen:
     "The process of a command in a session of its own; its output goes to `folder/launch.log`."
     for old in Path(folder).glob("failed-rank-*.json"): old.unlink()
@@ -218,6 +237,7 @@ def _wait_for(process, folder, progress):
             mark_failed(folder, "it was told to stop before it could save")
         raise
 
+# %% ../../nbs/training/launch.ipynb #1dafe92f
 def _raise_failure(folder, status):
     cause = first_cause(folder, (Path(folder)/"launch.log").read_text(errors="replace"), status)
     mark_failed(folder, cause)

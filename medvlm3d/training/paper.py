@@ -9,7 +9,7 @@ __all__ = ['GB', 'MEMORY_PARTS', 'placed', 'paper_plan', 'Corpus', 'paper_corpus
 
 # %% ../../nbs/training/paper.ipynb #391c7902
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -38,6 +38,7 @@ def placed(path: Path | str) -> str:
     path = (project_root()/path).resolve()
     return relative(path) if path.is_relative_to(project_root()) else str(path)
 
+# %% ../../nbs/training/paper.ipynb #07ca9307
 def paper_plan(data: Path | str | None = None, store: Path | str | None = None, llm: Path | str | None = None,
                stages: list[Stage] | None = None, **changes) -> Plan:
     """The `Plan` of the paper's run.
@@ -67,11 +68,12 @@ class Corpus:
     prefix: int = 13       # start and words of the prefix, without visual tokens
     measured: bool = False
 
+# %% ../../nbs/training/paper.ipynb #0bca7a4c
 def paper_corpus() -> Corpus:
     "The training split as the paper counts it."
     return Corpus("M3D-Cap and M3D-VQA, training split (paper)", 115_000, 420_000 / 115_000)
 
-# %% ../../nbs/training/paper.ipynb #973316a9
+# %% ../../nbs/training/paper.ipynb #f631030b
 def mean_length(samples: list[Sample], tokenizer: PreTrainedTokenizerBase, most: int = 400) -> float:
     "Mean tokens of prompt and target, on up to `most` of the samples."
     taken = samples[::max(1, len(samples) // most)][:most]
@@ -80,20 +82,20 @@ def mean_length(samples: list[Sample], tokenizer: PreTrainedTokenizerBase, most:
         total += len(prompt_ids(tokenizer, prompt)) + len(target_ids(tokenizer, target))
     return total / max(1, len(taken))
 
+# %% ../../nbs/training/paper.ipynb #4c9cb8f6
 def measure(name: str, samples: list[Sample], tokenizer: PreTrainedTokenizerBase | None = None) -> Corpus:
     "The `Corpus` of the training split of a list of samples; lengths are measured if there is a tokenizer."
     train = [s for s in samples if s.split == "train"]
     if not train:
         raise MedVLM3DError(name, "has no training samples",
                             "Give a folder in M3D's layout with a training split.")
-    reports = [s for s in train if s.task == "report"]
-    questions = [s for s in train if s.task != "report"]
+    kinds = {True: [], False: []}
+    for s in train: kinds[s.task == "report"].append(s)
     volumes = len(by_image(train))
-    lengths = {}
-    if tokenizer is not None:
-        lengths = dict(report=mean_length(reports, tokenizer), question=mean_length(questions, tokenizer),
-                       prefix=len(image_prefix(tokenizer, 0)), measured=True)
-    return Corpus(name, volumes, len(questions) / volumes, **lengths)
+    counted = Corpus(name, volumes, len(kinds[False]) / volumes)
+    if tokenizer is None: return counted
+    return replace(counted, report=mean_length(kinds[True], tokenizer), measured=True,
+                   question=mean_length(kinds[False], tokenizer), prefix=len(image_prefix(tokenizer, 0)))
 
 # %% ../../nbs/training/paper.ipynb #285b2e20
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Load:
     batch: int        # sequences a step
     steps: int
 
+# %% ../../nbs/training/paper.ipynb #2fc8069e
 def load_of(stage: Stage, corpus: Corpus, *, config: MedVLM3DConfig, gpus: int, packed: bool = True) -> Load:
     """The `Load` of a stage.
 
@@ -113,15 +116,19 @@ def load_of(stage: Stage, corpus: Corpus, *, config: MedVLM3DConfig, gpus: int, 
     gpus : devices that share a step
     packed : one sequence a volume; else one a pair, padded to the context
     """
-    reports = 1. if "report" in stage.tasks else 0.
-    questions = corpus.questions if {"closed", "open"} & {*stage.tasks} else 0.
-    if packed:
-        words = corpus.prefix + reports * corpus.report + questions * corpus.question
-        sequences, tokens = corpus.volumes, round(config.visual_tokens + words)
-    else: sequences, tokens = round(corpus.volumes * (reports + questions)), config.context
+    sequences, tokens = _sequences(stage, corpus, config, packed)
     batch = stage.batch * stage.accumulation * gpus
     steps = round(-(-sequences // batch) * stage.epochs)
     return Load(sequences, tokens, batch, max(1, steps))
+
+# %% ../../nbs/training/paper.ipynb #49522503
+def _sequences(stage, corpus, config, packed):
+    "(sequences an epoch, tokens in each)."
+    reports = 1. if "report" in stage.tasks else 0.
+    questions = corpus.questions if {"closed", "open"} & {*stage.tasks} else 0.
+    if not packed: return round(corpus.volumes * (reports + questions)), config.context
+    words = corpus.prefix + reports * corpus.report + questions * corpus.question
+    return corpus.volumes, round(config.visual_tokens + words)
 
 # %% ../../nbs/training/paper.ipynb #4c4f65fc
 def store_part(store: Path | str, config: MedVLM3DConfig) -> Part:
@@ -130,6 +137,7 @@ def store_part(store: Path | str, config: MedVLM3DConfig) -> Part:
     except MedVLM3DError as e: return Part("features", "store.json", False, f"{e.why}; {e.remedy}")
     return Part("features", "store.json", True, shown(Path(store)) + "/")
 
+# %% ../../nbs/training/paper.ipynb #3f3172d1
 def tokenizer_of(name: Path | str) -> PreTrainedTokenizerBase | None:
     "The tokenizer of a language model, `<image>` added, if it lies on this machine; else None."
     folder = llm_folder(name)
@@ -139,7 +147,7 @@ def tokenizer_of(name: Path | str) -> PreTrainedTokenizerBase | None:
     add_image_token(tokenizer)
     return tokenizer
 
-# %% ../../nbs/training/paper.ipynb #a4719529
+# %% ../../nbs/training/paper.ipynb #bfc3e8e7
 @dataclass(frozen=True, repr=False)
 class DryRun:
     "Tables (title, columns, rows of texts, note) and whether all files are there; prints as text."
@@ -156,25 +164,29 @@ class DryRun:
         tables = {title: [dict(zip(columns, row)) for row in rows] for title, columns, rows, _ in self.tables}
         return {"ready": self.ready, "tables": tables}
 
+# %% ../../nbs/training/paper.ipynb #54de1152
 def _table_text(table):
     "Title, aligned columns and note of a table."
     title, columns, rows, note = table
     widths = [max(map(len, column)) for column in zip(columns, *rows)]
-    lines = [title]
-    for row in (columns, *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  " + "  ".join(cells).rstrip())
+    lines = [title, *(_row_text(row, widths) for row in (columns, *rows))]
     if note: lines.append(f"  {note}")
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/training/paper.ipynb #228b8c97
+def _row_text(row, widths):
+    cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+    return "  " + "  ".join(cells).rstrip()
+
+# %% ../../nbs/training/paper.ipynb #0ebffb72
 def parameter_table(model: MedVLM3D) -> tuple:
     "Parameters of each part, and those that learn in each stage."
     rows = parameter_rows(model, encoder_shape(model.config))
-    rows.append(("all", *(sum(row[i] for row in rows) for i in (1, 2, 3))))
-    texts = [(part, *(f"{n:,}" for n in numbers)) for part, *numbers in rows]
+    _, *columns = zip(*rows)
+    rows.append(("all", *map(sum, columns)))
+    texts = [(part, *map("{:,}".format, numbers)) for part, *numbers in rows]
     return "Parameters", ("part", "exist", "learn in stage 1", "learn in stage 2"), texts, ""
 
+# %% ../../nbs/training/paper.ipynb #e1c2d960
 def work_table(stages: tuple, corpus: Corpus, config: MedVLM3DConfig, gpus: int) -> tuple:
     """Sequences, tokens and steps of each stage: packed, and as the paper reads.
 
@@ -188,14 +200,17 @@ def work_table(stages: tuple, corpus: Corpus, config: MedVLM3DConfig, gpus: int)
             load = load_of(s, corpus, config=config, gpus=gpus, packed=packed)
             rows.append((f"{s.stage}, {label}", f"{load.sequences:,}", f"{load.tokens:,}",
                          f"{load.tokens * load.batch:,}", f"{s.epochs:g}", f"{load.steps:,}"))
+    columns = "stage", "sequences an epoch", "tokens a sequence", "tokens a step", "epochs", "steps"
+    return "Work", columns, rows, _corpus_note(corpus, config)
+
+# %% ../../nbs/training/paper.ipynb #5a389036
+def _corpus_note(corpus, config):
     lengths = "measured" if corpus.measured else "assumed"
-    note = (f"{corpus.name}: {corpus.volumes:,} volumes, {corpus.questions:.2f} questions a volume; "
+    return (f"{corpus.name}: {corpus.volumes:,} volumes, {corpus.questions:.2f} questions a volume; "
             f"lengths {lengths}: report {corpus.report:.0f}, question {corpus.question:.0f} tokens; "
             f"before them {config.visual_tokens} visual and {corpus.prefix} of the prefix.")
-    columns = "stage", "sequences an epoch", "tokens a sequence", "tokens a step", "epochs", "steps"
-    return "Work", columns, rows, note
 
-# %% ../../nbs/training/paper.ipynb #37fe38f6
+# %% ../../nbs/training/paper.ipynb #6fa9c1c2
 GB = 1e9
 MEMORY_PARTS = ("weights, gradients and AdamW's states as under ZeRO-2, checkpoints, one block at work, "
                 "logits, connector (notebook training/cost). Features come from the store")
@@ -210,18 +225,24 @@ def memory_table(model: MedVLM3D, stages: tuple, loads: list[Load], gpus: int) -
     gpus : devices that share gradients and optimiser states
     """
     rows = parameter_rows(model, encoder_shape(model.config))
-    memory = []
+    columns = []
     for s, load in zip(stages, loads):
-        memory.append(memory_bytes(model, rows, stage=s.stage, batch=s.batch, tokens=load.tokens, gpus=gpus,
-                                   lora=s.lora))
-    lines = [(part, *(f"{m[part] / GB:.2f}" for m in memory)) for part in memory[0]]
-    lines.append(("sum", *(f"{sum(m.values()) / GB:.1f}" for m in memory)))
+        parts = memory_bytes(model, rows, stage=s.stage, batch=s.batch, tokens=load.tokens, gpus=gpus,
+                             lora=s.lora)
+        columns.append(_memory_column(f"stage {s.stage}", parts))
+    names = ("part", *parts, "sum")
+    header, *lines = zip(names, *columns)
     note = (f"{stages[0].batch} packed volumes a GPU, {gpus} GPUs: {MEMORY_PARTS}. "
             f"Each rank first fills {host_bytes(rows) / GB:.1f} GB of the machine's own memory: "
             "the language model in bfloat16, what learns in float32.")
-    return "Memory on each GPU, GB", ("part", *(f"stage {s.stage}" for s in stages)), lines, note
+    return "Memory on each GPU, GB", header, lines, note
 
-# %% ../../nbs/training/paper.ipynb #77ea207a
+# %% ../../nbs/training/paper.ipynb #a9ceb8d5
+def _memory_column(title, parts):
+    total = sum(parts.values()) / GB
+    return title, *(f"{n / GB:.2f}" for n in parts.values()), f"{total:.1f}"
+
+# %% ../../nbs/training/paper.ipynb #d2b7bbda
 def time_table(model: MedVLM3D, stages: tuple, *, loads: list[Load], corpus: Corpus, gpus: int, rate: float,
                share: float) -> tuple:
     """Operations and hours of encoding once and of each stage.
@@ -233,15 +254,8 @@ def time_table(model: MedVLM3D, stages: tuple, *, loads: list[Load], corpus: Cor
     corpus : for the volumes that are encoded
     gpus, rate, share : devices, TFLOP/s of each, and the share of it that training reaches
     """
-    config, hidden = model.config, model.llm.config.hidden_size
-    slices = corpus.volumes * config.preprocess["depth"]
-    work = [("encode all volumes once", 0, slices * encoder_shape(config).flops)]
-    for s, load in zip(stages, loads):
-        a_sequence = llm_step_flops(model.llm, load.tokens) + connector_step_flops(config, hidden)
-        work.append((f"stage {s.stage}", load.steps, load.steps * load.batch * a_sequence))
-    work.append(("all", sum(steps for _, steps, _ in work), sum(flops for *_, flops in work)))
     rows = []
-    for name, steps, flops in work:
+    for name, steps, flops in _work(model, stages, loads, corpus):
         floor = flops / (rate * 1e12 * gpus) / 3600
         rows.append((name, f"{steps:,}" if steps else "–", f"{flops / 1e18:.2f}", f"{floor:.1f}",
                      f"{floor / share:.1f}"))
@@ -249,17 +263,31 @@ def time_table(model: MedVLM3D, stages: tuple, *, loads: list[Load], corpus: Cor
             "blocks recomputed (checkpointing).")
     return "Time", ("work", "steps", "EFLOP", "hours, floor", f"hours at {share:.0%}"), rows, note
 
+# %% ../../nbs/training/paper.ipynb #4d70df13
+def _work(model, stages, loads, corpus):
+    "(name, steps, operations) of encoding, of each stage, and of all together."
+    config, hidden = model.config, model.llm.config.hidden_size
+    slices = corpus.volumes * config.preprocess["depth"]
+    work = [("encode all volumes once", 0, slices * encoder_shape(config).flops)]
+    for s, load in zip(stages, loads):
+        a_sequence = llm_step_flops(model.llm, load.tokens) + connector_step_flops(config, hidden)
+        work.append((f"stage {s.stage}", load.steps, load.steps * load.batch * a_sequence))
+    _, steps, flops = zip(*work)
+    return [*work, ("all", sum(steps), sum(flops))]
+
 # %% ../../nbs/training/paper.ipynb #586bcb19
 def file_table(parts: list[Part]) -> tuple:
     "What the run needs, and what is there."
     rows = [(p.what, p.file, "yes" if p.found else "NO", p.where) for p in parts]
     return "Files", ("for", "file", "there", "where"), rows, ""
 
+# %% ../../nbs/training/paper.ipynb #0c20d30b
 def check_preset(preset: str) -> None:
     "Only the paper's preset can be planned."
     if preset != "paper":
         raise MedVLM3DError(preset, "is no preset that can be planned", "Choose one of paper.")
 
+# %% ../../nbs/training/paper.ipynb #9cccbe81
 def dry_run(preset: str = "paper", gpus: int = 4, *, rate: float = 250., share: float = .45,
             data: Path | str | None = None, llm: Path | str | None = None,
             store: Path | str | None = None) -> DryRun:
@@ -277,17 +305,24 @@ def dry_run(preset: str = "paper", gpus: int = 4, *, rate: float = 250., share: 
     if gpus < 1 or rate <= 0 or not 0 < share <= 1:
         why = f"cannot plan for {gpus} GPUs at {rate} TFLOP/s and a share of {share}"
         raise MedVLM3DError("dry_run", why, "Give at least one GPU, a positive rate and a share up to 1.")
-    config, stages = paper(), paper_stages()
+    config = paper()
+    parts, corpus = _parts_and_corpus(config, data, llm)
+    if store: parts.append(store_part(store, config))
+    tables = _cost_tables(config, corpus, gpus=gpus, rate=rate, share=share)
+    return DryRun((*tables, file_table(parts)), all(p.found for p in parts))
+
+# %% ../../nbs/training/paper.ipynb #58a47464
+def _parts_and_corpus(config, data, llm):
+    "The files of encoder, language model and corpus; the corpus as it is, or as the paper counts it."
     name = str(llm or config.llm_reference["name"])
     found, samples = data_parts(data or home()/"m3d")
     parts = [*encoder_parts(config.encoder), *llm_parts(name), *found]
-    if store: parts.append(store_part(store, config))
-    corpus = measure(Path(data or "m3d").name, samples, tokenizer_of(name)) if samples else paper_corpus()
-    tables = _cost_tables(config, stages, corpus, gpus=gpus, rate=rate, share=share)
-    return DryRun((*tables, file_table(parts)), all(p.found for p in parts))
+    if not samples: return parts, paper_corpus()
+    return parts, measure(Path(data or "m3d").name, samples, tokenizer_of(name))
 
-def _cost_tables(config, stages, corpus, *, gpus, rate, share):
-    model = on_meta(config)
+# %% ../../nbs/training/paper.ipynb #36560e0e
+def _cost_tables(config, corpus, *, gpus, rate, share):
+    model, stages = on_meta(config), paper_stages()
     loads = [load_of(s, corpus, config=config, gpus=gpus) for s in stages]
     return (parameter_table(model), work_table(stages, corpus, config, gpus),
             memory_table(model, stages, loads, gpus),
@@ -305,6 +340,7 @@ def commands(folder: Path | str, plan: Plan, gpus: int = 4) -> dict[str, str]:
                 f"deepspeed --hostfile runs/hostfile --no_local_rank --module {stages}",
             "or under SLURM": f"sbatch --nodes 1 --gpus-per-node {gpus} runs/slurm.sbatch {folder}"}
 
+# %% ../../nbs/training/paper.ipynb #413b458a
 def _encoding_options(plan):
     "The arguments of the command that encodes the volumes of a plan with its settings."
     model, preprocess = plan.model, plan.model["preprocess"]
@@ -312,9 +348,9 @@ def _encoding_options(plan):
              "--size", preprocess["height"], "--rho", model["rho"], "--strategy", model["selection"],
              "--grid", *model["grid"]]
     if preprocess.get("window"): words += ["--window", *preprocess["window"]]
-    return " ".join(shlex.quote(str(word)) for word in words)
+    return shlex.join(map(str, words))
 
-# %% ../../nbs/training/paper.ipynb #89e5988e
+# %% ../../nbs/training/paper.ipynb #2f117b54
 def write_plan(folder: Path | str, gpus: int = 4, *, data: Path | str | None = None,
                store: Path | str | None = None, llm: Path | str | None = None, preset: str = "paper",
                **options) -> tuple[Plan, DryRun, str]:
@@ -332,20 +368,25 @@ def write_plan(folder: Path | str, gpus: int = 4, *, data: Path | str | None = N
     plan, root = paper_plan(data, store, llm), project_root()
     dry = dry_run(preset, gpus, data=root/plan.data, llm=plan.llm and root/plan.llm, store=root/plan.store,
                   **options)
-    file = Path(folder)/"plan.yaml"
-    write_text(file, yaml.safe_dump(plan.to_dict(), sort_keys=False))
+    write_text(Path(folder)/"plan.yaml", yaml.safe_dump(plan.to_dict(), sort_keys=False))
+    return plan, dry, _plan_message(folder, plan, dry, gpus)
+
+# %% ../../nbs/training/paper.ipynb #f84ee3a0
+def _plan_message(folder, plan, dry, gpus):
+    "What was written, what is missing, and what to type."
     first = plan.stages[0]
-    lines = [f"{shown(file)} is written: {len(plan.stages)} stages, "
+    lines = [f"{shown(Path(folder)/'plan.yaml')} is written: {len(plan.stages)} stages, "
              f"{first.batch} × {first.accumulation} × {gpus} volumes a step.", "",
              *_missing_lines(dry), "", "From the project's folder:"]
     for what, command in commands(shown(folder), plan, gpus).items(): lines.append(f"  # {what}\n  {command}")
-    return plan, dry, "\n".join(lines)
+    return "\n".join(lines)
 
 def _missing_lines(dry):
     files = dry.to_dict()["tables"]["Files"]
     missing = [f"  {row['for']}: {row['file']}: {row['where']}" for row in files if row["there"] == "NO"]
     return ["Missing:", *missing] if missing else ["Nothing is missing."]
 
+# %% ../../nbs/training/paper.ipynb #bd5b1b61
 def start(folder: Path | str, plan: Plan, ranks: int = 1, **options) -> RunFolder:
     """Start the ranks of a written plan on this machine; first everything that is missing is one error.
 

@@ -27,6 +27,7 @@ class Part:
     found: bool
     where: str     # where it is or belongs, or what is wrong with it
 
+# %% ../../nbs/training/parts.ipynb #4b272e21
 def part(what: str, folder: Path, names: tuple[str, ...]) -> Part:
     "The `Part` of the first of `names` that lies in `folder`, or of their absence."
     path = next((folder/n for n in names if (folder/n).is_file()), None)
@@ -67,6 +68,7 @@ def llm_folder(name: Path | str) -> Path | None:
     try: return Path(snapshot_download(str(name), local_files_only=True))
     except (OSError, ValueError): return None
 
+# %% ../../nbs/training/parts.ipynb #2b7e9c30
 def llm_parts(name: Path | str) -> list[Part]:
     "What the language model called `name` needs: configuration, shards, tokenizer."
     folder = llm_folder(name)
@@ -78,6 +80,7 @@ def llm_parts(name: Path | str) -> list[Part]:
              ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
     return [part("language model", folder, n) for n in names]
 
+# %% ../../nbs/training/parts.ipynb #ce51c6f8
 def _absent_llm(name):
     remedy = f"accept the licence of {name} on the hub and `hf download {name}`, or give its folder (llm)"
     first, *others = LLAMA
@@ -92,17 +95,23 @@ def data_parts(root: Path | str) -> tuple[list[Part], list[Sample]]:
     "What the corpus below `root` needs, and its samples."
     root = Path(root)
     missing = f"missing in {shown(root)}/"
-    files = {name: find(root, name, *M3D_FOLDERS) for name in M3D}
-    parts = [Part("data", name, bool(path), f"{shown(path.parent)}/" if path else missing)
-             for name, path in files.items()]
-    if not files["M3D_Cap.json"]:
+    parts = []
+    for name in M3D:
+        path = find(root, name, *M3D_FOLDERS)
+        parts.append(Part("data", name, bool(path), f"{shown(path.parent)}/" if path else missing))
+    if not parts[0].found:
         volumes = Part("data", "volumes and texts below M3D_Cap_npy/ or M3D_Cap_nii/", False, missing)
         return [*parts, volumes], []
+    volumes, samples = _volume_part(root)
+    return [*parts, volumes], samples
+
+# %% ../../nbs/training/parts.ipynb #dbb470f2
+def _volume_part(root):
     problems = []
     samples = scan_m3d(root, problems)
     usable = f"{len(by_image(samples))} usable"
     if problems: usable += f"; {len(problems)} problems, first {problems[0]}"
-    return [*parts, Part("data", "volumes and texts", not problems, usable)], samples
+    return Part("data", "volumes and texts", not problems, usable), samples
 
 # %% ../../nbs/training/parts.ipynb #7eeaf3c7
 def silent_hub(name: Path | str, patience: float = 5.) -> str | None:
@@ -116,6 +125,7 @@ def silent_hub(name: Path | str, patience: float = 5.) -> str | None:
 
 PLACE = "place its config.json, tokenizer files and *.safetensors in a folder and give that as `llm`"
 
+# %% ../../nbs/training/parts.ipynb #875a8831
 def missing_llm(name: Path | str) -> str | None:
     "What a language model lacks, in words; None if it is embedded, whole on this machine, or within reach."
     if name in ASSETS: return None

@@ -100,6 +100,7 @@ def conditions(plan: Plan, ranks: int = 1) -> dict:
     "What must be the same when a run is continued."
     return {"plan": {k: v for k, v in plan.to_dict().items() if k not in FREE}, "ranks": ranks}
 
+# %% ../../nbs/training/plan.ipynb #f3ec8dd9
 def _flatten(value, name=""):
     "Nested dicts and lists as {dotted name: value}."
     if not isinstance(value, (dict, list, tuple)) or not value: return {name: value}
@@ -130,14 +131,18 @@ def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool
     old = read_json(file) if file.exists() else {}
     new = {**old, **conditions(plan, ranks), **plain(facts)}
     changed = differences(old, {key: new[key] for key in old})
-    other_ranks = [c for c in changed if c.startswith("ranks")]
-    if plan.deepspeed and other_ranks:
-        why = f"was divided by DeepSpeed among other ranks ({other_ranks[0]})"
-        remedy = "Continue with as many ranks, or begin the stage anew from its saved model."
-        raise MedVLM3DError(relative(folder), why, remedy)
+    if plan.deepspeed: _refuse_other_ranks(folder, changed)
     if changed: _report_changes(folder, changed, allow)
     write_json(file, new)
     return changed
+
+# %% ../../nbs/training/plan.ipynb #f1b0d456
+def _refuse_other_ranks(folder, changed):
+    for change in changed:
+        if not change.startswith("ranks"): continue
+        remedy = "Continue with as many ranks, or begin the stage anew from its saved model."
+        why = f"was divided by DeepSpeed among other ranks ({change})"
+        raise MedVLM3DError(relative(folder), why, remedy)
 
 # %% ../../nbs/training/plan.ipynb #8810df51
 def _report_changes(folder, changed, allow):
@@ -165,20 +170,26 @@ def check_lora(*adapters: dict | None) -> None:
 # %% ../../nbs/training/plan.ipynb #6fda11ff
 SETTINGS = ("encoder", "weights", "preprocess", "rho", "strategy", "grid")
 
+# %% ../../nbs/training/plan.ipynb #59a00a44
 def agree(spec: dict, config: MedVLM3DConfig) -> None:
     "An error that names each setting in which a store's `spec` and a model's `config` differ: store → model."
     stored = {key: spec[key] for key in SETTINGS if spec.get(key)}
     stored["preprocess"] = Preprocess.from_dict(stored["preprocess"]).to_dict()
-    wanted = {"encoder": Path(config.encoder).name, "weights": stored.get("weights"),
-              "preprocess": Preprocess.from_dict(config.preprocess).to_dict(),
-              "rho": config.rho, "strategy": config.selection, "grid": config.grid}
-    if config.encoder_hash is not None:   # the weights say more than the name, which may be a folder's
-        wanted["encoder"], wanted["weights"] = stored["encoder"], config.encoder_hash
+    wanted = _wanted_settings(config, stored)
     changed = changed_keys(plain(stored), plain({key: wanted[key] for key in stored}))
     if changed:
         raise MedVLM3DError("the feature store",
                             f"was made with other settings than the model's: {', '.join(changed)}",
                             "Use the store that belongs to the model, or encode into a new one.")
+
+# %% ../../nbs/training/plan.ipynb #c3c94a5d
+def _wanted_settings(config, stored):
+    "The settings of a model; without a hash of its encoder's weights, these are taken to be the `stored`."
+    wanted = {"encoder": Path(config.encoder).name, "weights": stored.get("weights"),
+              "preprocess": Preprocess.from_dict(config.preprocess).to_dict(),
+              "rho": config.rho, "strategy": config.selection, "grid": config.grid}
+    if config.encoder_hash is None: return wanted
+    return {**wanted, "encoder": stored["encoder"], "weights": config.encoder_hash}   # names may be folders'
 
 # %% ../../nbs/training/plan.ipynb #e6610603
 def check_volumes(store: FeatureStore, root: Path, samples: list[Sample]) -> None:
@@ -192,6 +203,7 @@ def check_volumes(store: FeatureStore, root: Path, samples: list[Sample]) -> Non
         if fault: problems.append(Problem(places[image], fault, "Encode it again, or restore it."))
     settle(relative(store.path), problems, remedy="Nothing was begun.")
 
+# %% ../../nbs/training/plan.ipynb #110026f0
 def _volume_fault(store, image, current):
     "Why a volume's features cannot be used, or None; `current` is its present entry of `volume_keys`."
     if image not in store: return "is not in the feature store"
@@ -206,21 +218,27 @@ def plan_llm(plan: Plan) -> str | None:
     folder = project_root()/plan.llm
     return str(folder if folder.exists() else plan.llm)
 
+# %% ../../nbs/training/plan.ipynb #d3e604d1
 def check_requirements(plan: Plan) -> None:
     "An error that lists everything that a plan needs and that is missing, and where to place it."
-    name, root = plan_llm(plan) or (plan.model.get("llm_reference") or {}).get("name"), project_root()
-    missing = []
-    if not (root/plan.data).exists():
-        missing.append(f"{plan.data}: the data, a folder in M3D's layout or a manifest")
-    if not (root/plan.store/"store.json").exists():
-        missing.append(f"{plan.store}: the features of its volumes, "
-                       "which `python -m medvlm3d.features.store` or runner 90 writes")
+    name = plan_llm(plan) or (plan.model.get("llm_reference") or {}).get("name")
+    missing = _missing_data(plan)
     llm = missing_llm(name) if name else None
     if llm: missing.append(llm)
     if missing:
         lines = "\n  ".join(missing)
         raise MedVLM3DError("the plan", f"needs {len(missing)} things that are not there:\n  {lines}",
                             "Nothing was begun.")
+
+# %% ../../nbs/training/plan.ipynb #c26505f5
+def _missing_data(plan):
+    root, missing = project_root(), []
+    if not (root/plan.data).exists():
+        missing.append(f"{plan.data}: the data, a folder in M3D's layout or a manifest")
+    if not (root/plan.store/"store.json").exists():
+        missing.append(f"{plan.store}: the features of its volumes, "
+                       "which `python -m medvlm3d.features.store` or runner 90 writes")
+    return missing
 
 # %% ../../nbs/training/plan.ipynb #03f6618a
 def in_bf16(plan: Plan) -> bool:
@@ -240,6 +258,7 @@ def training_features(store: FeatureStore, images: list[str], most: int = 200) -
     step = max(1, len(images) // most)
     return torch.stack([store[i][0] for i in images[::step][:most]]).float()
 
+# %% ../../nbs/training/plan.ipynb #76bad1f3
 def initial_model(plan: Plan, store: FeatureStore, images: list[str]) -> MedVLM3D:
     "The model before the first step: connector drawn from the seed, whitening fitted on `images`."
     config = MedVLM3DConfig(**{**plan.model, "seed": plan.seed, "encoder_hash": store.spec["weights"]})

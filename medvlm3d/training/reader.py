@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Word', 'phantom_texts', 'reader_tokenizer', 'make_reader', 'exercises', 'say_report', 'facts_of', 'say_facts',
-           'scatter', 'text_prefix', 'say_votes', 'votes_prefix', 'hum', 'drawn_prefix', 'read_loss', 'reading_score',
-           'train_reader', 'gate', 'reader_run']
+           'scatter', 'uniform', 'normal', 'text_prefix', 'say_votes', 'votes_prefix', 'hum', 'drawn_prefix',
+           'read_loss', 'reading_score', 'train_reader', 'gate', 'reader_run']
 
 # %% ../../nbs/training/reader.ipynb #46c8017f
 import math
@@ -37,6 +37,7 @@ def phantom_texts(n: int = 400, seed: int = 11) -> list[str]:
             texts += [q["question"], closed_prompt(q["question"], q["choices"]), *q["choices"]]
     return texts
 
+# %% ../../nbs/training/reader.ipynb #e759b5c1
 def reader_tokenizer() -> PreTrainedTokenizerBase:
     "The word-level tokenizer of the reader, with `<image>`."
     tokenizer = word_tokenizer(phantom_texts())
@@ -77,16 +78,22 @@ def exercises(tokenizer: PreTrainedTokenizerBase, case: Case, *, slots: int, sty
     """
     letters = "ABCDA" if rng is None else [str(x) for x in rng.choice(list("ABCD"), len(TYPES))]
     pairs = []
-    for q in questions(case, letters):
-        target = closed_target(q["answer"], q["letter"], style)
-        pairs.append((closed_prompt(q["question"], q["choices"]), target))
-        pairs.append((open_prompt(q["question"]), q["answer"]))
+    for question in questions(case, letters): pairs += _both_forms(question, style)
     pairs.append((report_prompt(case.seed), report(case)))
     segments = [(prompt_ids(tokenizer, prompt), target_ids(tokenizer, target)) for prompt, target in pairs]
     return pack_examples(image_prefix(tokenizer, slots), segments)
 
-# %% ../../nbs/training/reader.ipynb #db7e05f1
+# %% ../../nbs/training/reader.ipynb #bc28a0af
+def _both_forms(q, style):
+    "(prompt, target) of a question with its options, and without."
+    closed = closed_prompt(q["question"], q["choices"]), closed_target(q["answer"], q["letter"], style)
+    return closed, (open_prompt(q["question"]), q["answer"])
+
+# %% ../../nbs/training/reader.ipynb #d313331e
 Word = tuple[int, int, float]   # position, token, strength
+
+def _tokens(tokenizer, text): return tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+def _at(start, ids, strength): return [(start + k, token, strength) for k, token in enumerate(ids)]
 
 def say_report(tokenizer: PreTrainedTokenizerBase, case: Case, slots: int,
                rng: np.random.Generator) -> list[Word]:
@@ -98,10 +105,11 @@ def say_report(tokenizer: PreTrainedTokenizerBase, case: Case, slots: int,
     slots : positions
     rng : draws the position and the strength
     """
-    ids = tokenizer(" " + report(case), add_special_tokens=False)["input_ids"][:slots]
+    ids = _tokens(tokenizer, report(case))[:slots]
     start, strength = rng.integers(0, slots - len(ids) + 1), rng.uniform(.6, 1.3)
-    return [(start + k, token, strength) for k, token in enumerate(ids)]
+    return _at(start, ids, strength)
 
+# %% ../../nbs/training/reader.ipynb #df872457
 def facts_of(case: Case) -> list[tuple]:
     "(value, all values) of each fact of a case."
     facts = [(getattr(case, fact), values) for fact, values, _ in ASKED.values()]
@@ -121,18 +129,23 @@ def say_facts(tokenizer: PreTrainedTokenizerBase, case: Case, *, slots: int, rng
     doubt : share of the facts that a fainter wrong value contradicts
     """
     words, free = [], rng.permutation(np.arange(0, slots - 3, 3)).tolist()
-    def _say(word, strength):
-        ids, place = tokenizer(" " + word, add_special_tokens=False)["input_ids"], free.pop()
-        words.extend((place + k, token, strength) for k, token in enumerate(ids))
     for value, values in facts_of(case):
         if rng.random() < missing: continue
-        strength = rng.uniform(.4, 1.3)
-        for _ in range(rng.integers(1, 3)): _say(value, strength)
-        if rng.random() < doubt:
-            wrong = str(rng.choice([v for v in values if v != value]))
-            _say(wrong, strength * rng.uniform(0, .6))
+        for text, strength in _statements(value, values, doubt, rng):
+            words += _at(free.pop(), _tokens(tokenizer, text), strength)
     return words
 
+# %% ../../nbs/training/reader.ipynb #a4d62ac0
+def _statements(value, values, doubt, rng):
+    "(text, strength) once or twice for a value, and perhaps for a fainter wrong one."
+    strength = rng.uniform(.4, 1.3)
+    statements = [(value, strength)] * int(rng.integers(1, 3))
+    if rng.random() < doubt:
+        wrong = str(rng.choice([v for v in values if v != value]))
+        statements.append((wrong, strength * rng.uniform(0, .6)))
+    return statements
+
+# %% ../../nbs/training/reader.ipynb #e9d36b76
 def scatter(tokenizer: PreTrainedTokenizerBase, case: Case, slots: int, rng: np.random.Generator,
             **options) -> list[Word]:
     """The words about one case: its report, or its facts.
@@ -146,6 +159,21 @@ def scatter(tokenizer: PreTrainedTokenizerBase, case: Case, slots: int, rng: np.
     return say_facts(tokenizer, case, slots=slots, rng=rng, **options)
 
 # %% ../../nbs/training/reader.ipynb #612c6d55
+def uniform(rng: np.random.Generator, low: float, high: float, shape: tuple) -> torch.Tensor:
+    """Uniform numbers in float32.
+
+    Parameters
+    ----------
+    rng, low, high, shape : as for numpy
+    """
+    return torch.from_numpy(rng.uniform(low, high, shape).astype(np.float32))
+
+# %% ../../nbs/training/reader.ipynb #a57635ed
+def normal(rng: np.random.Generator, shape: tuple) -> torch.Tensor:
+    "Normal numbers in float32."
+    return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+# %% ../../nbs/training/reader.ipynb #1ada6e26
 def text_prefix(llm: LlamaForCausalLM, cases: list[list[Word]], *, slots: int, rng: np.random.Generator,
                 noise: float = 1.) -> torch.Tensor:
     """Embeddings (B, slots, hidden) of the words about each case, in noise.
@@ -159,16 +187,13 @@ def text_prefix(llm: LlamaForCausalLM, cases: list[list[Word]], *, slots: int, r
     noise : up to how many times the embeddings' spread
     """
     table = llm.get_input_embeddings()
-    loudness = torch.from_numpy(rng.uniform(.1, 1, (len(cases), 1, 1)).astype(np.float32))
-    shape = len(cases), slots, table.weight.shape[1]
-    drawn = torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    loudness = uniform(rng, .1, 1, (len(cases), 1, 1))
+    drawn = normal(rng, (len(cases), slots, table.weight.shape[1]))
     prefix = noise * table.weight.std().detach() * loudness * drawn
-    rows, places, tokens, strengths = [], [], [], []
-    for row, words in enumerate(cases):
-        for place, token, strength in words:
-            rows.append(row); places.append(place); tokens.append(token); strengths.append(strength)
-    spoken = table(torch.tensor(tokens)) * torch.tensor(strengths, dtype=torch.float32)[:, None]
-    return prefix.index_put((torch.tensor(rows), torch.tensor(places)), spoken, accumulate=True)
+    words = [(row, *word) for row, case in enumerate(cases) for word in case]
+    rows, places, tokens, strengths = map(torch.tensor, zip(*words))
+    spoken = table(tokens) * strengths.float()[:, None]
+    return prefix.index_put((rows, places), spoken, accumulate=True)
 
 # %% ../../nbs/training/reader.ipynb #922677e4
 def say_votes(tokenizer: PreTrainedTokenizerBase, case: Case, *, slots: int, rng: np.random.Generator,
@@ -185,27 +210,31 @@ def say_votes(tokenizer: PreTrainedTokenizerBase, case: Case, *, slots: int, rng
     weights = np.zeros((slots, len(tokenizer)), np.float32)
     for value, values in facts_of(case):
         if rng.random() < missing: continue
-        is_heard = rng.random(slots) < rng.uniform(.05, 1)
-        margin, strength = rng.uniform(.3, 2), np.exp(rng.uniform(np.log(.03), np.log(.6)))
-        for v in values:
-            vote = strength * is_heard * (rng.standard_normal(slots) + margin * (v == value))
-            for token in tokenizer(" " + v, add_special_tokens=False)["input_ids"]: weights[:, token] += vote
+        for text, vote in _votes(value, values, slots, rng):
+            for token in _tokens(tokenizer, text): weights[:, token] += vote
     return weights
 
-# %% ../../nbs/training/reader.ipynb #d079cae8
+# %% ../../nbs/training/reader.ipynb #66296f91
+def _votes(value, values, slots, rng):
+    "(text, votes at all positions) for each of the `values`, a little more for the true `value`."
+    is_heard = rng.random(slots) < rng.uniform(.05, 1)
+    margin = rng.uniform(.3, 2)
+    strength = np.exp(rng.uniform(np.log(.03), np.log(.6)))
+    return [(v, strength * is_heard * (rng.standard_normal(slots) + margin * (v == value))) for v in values]
+
+# %% ../../nbs/training/reader.ipynb #c62f587d
 def votes_prefix(llm: LlamaForCausalLM, weights: np.ndarray, rng: np.random.Generator) -> torch.Tensor:
     "Embeddings (B, slots, hidden) of weights (B, slots, words), in noise."
     table = llm.get_input_embeddings().weight
-    loudness = torch.from_numpy(rng.uniform(.05, 1, (len(weights), 1, 1)).astype(np.float32))
+    loudness = uniform(rng, .05, 1, (len(weights), 1, 1))
     mixed = torch.from_numpy(weights).to(table.device) @ table
-    drawn = torch.from_numpy(rng.standard_normal(mixed.shape, dtype=np.float32))
-    return mixed + loudness * table.std().detach() * drawn
+    return mixed + loudness * table.std().detach() * normal(rng, mixed.shape)
 
+# %% ../../nbs/training/reader.ipynb #79aed500
 def hum(prefix: torch.Tensor, scale: torch.Tensor | float, rng: np.random.Generator) -> torch.Tensor:
     "One random vector a case, up to `scale` strong, added to all positions of (B, slots, hidden)."
-    strength = torch.from_numpy(rng.uniform(0, 1, (len(prefix), 1, 1)).astype(np.float32)) * scale
-    drawn = torch.from_numpy(rng.standard_normal((len(prefix), 1, prefix.shape[2]), dtype=np.float32))
-    return prefix + strength * drawn
+    strength = uniform(rng, 0, 1, (len(prefix), 1, 1)) * scale
+    return prefix + strength * normal(rng, (len(prefix), 1, prefix.shape[2]))
 
 # %% ../../nbs/training/reader.ipynb #09b51bcf
 def drawn_prefix(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, cases: list[Case], slots: int,
@@ -269,13 +298,17 @@ def reading_score(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, 
     _, logits, batch = read_loss(llm, tokenizer, cases=cases, slots=slots, rng=np.random.default_rng(seed),
                                  noise=.3, style=style, missing=0, doubt=0)
     llm.train(was_training)
-    labels, segments = batch["labels"][:, 1:], batch["segments"][:, 1:]
+    return _scores(logits, batch["labels"][:, 1:], batch["segments"][:, 1:])
+
+# %% ../../nbs/training/reader.ipynb #547389c4
+def _scores(logits, labels, segments):
+    "Each question is two segments: with options, and without."
     wrong = (labels != -100) & (logits[:, :-1].argmax(-1) != labels)
     scores = {}
-    for k, kind in enumerate(TYPES):
-        for segment, task in ((2*k + 1, "closed"), (2*k + 2, "open")):
-            has_error = (wrong & (segments == segment)).any(1).float()
-            scores[f"{kind} {task}"] = round(1 - float(has_error.mean()), 4)
+    for segment in range(2 * len(TYPES)):
+        name = f"{[*TYPES][segment // 2]} {('closed', 'open')[segment % 2]}"
+        has_error = (wrong & (segments == segment + 1)).any(1)
+        scores[name] = round(1 - float(has_error.float().mean()), 4)
     return scores
 
 # %% ../../nbs/training/reader.ipynb #170f40a7
@@ -299,15 +332,19 @@ def train_reader(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, s
     for step in tqdm(range(steps), desc="votes" if votes else "words", unit="step", disable=not progress):
         cases = sample_cases(batch, seed=(seed + 1) * 100_000 + step, first=900_000)
         loss, *_ = read_loss(llm, tokenizer, cases=cases, slots=slots, rng=rng, style=style, votes=votes)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.)
-        optimizer.step()
-        schedule.step()
+        _descend(loss, llm, optimizer, schedule)
         losses.append(loss.item())
         if on_step: on_step(step, losses[-1], optimizer.param_groups[0]["lr"])
     llm.eval()
     return losses
+
+# %% ../../nbs/training/reader.ipynb #0b883b50
+def _descend(loss, llm, optimizer, schedule):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.)
+    optimizer.step()
+    schedule.step()
 
 # %% ../../nbs/training/reader.ipynb #45d5c7c3
 def _optimiser(llm, lr, steps):
@@ -354,12 +391,17 @@ def reader_run(out: Path | str, steps: int, *, votes: int, batch: int, lr: float
                      seed=seed)
         cases = sample_cases(held_out, seed=seed + 5, first=950_000)
         scores = gate(reading_score(llm, tokenizer, cases=cases, slots=slots), least)
-        llm.to(torch.bfloat16).save_pretrained(run/"model")
-        tokenizer.save_pretrained(run/"model")
-        results = {"scores": scores, "parameters": llm.num_parameters(), "words": len(tokenizer)}
-        write_json(run/"results.json", results)
+        _save_reader(run, llm, tokenizer, scores)
     return scores
 
+# %% ../../nbs/training/reader.ipynb #7cc7f96c
+def _save_reader(run, llm, tokenizer, scores):
+    llm.to(torch.bfloat16).save_pretrained(run/"model")
+    tokenizer.save_pretrained(run/"model")
+    results = {"scores": scores, "parameters": llm.num_parameters(), "words": len(tokenizer)}
+    write_json(run/"results.json", results)
+
+# %% ../../nbs/training/reader.ipynb #86ad2ba8
 def _two_courses(run, llm, tokenizer, *, steps, votes, lr, seed, **options):
     "Train on words and, with `votes` steps, on words and votes; each step is logged."
     def _log(stage, offset):

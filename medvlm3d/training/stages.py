@@ -122,12 +122,12 @@ def target_rooms(samples: list[Sample], config: MedVLM3DConfig,
     instruction = max(len(prompt_ids(tokenizer, text)) for text in INSTRUCTIONS)
     rooms = {}
     for s in samples:
-        prompt = instruction
-        if s.task != "report": prompt = len(prompt_ids(tokenizer, task_pair(s, config.answer_style)[0]))
-        rooms.setdefault(config.context - prefix - prompt, []).append(s)
+        prompt, _ = task_pair(s, config.answer_style)
+        length = instruction if s.task == "report" else len(prompt_ids(tokenizer, prompt))
+        rooms.setdefault(config.context - prefix - length, []).append(s)
     return rooms
 
-# %% ../../nbs/training/stages.ipynb #c08b6341
+# %% ../../nbs/training/stages.ipynb #01744053
 def measure_targets(samples: list[Sample], config: MedVLM3DConfig, tokenizer: PreTrainedTokenizerBase,
                     policy: str = "error") -> tuple[int, int]:
     """(number of targets that are too long, tokens cut from them).
@@ -142,14 +142,18 @@ def measure_targets(samples: list[Sample], config: MedVLM3DConfig, tokenizer: Pr
     rooms = target_rooms(samples, config, tokenizer)
     too_long = [check_lengths(group, tokenizer, room, policy)[0] for room, group in rooms.items()]
     if not sum(too_long): return 0, 0
-    excess = []
-    for room, group in rooms.items():
-        targets = [task_pair(s, config.answer_style)[1] for s in group]
-        excess += [len(target_ids(tokenizer, target)) - room for target in targets]
-    cut = [tokens for tokens in excess if tokens > 0]
+    cut = []
+    for room, group in rooms.items(): cut += _excess(group, room, config.answer_style, tokenizer)
     return len(cut), sum(cut)
 
-# %% ../../nbs/training/stages.ipynb #37fbff5c
+# %% ../../nbs/training/stages.ipynb #a57eda0b
+def _excess(samples, room, style, tokenizer):
+    "The tokens beyond `room` of each target that is longer."
+    targets = [task_pair(s, style)[1] for s in samples]
+    excess = [len(target_ids(tokenizer, target)) - room for target in targets]
+    return [tokens for tokens in excess if tokens > 0]
+
+# %% ../../nbs/training/stages.ipynb #2f781f6f
 def make_arguments(plan: Plan, stage: Stage, *, folder: Path | str, steps_an_epoch: int,
                    progress: bool = True):
     """`TrainingArguments` of one stage.
@@ -162,20 +166,33 @@ def make_arguments(plan: Plan, stage: Stage, *, folder: Path | str, steps_an_epo
     progress : whether a progress bar is shown
     """
     from transformers import TrainingArguments
-    on_gpu = pick_device().type == "cuda"
     total = max(1, round(steps_an_epoch * stage.epochs))
-    deepspeed = plan.deepspeed and str(project_root()/plan.deepspeed)
-    return TrainingArguments(
-        str(folder), max_steps=total, per_device_train_batch_size=stage.batch,
-        gradient_accumulation_steps=stage.accumulation, learning_rate=stage.lr, lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(stage.warmup * total)), weight_decay=stage.weight_decay,
-        adam_beta2=stage.beta2, max_grad_norm=1., bf16=in_bf16(plan), use_cpu=not on_gpu,
-        seed=plan.seed, data_seed=plan.seed, logging_steps=plan.log_every, logging_first_step=True,
-        logging_nan_inf_filter=False, save_steps=plan.save_every, save_total_limit=2,
-        remove_unused_columns=False, report_to=plan.report_to, label_names=["labels"],
-        dataloader_pin_memory=on_gpu, dataloader_num_workers=plan.workers, disable_tqdm=not progress,
-        deepspeed=deepspeed, ddp_find_unused_parameters=False,
-        gradient_checkpointing=plan.checkpointing or None)   # the name that all supported versions know
+    return TrainingArguments(str(folder), max_steps=total, disable_tqdm=not progress,
+                             **_optimisation(stage, total), **_bookkeeping(plan), **_devices(plan))
+
+# %% ../../nbs/training/stages.ipynb #2974e25c
+def _optimisation(stage, total):
+    "AdamW with warm-up and a cosine over `total` steps."
+    warmup = max(1, round(stage.warmup * total))
+    return dict(per_device_train_batch_size=stage.batch, gradient_accumulation_steps=stage.accumulation,
+                learning_rate=stage.lr, lr_scheduler_type="cosine", warmup_steps=warmup,
+                weight_decay=stage.weight_decay, adam_beta2=stage.beta2, max_grad_norm=1.)
+
+# %% ../../nbs/training/stages.ipynb #54210a53
+def _bookkeeping(plan):
+    "Seeds, log and checkpoints."
+    return dict(seed=plan.seed, data_seed=plan.seed, logging_steps=plan.log_every, logging_first_step=True,
+                logging_nan_inf_filter=False, report_to=plan.report_to, save_steps=plan.save_every,
+                save_total_limit=2, remove_unused_columns=False, label_names=["labels"])
+
+# %% ../../nbs/training/stages.ipynb #8a2c1d61
+def _devices(plan):
+    "Float types, processes and what DeepSpeed needs."
+    on_gpu = pick_device().type == "cuda"
+    return dict(bf16=in_bf16(plan), use_cpu=not on_gpu, dataloader_pin_memory=on_gpu,
+                dataloader_num_workers=plan.workers, ddp_find_unused_parameters=False,
+                deepspeed=plan.deepspeed and str(project_root()/plan.deepspeed),
+                gradient_checkpointing=plan.checkpointing or None)   # the name that all versions know
 
 # %% ../../nbs/training/stages.ipynb #2efa9538
 def frozen_hash(state: dict) -> str:
@@ -188,6 +205,7 @@ def drop_log_after(run: RunFolder, stage: int, step: int) -> None:
     entries = [e for e in run.read_log() if (e["stage"], e["step"]) <= (stage, step)]
     write_text(run/"log.jsonl", "".join(json.dumps(e) + "\n" for e in entries))
 
+# %% ../../nbs/training/stages.ipynb #1d09b735
 def resume_point(run: RunFolder, stage: int, folder: Path) -> Path | None:
     "The newest whole checkpoint of a stage, the same on every rank; the log is cut to it."
     ranks = Ranks.here()
@@ -195,7 +213,7 @@ def resume_point(run: RunFolder, stage: int, folder: Path) -> Path | None:
     if ranks.rank == 0: drop_log_after(run, stage, step_of(newest) if newest else 0)
     return newest
 
-# %% ../../nbs/training/stages.ipynb #9adf3da5
+# %% ../../nbs/training/stages.ipynb #2a410fb0
 def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, data: PackedVolumes,
                progress: bool, signals: dict | None) -> None:
     """Take the steps of a stage from its newest checkpoint on, and check that what is frozen has not changed.
@@ -208,11 +226,9 @@ def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, dat
     signals : what `catch_signals` yields, or None
     """
     from medvlm3d.training.trainer import SafeTrainer
-    ranks, folder = Ranks.here(), run/"checkpoints"/f"stage-{stage.stage}"
-    volumes_a_step = stage.batch * stage.accumulation * ranks.world
-    steps_an_epoch = max(1, -(-len(data) // volumes_a_step))
-    arguments = make_arguments(plan, stage, folder=folder, steps_an_epoch=steps_an_epoch,
-                               progress=progress and ranks.rank == 0)
+    folder = run/"checkpoints"/f"stage-{stage.stage}"
+    arguments = make_arguments(plan, stage, folder=folder, steps_an_epoch=_steps_an_epoch(stage, data),
+                               progress=progress and Ranks.here().rank == 0)
     newest = resume_point(run, stage.stage, folder)
     if newest and step_of(newest) >= arguments.max_steps: return
     if pick_device().type == "cpu":   # torch's fused kernel is twice as slow there on short rows with a mask
@@ -223,6 +239,12 @@ def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, dat
     trainer.train(resume_from_checkpoint=newest and str(newest))
     _check_end(trainer, stage.stage, before)
 
+# %% ../../nbs/training/stages.ipynb #01ef1ec3
+def _steps_an_epoch(stage, data):
+    volumes_a_step = stage.batch * stage.accumulation * Ranks.here().world
+    return max(1, -(-len(data) // volumes_a_step))
+
+# %% ../../nbs/training/stages.ipynb #d045dc6d
 def _check_end(trainer, stage, before):
     "An error if a frozen weight has changed; `Interrupted` if a signal stopped the stage early."
     from medvlm3d.training.trainer import Interrupted
@@ -252,13 +274,16 @@ def train_stage(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, da
     if stage.lora and not model.config.lora: model.add_lora(**stage.lora)
     model.set_stage(stage.stage)
     table = [{"part": part, "parameters": n, "trained": learn} for part, n, learn in model.trainable_table()]
-    if progress and Ranks.here().rank == 0:
-        for row in table:
-            sizes = f"{row['trained']:,} of {row['parameters']:,} parameters are trained"
-            print(f"stage {stage.stage}: {row['part']}, {sizes}")
+    if progress and Ranks.here().rank == 0: _print_trained(stage, table)
     with quietly(), deepspeed_context(plan.deepspeed):
         take_steps(run, plan, stage=stage, model=model, data=data, progress=progress, signals=signals)
     return table
+
+# %% ../../nbs/training/stages.ipynb #41be4a1e
+def _print_trained(stage, table):
+    for row in table:
+        sizes = f"{row['trained']:,} of {row['parameters']:,} parameters are trained"
+        print(f"stage {stage.stage}: {row['part']}, {sizes}")
 
 # %% ../../nbs/training/stages.ipynb #4a118e8a
 def finish_stage(run: RunFolder, plan: Plan, stage: Stage, table: list[dict]) -> None:
@@ -276,7 +301,7 @@ def finish_stage(run: RunFolder, plan: Plan, stage: Stage, table: list[dict]) ->
     model.save_pretrained(saved)
     write_json(saved/"trained.json", table)
 
-# %% ../../nbs/training/stages.ipynb #edc98610
+# %% ../../nbs/training/stages.ipynb #d57c0bc8
 def training_data(plan: Plan, allow_shared: bool = False, run: RunFolder | None = None) -> list[Sample]:
     "The training samples of a plan, of at most `limit` volumes; `run` records what is shared between splits."
     samples = load_samples(project_root()/plan.data, allow_shared, run=run)
@@ -284,6 +309,7 @@ def training_data(plan: Plan, allow_shared: bool = False, run: RunFolder | None 
     images = set(list(by_image(samples))[:plan.limit])
     return [s for s in samples if s.image in images]
 
+# %% ../../nbs/training/stages.ipynb #914dd36f
 def note_targets(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVLM3D) -> None:
     """Measure the targets of all stages, and write their number and what is cut into the run's manifest.
 
@@ -298,11 +324,11 @@ def note_targets(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVL
     ranks = Ranks.here()
     if ranks.rank: return
     run.note(volumes=len(by_image(samples)), truncated=cut, truncated_tokens=tokens, ranks=ranks.world)
-    if cut:
-        print(f"{cut} of {len(samples)} targets are longer than the context leaves room for: "
-              f"{tokens} tokens are cut")
+    if not cut: return
+    print(f"{cut} of {len(samples)} targets are longer than the context leaves room for: "
+          f"{tokens} tokens are cut")
 
-# %% ../../nbs/training/stages.ipynb #ea192a62
+# %% ../../nbs/training/stages.ipynb #9819bfcb
 def run_stages(run: RunFolder, plan: Plan, *, samples: list[Sample], store: FeatureStore, progress: bool,
                signals: dict, allow_changes: bool = False) -> dict[str, list[dict]]:
     """All stages, each from its beginning, its newest checkpoint or its end; returns what each trained.
@@ -317,9 +343,7 @@ def run_stages(run: RunFolder, plan: Plan, *, samples: list[Sample], store: Feat
     """
     ranks, trained = Ranks.here(), {}
     model = initial_model(plan, store, list(by_image(samples)))
-    def check_base():
-        check_conditions(run.path, plan, ranks.world, allow_changes, base=_base_fingerprint(model))
-    ranks.lead(check_base)
+    ranks.lead(lambda: _check_base(run, plan, model, allow_changes))
     note_targets(run, plan, samples, model)
     for stage in plan.stages:
         saved = run/f"stage-{stage.stage}"
@@ -333,12 +357,14 @@ def run_stages(run: RunFolder, plan: Plan, *, samples: list[Sample], store: Feat
     ranks.lead(lambda: model.save_pretrained(run/"model"))
     return trained
 
-# %% ../../nbs/training/stages.ipynb #d45e96d7
-def _base_fingerprint(model):
-    "The first 16 digits of the language model's hash."
+# %% ../../nbs/training/stages.ipynb #428091cb
+def _check_base(run, plan, model, allow_changes):
+    "The first 16 digits of the language model's hash are a condition of the run."
     known = (model.config.llm_reference or {}).get("sha256")
-    return (known or base_hash(model.llm))[:16]
+    digest = known or base_hash(model.llm)
+    check_conditions(run.path, plan, Ranks.here().world, allow_changes, base=digest[:16])
 
+# %% ../../nbs/training/stages.ipynb #8c22dc08
 def stage_data(plan: Plan, stage: Stage, *, samples: list[Sample], store: FeatureStore,
                model: MedVLM3D) -> PackedVolumes:
     """The volumes of a stage; with `blind` in the plan all have the mean features of the training set.
@@ -355,7 +381,7 @@ def stage_data(plan: Plan, stage: Stage, *, samples: list[Sample], store: Featur
                          weighting=plan.weighting, forms=plan.forms, seed=plan.seed, constant=constant,
                          policy=plan.policy)
 
-# %% ../../nbs/training/stages.ipynb #c43c43ff
+# %% ../../nbs/training/stages.ipynb #03c64f63
 CARD = """---
 library_name: medvlm3d
 tags: [medical, 3d, vision-language, research-only]
@@ -376,28 +402,34 @@ Load it with `MedVLM3D.from_pretrained(folder)`. What it is worth has to be meas
 this card says only how it was made.
 """
 
+# %% ../../nbs/training/stages.ipynb #ced14bb4
 def _stage_row(stage, manifest, last):
     "A stage's row in the card; `last` is its last entry in the log."
     trained = manifest.get("trained", {}).get(f"stage {stage.stage}", ())
-    cells = (stage.stage, ", ".join(stage.tasks), f"{stage.lr:g}",
-             f"{stage.batch} × {stage.accumulation} × {manifest.get('ranks', 1)}",
-             last.get("step", ""), f"{last.get('loss') or float('nan'):.4g}",
-             f"{sum(row['trained'] for row in trained):,}")
+    parameters = sum(row["trained"] for row in trained)
+    batch = f"{stage.batch} × {stage.accumulation} × {manifest.get('ranks', 1)}"
+    loss = last.get("loss") or float("nan")
+    cells = (stage.stage, ", ".join(stage.tasks), f"{stage.lr:g}", batch, last.get("step", ""), f"{loss:.4g}",
+             f"{parameters:,}")
     return f"| {' | '.join(map(str, cells))} |"
 
-# %% ../../nbs/training/stages.ipynb #0ed82a5e
+# %% ../../nbs/training/stages.ipynb #12343e3f
 def write_card(run: RunFolder, plan: Plan, spec: dict) -> None:
     "Write `model/README.md` from the run's manifest and log, and from the `spec` of its feature store."
     manifest = run.manifest
     last = {entry["stage"]: entry for entry in run.read_log()}
     rows = [_stage_row(stage, manifest, last.get(stage.stage, {})) for stage in plan.stages]
-    base = plan.llm and Path(plan.llm).name or (plan.model.get("llm_reference") or {}).get("name")
+    features = dict(encoder=spec["encoder"], weights=spec["weights"][:12], rho=spec["rho"],
+                    strategy=spec["strategy"])
     counts = {key: manifest[key] for key in ("volumes", "truncated", "truncated_tokens")}
-    text = CARD.format(
-        encoder=spec["encoder"], weights=spec["weights"][:12], rho=spec["rho"], strategy=spec["strategy"],
-        base=base, shared=_shared_text(manifest), seed=plan.seed, commit=str(manifest.get("commit"))[:12],
-        rows="\n".join(rows), **counts)
+    text = CARD.format(base=_base_name(plan), shared=_shared_text(manifest), seed=plan.seed,
+                       commit=str(manifest.get("commit"))[:12], rows="\n".join(rows), **features, **counts)
     write_text(run/"model"/"README.md", text)
+
+# %% ../../nbs/training/stages.ipynb #c33f0ff7
+def _base_name(plan):
+    if plan.llm: return Path(plan.llm).name
+    return (plan.model.get("llm_reference") or {}).get("name")
 
 def _shared_text(manifest):
     shared = manifest.get("shared")
@@ -418,6 +450,7 @@ def check_data(run: RunFolder, plan: Plan, store: FeatureStore, samples: list[Sa
     check_volumes(store, root, samples)
     if not record.exists(): pin_data(record, root, samples)
 
+# %% ../../nbs/training/stages.ipynb #5a438bc0
 def _open_training(run, plan, contexts, *, allow_changes, allow_shared):
     "Lock the run folder, compare conditions, features and data with its first start; (samples, store)."
     ranks = Ranks.here()
@@ -428,12 +461,15 @@ def _open_training(run, plan, contexts, *, allow_changes, allow_shared):
     agree(store.spec, MedVLM3DConfig(**plan.model))
     ranks.lead(lambda: check_conditions(run.path, plan, ranks.world, allow_changes, store=store.spec))
     ranks.lead(lambda: check_data(run, plan, store, samples))
-    if ranks.rank == 0:
-        if continued: (run/"config.yaml").unlink(missing_ok=True)   # the conditions say what may differ in it
-        contexts.enter_context(open_run(run.path, plan.to_dict(), store=store.spec))
+    if ranks.rank == 0: contexts.enter_context(_opened(run, plan, store, continued))
     return samples, store
 
-# %% ../../nbs/training/stages.ipynb #93622e05
+def _opened(run, plan, store, continued):
+    "The run with its manifest; when it is continued, the conditions have said what may differ in its config."
+    if continued: (run/"config.yaml").unlink(missing_ok=True)
+    return open_run(run.path, plan.to_dict(), store=store.spec)
+
+# %% ../../nbs/training/stages.ipynb #6f6afdf4
 def train(folder: Path | str, plan: Plan | dict, *, progress: bool = True, allow_changes: bool = False,
           allow_shared: bool = False) -> RunFolder:
     """Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`.
@@ -458,10 +494,13 @@ def train(folder: Path | str, plan: Plan | dict, *, progress: bool = True, allow
             _train(run, plan, listener, progress=progress, allow_changes=allow_changes,
                    allow_shared=allow_shared)
         except Interrupted as e:
-            if ranks.rank == 0:
-                run.note(status="stopped", error=f"stopped by signal {e.code - 128}, with a checkpoint")
+            if ranks.rank == 0: _note_stopped(run, e.code - 128)
             raise
     return run
+
+# %% ../../nbs/training/stages.ipynb #730a8f6d
+def _note_stopped(run, number):
+    run.note(status="stopped", error=f"stopped by signal {number}, with a checkpoint")
 
 # %% ../../nbs/training/stages.ipynb #f91f2c80
 def _join_ranks(run, plan):
@@ -470,6 +509,7 @@ def _join_ranks(run, plan):
     with deepspeed_context(plan.deepspeed):
         make_arguments(plan, plan.stages[0], folder=run/"checkpoints", steps_an_epoch=1, progress=False)
 
+# %% ../../nbs/training/stages.ipynb #10cfad13
 def _train(run, plan, listener, *, progress, allow_changes, allow_shared):
     "Check, train all stages and write the card, with the run folder locked."
     from medvlm3d.training.trainer import catch_signals
@@ -489,16 +529,16 @@ def main(words: list[str]) -> None:
 
     An error of the library becomes one line and exit status 1."""
     folder = next((w for w in words if not w.startswith("-")), ".")
-    file = Path(folder)/"plan.yaml"
-    try:
-        if not file.exists():
-            remedy = "Write the plan first, or use `medvlm3d train`."
-            raise MedVLM3DError(relative(file), "is missing", remedy)
-        plan = yaml.safe_load(file.read_text())
-        train(folder, plan, allow_changes="--allow-changes" in words, allow_shared="--allow-shared" in words)
+    options = {name: f"--{name.replace('_', '-')}" in words for name in ("allow_changes", "allow_shared")}
+    try: train(folder, _read_plan(Path(folder)/"plan.yaml"), **options)
     except Exception as e:
         record_failure(folder, e)
         if isinstance(e, MedVLM3DError): sys.exit(str(e))
         raise
+
+# %% ../../nbs/training/stages.ipynb #95323d49
+def _read_plan(file):
+    if file.exists(): return yaml.safe_load(file.read_text())
+    raise MedVLM3DError(relative(file), "is missing", "Write the plan first, or use `medvlm3d train`.")
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules: main(sys.argv[1:])

@@ -27,6 +27,7 @@ REPEATS = 30.   # seconds
 class Interrupted(SystemExit):
     "The run was asked to stop, and has stopped: `code` is 128 + the signal's number."
 
+# %% ../../nbs/training/trainer.ipynb #e9af7a37
 @contextmanager
 def catch_signals(signals: tuple = (signal.SIGTERM, signal.SIGINT), repeats: float = REPEATS):
     """A dict whose `received` is None, or the number of the first signal that came.
@@ -60,6 +61,7 @@ def weight_of(batch: dict) -> torch.Tensor:
     is_target = batch["labels"][:, 1:] != -100
     return (batch["loss_weights"][:, 1:] * is_target).sum() if "loss_weights" in batch else is_target.sum()
 
+# %% ../../nbs/training/trainer.ipynb #70d4eca8
 class WeightedTrainer(Trainer):
     "`Trainer` whose loss is the mean over all questions of a step, however they are divided."
     def _get_num_items_in_batch(self, batches, device):
@@ -184,6 +186,7 @@ class Bar(ProgressCallback):
         if self.training_bar is not None and "loss" in logs:
             self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
 
+# %% ../../nbs/training/trainer.ipynb #e10f16d4
 class Keeper(TrainerCallback):
     "The run's log, the epoch of its data, and its end at a signal."
     def __init__(self, trainer): self.trainer, self.since = trainer, (time.monotonic(), 0)
@@ -222,6 +225,7 @@ def loader_error(error: Exception) -> MedVLM3DError | None:
     why, _, remedy = rest.partition(". ")
     return MedVLM3DError(what, why, remedy)
 
+# %% ../../nbs/training/trainer.ipynb #e7de94c7
 class SafeTrainer(SealedTrainer):
     """`Trainer` with sealed checkpoints, exact division of batches, signals, and a guard against NaN.
 
@@ -247,6 +251,7 @@ def load_shard(engine: object, path: str, map_location: object = None) -> dict:
     with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
         return torch.load(path, map_location=map_location, weights_only=True)
 
+# %% ../../nbs/training/trainer.ipynb #d77b731f
 @contextmanager
 def deepspeed_context(deepspeed: str | None):
     """DeepSpeed for one stage; nothing without a configuration.
