@@ -162,7 +162,7 @@ def die_at(n):
 
 
 def test_kill_9_at_every_boundary_of_a_save(corpus, halted, whole, tmp_path, monkeypatch):  # noqa: F811
-    """At the save after step 6 the process is copied for every n; the copy dies before its n-th change of the disk.
+    """At the save after step 6 the process is copied for every n; the copy dies before its n-th change.
 
     It leaves a whole checkpoint of step 5 or 6, never older or none; from some of them a run continues."""
     save, run, left, kept = trainer.SafeTrainer._save_checkpoint, tmp_path/"run", [], []

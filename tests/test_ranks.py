@@ -95,8 +95,8 @@ def test_two_ranks_learn_what_one_learns_and_die_together(corpus, tmp_path, monk
 
 @pytest.mark.parametrize("config", ["zero3", "zero2-offload"])
 def test_zero_3_and_offload_leave_one_whole_model(corpus, tmp_path, config):  # noqa: F811
-    """The weights are those of one rank with the same global batch; under ZeRO-3 also after rank 1 alone was told
-    to stop, both had saved together, and they had continued."""
+    """The weights are those of one rank with the same global batch; under ZeRO-3 also after rank 1 alone was
+    told to stop, both had saved together, and they had continued."""
     stages = [{**STAGES[1], "epochs": 4 if config == "zero3" else 1}]
     one = train(tmp_path/"one", make_plan(*corpus, [{**stages[0], "batch": 4}]), progress=False)
     two, plan = tmp_path/"two", make_plan(*corpus, stages, deepspeed=f"runs/{config}.json")

@@ -124,7 +124,7 @@ def test_a_process_that_is_stopped_and_then_killed_continues_to_the_same_weights
 
 
 def test_plans_choices_arrive(corpus, tmp_path, monkeypatch, capsys):
-    "Recomputed activations give the same weights; TensorBoard is written; long targets are counted; the card."
+    "Recomputed activations give the same weights; TensorBoard is written; long targets are counted."
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path/"events"))
     short = [{**STAGES[0], "epochs": 1}, {**STAGES[1], "epochs": 1}]
     once = train(tmp_path/"once", plan(corpus, stages=short), progress=False)

@@ -87,8 +87,8 @@ def fusion_flops(config: MedVLM3DConfig) -> dict[str, int]:
     pairs = L if config.frequency == "fft" else mirror_pair_count(grid)
     weights = C if config.alpha == "channel" else 1
     parts = {"spatial": 2 * 27 * L * C * C, "frequency": 4 * pairs * C * C, "gate": 4 * L * C * weights}
-    if config.fusion == "both": return parts
-    return {name: flops if name == config.fusion else 0 for name, flops in parts.items()}
+    used = parts if config.fusion == "both" else (config.fusion,)
+    return {name: flops if name in used else 0 for name, flops in parts.items()}
 
 # %% ../../nbs/training/cost.ipynb #b319e47b
 def connector_flops(config: MedVLM3DConfig, hidden: int) -> dict[str, int]:
@@ -163,16 +163,18 @@ def parameter_rows(model: MedVLM3D, shape: ViT) -> list[tuple]:
 # %% ../../nbs/training/cost.ipynb #dccce5df
 def saved_bytes(module: nn.Module, run: Callable) -> int:
     "Bytes that autograd keeps for the backward pass of `run()`, each once, without those of `module`."
-    own = {t.untyped_storage()._cdata for t in (*module.parameters(), *module.buffers())}
+    own = {_storage_id(t) for t in (*module.parameters(), *module.buffers())}
     kept = {}
     def _pack(t):
-        kept.setdefault(t.untyped_storage()._cdata, t)
+        kept.setdefault(_storage_id(t), t)
         return t
     with torch.autograd.graph.saved_tensors_hooks(_pack, lambda t: t): result = run()
     if result is None: return 0
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
 
-# %% ../../nbs/training/cost.ipynb #6164ccc7
+def _storage_id(t): return t.untyped_storage()._cdata
+
+# %% ../../nbs/training/cost.ipynb #87d71256
 def block_bytes(config: MedVLM3DConfig, batch: int, tokens: int, lora: dict | None = None) -> int:
     """S₁: what one block of the language model (and the last norm) keeps in bf16 while it is recomputed.
 
@@ -182,15 +184,21 @@ def block_bytes(config: MedVLM3DConfig, batch: int, tokens: int, lora: dict | No
     batch, tokens : sequences, and their length
     lora : parameters of the adapters, or None
     """
-    text = copy.deepcopy(config.text_config)
-    text.num_hidden_layers, text.vocab_size = 1, 2
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16, attn_implementation="sdpa")
-        llm.requires_grad_(False).train()
-        if lora: add_lora(llm, **lora)
-        x = torch.empty(batch, tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        llm = _one_block(config, lora)
+        width = llm.config.hidden_size
+        x = torch.empty(batch, tokens, width, dtype=torch.bfloat16, requires_grad=True)
         mask = torch.ones(batch, 1, tokens, tokens, dtype=torch.bool)
     return saved_bytes(llm, lambda: llm(inputs_embeds=x, attention_mask=mask, use_cache=False).logits)
+
+def _one_block(config, lora):
+    "The language model with one block and hardly any vocabulary, frozen but for adapters."
+    text = copy.deepcopy(config.text_config)
+    text.num_hidden_layers, text.vocab_size = 1, 2
+    llm = AutoModelForCausalLM.from_config(text, dtype=torch.bfloat16, attn_implementation="sdpa")
+    llm.requires_grad_(False).train()
+    if lora: add_lora(llm, **lora)
+    return llm
 
 # %% ../../nbs/training/cost.ipynb #e27b521b
 def connector_bytes(model: MedVLM3D) -> int:
@@ -314,12 +322,15 @@ def pace_of(model: MedVLM3D, seconds: list[float], *, shape: tuple[int, int], ra
     hidden = model.llm.config.hidden_size
     a_volume = llm_step_flops(model.llm, tokens, checkpointing) + connector_step_flops(model.config, hidden)
     tflop = batch * a_volume / 1e12
-    speeds = {"volumes a second": round(batch / typical, 3),
-              "tokens a second": round(batch * tokens / typical, 1),
-              "TFLOP a step": round(tflop, 6), "TFLOP/s": round(tflop / typical, 6)}
-    return {"tokens a sequence": tokens, "seconds a step": round(typical, 4), **speeds,
+    return {"tokens a sequence": tokens, "seconds a step": round(typical, 4),
+            **_speeds(batch, tokens, tflop, typical),
             "share of the rate": rate and round(tflop / typical / rate, 4),
             "peak memory, GB": _peak_memory(model)}
+
+def _speeds(batch, tokens, tflop, seconds):
+    return {"volumes a second": round(batch / seconds, 3),
+            "tokens a second": round(batch * tokens / seconds, 1),
+            "TFLOP a step": round(tflop, 6), "TFLOP/s": round(tflop / seconds, 6)}
 
 def _peak_memory(model):
     if model.device.type != "cuda": return None
@@ -352,7 +363,7 @@ def measured_steps(config: MedVLM3DConfig, stage: Stage, *, steps: int = 5, batc
                    checkpointing=checkpointing)
     return {"stage": stage.stage, "batch": batch, "steps": steps, "losses": losses, **pace}
 
-# %% ../../nbs/training/cost.ipynb #93dd1c82
+# %% ../../nbs/training/cost.ipynb #7eeadca7
 def _check_measurement(steps, rate):
     if steps >= 1 and (rate is None or rate > 0): return
     raise MedVLM3DError("measured_steps", f"cannot measure {steps} steps against {rate} TFLOP/s",
@@ -366,14 +377,16 @@ def _recompute_blocks(model):
 # %% ../../nbs/training/cost.ipynb #c5fd25ab
 def _timed_steps(model, stage, inputs, steps, *, bf16):
     "(losses, seconds) of `steps` steps with AdamW."
-    learn = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learn, lr=stage.lr, weight_decay=stage.weight_decay)
-    losses, seconds = [], []
+    optimiser, losses, seconds = _adamw(model, stage), [], []
     for _ in range(steps):
         since = time.perf_counter()
         losses.append(round(take_step(model, optimiser, inputs, bf16), 4))
         seconds.append(time.perf_counter() - since)
     return losses, seconds
+
+def _adamw(model, stage):
+    learn = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learn, lr=stage.lr, weight_decay=stage.weight_decay)
 
 # %% ../../nbs/training/cost.ipynb #e7b427d4
 PARTS = ("stage", "batch", "tokens a sequence", "seconds a step", "volumes a second", "tokens a second",

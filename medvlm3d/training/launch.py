@@ -50,9 +50,8 @@ def loss_figure(run: RunFolder | Path | str):
     stages = steps_of(run)
     keys = _logged_keys(stages)
     rows, columns = 1 + len(keys), len(stages)
-    figure = plt.figure(figsize=(3.6 * columns, 2.5 + .9 * len(keys)), dpi=100, layout="constrained")
-    heights = [3] + [1] * len(keys)
-    axes = figure.subplots(rows, columns, squeeze=False, sharex="col", height_ratios=heights)
+    figure = plt.figure(figsize=(3.6 * columns, 1.6 + .9 * rows), dpi=100, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex="col", height_ratios=[3, *[1] * len(keys)])
     for column, (stage, steps) in zip(axes.T, stages.items()): _draw_stage(column, stage, steps, keys)
     for ax in axes.flat: ax.spines[["top", "right"]].set_visible(False)
     figure.align_ylabels()
@@ -141,11 +140,14 @@ def on_hosts(hostfile: Path | str, *options: str) -> tuple[str, ...]:
 def record_failure(folder: Path | str, error: Exception, ranks: Ranks | None = None) -> None:
     "Write into `failed-rank-N.json` why and when this rank failed."
     ranks = ranks or Ranks.here()
-    message = str(error) if isinstance(error, MedVLM3DError) else f"{type(error).__name__}: {error}"
     prefix = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-    record = {"time": time.time(), "error": prefix + message[:500]}
+    record = {"time": time.time(), "error": prefix + _message(error)}
     with suppress(OSError):   # a full disk must not hide the error itself
         write_json(Path(folder)/f"failed-rank-{ranks.rank}.json", record)
+
+def _message(error):
+    message = str(error) if isinstance(error, MedVLM3DError) else f"{type(error).__name__}: {error}"
+    return message[:500]
 
 # %% ../../nbs/training/launch.ipynb #56076fa9
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)

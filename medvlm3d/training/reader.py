@@ -44,7 +44,7 @@ def reader_tokenizer() -> PreTrainedTokenizerBase:
     add_image_token(tokenizer)
     return tokenizer
 
-# %% ../../nbs/training/reader.ipynb #21c03117
+# %% ../../nbs/training/reader.ipynb #cd56d85d
 def make_reader(tokenizer: PreTrainedTokenizerBase, hidden: int = 192, *, layers: int = 4, heads: int = 6,
                 seed: int = 0) -> LlamaForCausalLM:
     """A random LLaMA for `tokenizer`; with the defaults about 1.8 million parameters.
@@ -57,11 +57,11 @@ def make_reader(tokenizer: PreTrainedTokenizerBase, hidden: int = 192, *, layers
     """
     from transformers import LlamaConfig
     seed_everything(seed)
+    special = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=8*hidden//3,
         num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=512,
-        tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer))
+        tie_word_embeddings=True, **special)
     return LlamaForCausalLM(config)
 
 # %% ../../nbs/training/reader.ipynb #e005341a
@@ -190,10 +190,14 @@ def text_prefix(llm: LlamaForCausalLM, cases: list[list[Word]], *, slots: int, r
     loudness = uniform(rng, .1, 1, (len(cases), 1, 1))
     drawn = normal(rng, (len(cases), slots, table.weight.shape[1]))
     prefix = noise * table.weight.std().detach() * loudness * drawn
-    words = [(row, *word) for row, case in enumerate(cases) for word in case]
-    rows, places, tokens, strengths = map(torch.tensor, zip(*words))
+    rows, places, tokens, strengths = _columns(cases)
     spoken = table(tokens) * strengths.float()[:, None]
     return prefix.index_put((rows, places), spoken, accumulate=True)
+
+def _columns(cases):
+    "Tensors (cases, positions, tokens, strengths) of all words of all cases."
+    words = [(row, *word) for row, case in enumerate(cases) for word in case]
+    return map(torch.tensor, zip(*words))
 
 # %% ../../nbs/training/reader.ipynb #922677e4
 def say_votes(tokenizer: PreTrainedTokenizerBase, case: Case, *, slots: int, rng: np.random.Generator,
@@ -236,7 +240,7 @@ def hum(prefix: torch.Tensor, scale: torch.Tensor | float, rng: np.random.Genera
     strength = uniform(rng, 0, 1, (len(prefix), 1, 1)) * scale
     return prefix + strength * normal(rng, (len(prefix), 1, prefix.shape[2]))
 
-# %% ../../nbs/training/reader.ipynb #09b51bcf
+# %% ../../nbs/training/reader.ipynb #2ad02bf5
 def drawn_prefix(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, cases: list[Case], slots: int,
                  rng: np.random.Generator, noise: float, votes: float, **options) -> torch.Tensor:
     """Embeddings (B, slots, hidden) from scattered words or, for a share `votes` of the cases, from votes.
@@ -252,9 +256,14 @@ def drawn_prefix(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, c
     prefix = text_prefix(llm, words, slots=slots, rng=rng, noise=noise)
     if not votes: return prefix
     weights = np.stack([say_votes(tokenizer, case, slots=slots, rng=rng) for case in cases])
+    return _with_votes(llm, prefix, weights, votes, rng)
+
+def _with_votes(llm, prefix, weights, share, rng):
+    "The prefix with votes in place of words in a share of the cases, and a hum."
     voted = votes_prefix(llm, weights, rng)
-    is_vote = torch.from_numpy(rng.random((len(cases), 1, 1)) < votes)
-    return hum(torch.where(is_vote, voted, prefix), llm.get_input_embeddings().weight.std().detach(), rng)
+    is_vote = torch.from_numpy(rng.random((len(prefix), 1, 1)) < share)
+    spread = llm.get_input_embeddings().weight.std().detach()
+    return hum(torch.where(is_vote, voted, prefix), spread, rng)
 
 # %% ../../nbs/training/reader.ipynb #046954d2
 def read_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, cases: list[Case], slots: int,
@@ -271,14 +280,18 @@ def read_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, case
     """
     packed = [exercises(tokenizer, case, slots=slots, style=style, rng=rng) for case in cases]
     batch = collate(packed, padding_id(tokenizer))
-    embedded = llm.get_input_embeddings()(batch["input_ids"])
-    is_slot = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
     prefix = drawn_prefix(llm, tokenizer, cases=cases, slots=slots, rng=rng, noise=noise, votes=votes,
                           **options)
-    embedded = embedded.masked_scatter(is_slot[..., None], prefix.to(embedded.dtype))
-    logits = llm(inputs_embeds=embedded, attention_mask=packed_mask(batch["segments"]),
-                 position_ids=batch["position_ids"]).logits
+    is_slot = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
+    logits = _logits(llm, batch, prefix, is_slot)
     return target_loss(logits, batch["labels"], batch["loss_weights"]), logits, batch
+
+def _logits(llm, batch, prefix, is_slot):
+    "The reader's logits on a batch whose positions `is_slot` hold the prefix."
+    embedded = llm.get_input_embeddings()(batch["input_ids"])
+    embedded = embedded.masked_scatter(is_slot[..., None], prefix.to(embedded.dtype))
+    mask = packed_mask(batch["segments"])
+    return llm(inputs_embeds=embedded, attention_mask=mask, position_ids=batch["position_ids"]).logits
 
 # %% ../../nbs/training/reader.ipynb #fbdc112d
 @torch.no_grad()
@@ -330,13 +343,15 @@ def train_reader(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, s
     optimizer, schedule = _optimiser(llm, lr, steps)
     llm.train()
     for step in tqdm(range(steps), desc="votes" if votes else "words", unit="step", disable=not progress):
-        cases = sample_cases(batch, seed=(seed + 1) * 100_000 + step, first=900_000)
+        cases = _new_cases(batch, seed, step)
         loss, *_ = read_loss(llm, tokenizer, cases=cases, slots=slots, rng=rng, style=style, votes=votes)
         _descend(loss, llm, optimizer, schedule)
         losses.append(loss.item())
         if on_step: on_step(step, losses[-1], optimizer.param_groups[0]["lr"])
     llm.eval()
     return losses
+
+def _new_cases(n, seed, step): return sample_cases(n, seed=(seed + 1) * 100_000 + step, first=900_000)
 
 # %% ../../nbs/training/reader.ipynb #0b883b50
 def _descend(loss, llm, optimizer, schedule):

@@ -122,10 +122,13 @@ def target_rooms(samples: list[Sample], config: MedVLM3DConfig,
     instruction = max(len(prompt_ids(tokenizer, text)) for text in INSTRUCTIONS)
     rooms = {}
     for s in samples:
-        prompt, _ = task_pair(s, config.answer_style)
-        length = instruction if s.task == "report" else len(prompt_ids(tokenizer, prompt))
+        length = instruction if s.task == "report" else _prompt_length(s, config, tokenizer)
         rooms.setdefault(config.context - prefix - length, []).append(s)
     return rooms
+
+def _prompt_length(sample, config, tokenizer):
+    prompt, _ = task_pair(sample, config.answer_style)
+    return len(prompt_ids(tokenizer, prompt))
 
 # %% ../../nbs/training/stages.ipynb #01744053
 def measure_targets(samples: list[Sample], config: MedVLM3DConfig, tokenizer: PreTrainedTokenizerBase,
@@ -285,7 +288,7 @@ def _print_trained(stage, table):
         sizes = f"{row['trained']:,} of {row['parameters']:,} parameters are trained"
         print(f"stage {stage.stage}: {row['part']}, {sizes}")
 
-# %% ../../nbs/training/stages.ipynb #4a118e8a
+# %% ../../nbs/training/stages.ipynb #74224dae
 def finish_stage(run: RunFolder, plan: Plan, stage: Stage, table: list[dict]) -> None:
     """Save the model of a finished stage, as its last checkpoint holds it, in `stage-N` of the run folder.
 
@@ -296,12 +299,11 @@ def finish_stage(run: RunFolder, plan: Plan, stage: Stage, table: list[dict]) ->
     """
     checkpoint = newest_whole(run/"checkpoints"/f"stage-{stage.stage}")
     saved = run/f"stage-{stage.stage}"
-    model = MedVLM3D.from_pretrained(checkpoint, llm=plan_llm(plan), dtype=torch.float32,
-                                     llm_dtype=base_dtype(plan))
+    model = _load(plan, checkpoint, dtype=torch.float32)
     model.save_pretrained(saved)
     write_json(saved/"trained.json", table)
 
-# %% ../../nbs/training/stages.ipynb #d57c0bc8
+# %% ../../nbs/training/stages.ipynb #4a37b8ec
 def training_data(plan: Plan, allow_shared: bool = False, run: RunFolder | None = None) -> list[Sample]:
     "The training samples of a plan, of at most `limit` volumes; `run` records what is shared between splits."
     samples = load_samples(project_root()/plan.data, allow_shared, run=run)
@@ -324,11 +326,12 @@ def note_targets(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVL
     ranks = Ranks.here()
     if ranks.rank: return
     run.note(volumes=len(by_image(samples)), truncated=cut, truncated_tokens=tokens, ranks=ranks.world)
-    if not cut: return
-    print(f"{cut} of {len(samples)} targets are longer than the context leaves room for: "
-          f"{tokens} tokens are cut")
+    if cut: _print_cut(cut, len(samples), tokens)
 
-# %% ../../nbs/training/stages.ipynb #9819bfcb
+def _print_cut(cut, total, tokens):
+    print(f"{cut} of {total} targets are longer than the context leaves room for: {tokens} tokens are cut")
+
+# %% ../../nbs/training/stages.ipynb #d6f7d213
 def run_stages(run: RunFolder, plan: Plan, *, samples: list[Sample], store: FeatureStore, progress: bool,
                signals: dict, allow_changes: bool = False) -> dict[str, list[dict]]:
     """All stages, each from its beginning, its newest checkpoint or its end; returns what each trained.
@@ -353,9 +356,12 @@ def run_stages(run: RunFolder, plan: Plan, *, samples: list[Sample], store: Feat
                                 progress=progress, signals=signals)
             ranks.lead(lambda: finish_stage(run, plan, stage, table))
         trained[f"stage {stage.stage}"] = read_json(saved/"trained.json")
-        model = MedVLM3D.from_pretrained(saved, llm=plan_llm(plan), llm_dtype=base_dtype(plan))
+        model = _load(plan, saved)
     ranks.lead(lambda: model.save_pretrained(run/"model"))
     return trained
+
+def _load(plan, folder, **options):
+    return MedVLM3D.from_pretrained(folder, llm=plan_llm(plan), llm_dtype=base_dtype(plan), **options)
 
 # %% ../../nbs/training/stages.ipynb #428091cb
 def _check_base(run, plan, model, allow_changes):
@@ -413,18 +419,23 @@ def _stage_row(stage, manifest, last):
              f"{parameters:,}")
     return f"| {' | '.join(map(str, cells))} |"
 
-# %% ../../nbs/training/stages.ipynb #12343e3f
+# %% ../../nbs/training/stages.ipynb #33b3a6ef
 def write_card(run: RunFolder, plan: Plan, spec: dict) -> None:
     "Write `model/README.md` from the run's manifest and log, and from the `spec` of its feature store."
     manifest = run.manifest
     last = {entry["stage"]: entry for entry in run.read_log()}
     rows = [_stage_row(stage, manifest, last.get(stage.stage, {})) for stage in plan.stages]
-    features = dict(encoder=spec["encoder"], weights=spec["weights"][:12], rho=spec["rho"],
-                    strategy=spec["strategy"])
-    counts = {key: manifest[key] for key in ("volumes", "truncated", "truncated_tokens")}
-    text = CARD.format(base=_base_name(plan), shared=_shared_text(manifest), seed=plan.seed,
-                       commit=str(manifest.get("commit"))[:12], rows="\n".join(rows), **features, **counts)
+    text = CARD.format(base=_base_name(plan), seed=plan.seed, rows="\n".join(rows), **_feature_facts(spec),
+                       **_run_facts(manifest))
     write_text(run/"model"/"README.md", text)
+
+def _feature_facts(spec):
+    facts = {key: spec[key] for key in ("encoder", "rho", "strategy")}
+    return {**facts, "weights": spec["weights"][:12]}
+
+def _run_facts(manifest):
+    facts = {key: manifest[key] for key in ("volumes", "truncated", "truncated_tokens")}
+    return {**facts, "shared": _shared_text(manifest), "commit": str(manifest.get("commit"))[:12]}
 
 # %% ../../nbs/training/stages.ipynb #c33f0ff7
 def _base_name(plan):
@@ -469,7 +480,7 @@ def _opened(run, plan, store, continued):
     if continued: (run/"config.yaml").unlink(missing_ok=True)
     return open_run(run.path, plan.to_dict(), store=store.spec)
 
-# %% ../../nbs/training/stages.ipynb #6f6afdf4
+# %% ../../nbs/training/stages.ipynb #316a16cc
 def train(folder: Path | str, plan: Plan | dict, *, progress: bool = True, allow_changes: bool = False,
           allow_shared: bool = False) -> RunFolder:
     """Run (or continue) the training `plan` in `folder`; the model is left in `folder/model`.
@@ -487,7 +498,7 @@ def train(folder: Path | str, plan: Plan | dict, *, progress: bool = True, allow
     run, ranks = RunFolder(folder), Ranks.here()
     if ranks.world > 1: _join_ranks(run, plan)
     check_requirements(plan)
-    check_lora(plan.model.get("lora"), *(stage.lora for stage in plan.stages))
+    check_lora(plan.model.get("lora"), *[stage.lora for stage in plan.stages])
     seed_everything(plan.seed)
     with ExitStack() as listener:   # signals are caught until the manifest says how the run ended
         try:
