@@ -480,7 +480,7 @@ def test_the_plan_as_a_command(nothing, llama, monkeypatch):
 
 def test_the_plan_runs_shrunk_from_data_to_model(nothing, llama, monkeypatch):
     """The preset's own function with smaller sizes: a phantom → BiomedCLIP's folder → features → a step of
-    both stages under ZeRO-2 in bf16 with recomputed activations, before LLaMA's folder → a model that answers."""
+    both stages under ZeRO-2 in bf16, activations recomputed, before LLaMA's folder → a model that answers."""
     import timm
     make_phantom(nothing/"m3d", train=2, validation=1, test=1, shape=(8, 32, 32), workers=1, progress=False)
     tower = biomedclip(

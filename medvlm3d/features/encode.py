@@ -44,8 +44,8 @@ def encode_volume(volume: Volume | Path | str | torch.Tensor, encoder: SliceEnco
     pixels = volume
     if not torch.is_tensor(volume):
         pixels = preprocess(volume if hasattr(volume, "array") else read_volume(volume))
-    def encode(slices: torch.Tensor): return interpolate_grid(encoder(slices[None])[0], grid or encoder.grid)
-    features, indices = encode_selected(encode, pixels, rho=rho, strategy=strategy, seed=seed)
+    def _encode(slices): return interpolate_grid(encoder(slices[None])[0], grid or encoder.grid)
+    features, indices = encode_selected(_encode, pixels, rho=rho, strategy=strategy, seed=seed)
     return features.to(torch.bfloat16), indices
 
 # %% ../../nbs/features/encode.ipynb #b2ff3003
@@ -82,11 +82,11 @@ class StoreSpec:
         "Plain JSON values: tuples become lists."
         return plain(asdict(self))
 
-# %% ../../nbs/features/encode.ipynb #47d9b16c
-def plain(value):
+# %% ../../nbs/features/encode.ipynb #94fb5931
+def plain(value: object) -> object:
     "The same value with lists for tuples, as JSON would give it back."
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 # %% ../../nbs/features/encode.ipynb #a74439e1
 def differences(old: dict, new: dict, inside: str = "") -> list[str]:
@@ -154,9 +154,9 @@ def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int = 
         if len(waiting) > ahead: yield waiting.pop(0).result()
     for future in waiting: yield future.result()
 
-# %% ../../nbs/features/encode.ipynb #e30316ac
+# %% ../../nbs/features/encode.ipynb #d7bc8193
 @contextmanager
-def thread_pool(workers: int, threads: int):
+def thread_pool(workers: int, threads: int) -> Iterator[Executor]:
     "A pool of `workers` threads, each of which computes on `threads` cores; restores the caller's number."
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))

@@ -256,7 +256,7 @@ def count_remarks(store: FeatureStore, images: list[str]) -> list[str]:
     for image in images: counts.update({reason(remark) for remark in store.notes(image)})
     return [f"{n} volume{'s' * (n > 1)}: {why}" for why, n in counts.most_common()]
 
-# %% ../../nbs/features/store.ipynb #e3f6a693
+# %% ../../nbs/features/store.ipynb #51d7de4c
 def open_or_create(path: Path, spec: StoreSpec, verify: bool = False) -> list[str]:
     "Make the store at `path`, or compare its settings and drop what is damaged, whose names are returned."
     if not (path/"store.json").exists(): write_json(path/"store.json", {"format": FORMAT, **spec.to_dict()})
@@ -279,9 +279,8 @@ def missing_volumes(store: FeatureStore, images: list[str]) -> dict[str, str]:
     "{image: key} of the volumes that the store lacks, each once."
     lacking = {}
     for image in images:
-        key = store.key(image)
-        if key and image not in store: lacking.setdefault(key, image)
-    return {image: key for key, image in lacking.items()}
+        if image not in store: lacking.setdefault(store.key(image), image)
+    return {image: key for key, image in lacking.items() if key}
 
 # %% ../../nbs/features/store.ipynb #7b111a41
 def encode_images(path: Path | str, root: Path | str, *, images: Iterable[str], encoder: SliceEncoder,
@@ -323,7 +322,7 @@ def encode_images(path: Path | str, root: Path | str, *, images: Iterable[str], 
         Ranks.here().lead(lambda: settle(relative(path), problems, rejects=rejects))
     return store
 
-# %% ../../nbs/features/store.ipynb #1f0a5c33
+# %% ../../nbs/features/store.ipynb #fd486c75
 def _loader(root, read, preprocess, samples):
     "image → (pixels, what the reader remarked); the first sample of an image says how it is read."
     options = {s.image: reading(s) for s in reversed(samples)}
@@ -346,8 +345,8 @@ def _open_locked(path, spec, lock, verify):
     def _begin():
         lock.enter_context(only_writer(path))
         return open_or_create(path, spec, verify)
-    for name in Ranks.here().lead(_begin):
-        print(f"{name}: damaged, its volumes are encoded again", file=sys.stderr)
+    damaged = Ranks.here().lead(_begin)
+    for name in damaged: print(f"{name}: damaged, its volumes are encoded again", file=sys.stderr)
     return FeatureStore(path, spec)
 
 # %% ../../nbs/features/store.ipynb #49b97e1e
@@ -364,7 +363,7 @@ def _print_remarks(store, images):
     for line in count_remarks(store, images): print(line, file=sys.stderr)
 
 # %% ../../nbs/features/store.ipynb #4b503903
-def bytes_per_volume(kept, tokens, channels):
+def bytes_per_volume(kept: int, tokens: int, channels: int) -> int:
     "Bytes that a volume's kept features and indices take in the store (bf16 and int64)."
     return kept * tokens * channels * 2 + kept * 8
 

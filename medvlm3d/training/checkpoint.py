@@ -89,12 +89,12 @@ def flaw(folder: Path | str) -> str | None:
 
 # %% ../../nbs/training/checkpoint.ipynb #41bca841
 def _missing_part(folder):
-    card = read_json(folder/CARD)
-    ranks, sharded = card.get("ranks", 1), card.get("sharded", False)
-    names = sorted({*card["files"], *required_files(ranks, sharded)})
+    card = {"ranks": 1, "sharded": False, **read_json(folder/CARD)}
+    files, ranks, sharded = card["files"], card["ranks"], card["sharded"]
+    names = sorted({*files, *required_files(ranks, sharded)})
     missing = [name for name in names if not (folder/name).exists()]
     if missing: return f"lacks {', '.join(missing)}"
-    shards = missing_shards(card["files"], ranks) if sharded else 0
+    shards = missing_shards(files, ranks) if sharded else 0
     return f"lacks {shards} of {ranks} optimiser shards" if shards > 0 else None
 
 # %% ../../nbs/training/checkpoint.ipynb #b6bb1675

@@ -145,6 +145,7 @@ def record_failure(folder: Path | str, error: Exception, ranks: Ranks | None = N
     with suppress(OSError):   # a full disk must not hide the error itself
         write_json(Path(folder)/f"failed-rank-{ranks.rank}.json", record)
 
+# %% ../../nbs/training/launch.ipynb #6273b09b
 def _message(error):
     message = str(error) if isinstance(error, MedVLM3DError) else f"{type(error).__name__}: {error}"
     return message[:500]

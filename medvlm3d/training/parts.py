@@ -30,23 +30,30 @@ class Part:
 # %% ../../nbs/training/parts.ipynb #4b272e21
 def part(what: str, folder: Path, names: tuple[str, ...]) -> Part:
     "The `Part` of the first of `names` that lies in `folder`, or of their absence."
+    place = f"{shown(folder)}/"
     path = next((folder/n for n in names if (folder/n).is_file()), None)
-    if path is None: return Part(what, " or ".join(names), False, f"missing in {shown(folder)}/")
+    if path is None: return Part(what, " or ".join(names), False, f"missing in {place}")
     if path.suffix == ".safetensors" and cut_short(path):
-        return Part(what, path.name, False, f"cut short in {shown(folder)}/: copy it again")
-    return Part(what, path.name, True, f"{shown(folder)}/")
+        return Part(what, path.name, False, f"cut short in {place}: copy it again")
+    return Part(what, path.name, True, place)
 
-# %% ../../nbs/training/parts.ipynb #8b67e3e0
+# %% ../../nbs/training/parts.ipynb #9ef555d6
 def cut_short(path: Path) -> bool:
     "Whether a safetensors file ends before its own header says."
-    with open(path, "rb") as f:
-        size = int.from_bytes(f.read(8), "little")
-        header = f.read(size) if size < 1e8 else b""
+    size, header = _header(path)
     try:
         tensors = json.loads(header)
-        ends = [t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError): return True
-    return path.stat().st_size < 8 + size + max(ends, default=0)
+        tensors.pop("__metadata__", None)
+        end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError): return True
+    return path.stat().st_size < 8 + size + end
+
+# %% ../../nbs/training/parts.ipynb #0108b587
+def _header(path):
+    "(length, bytes) of a header; no header is read that claims to be longer than 100 MB."
+    with open(path, "rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        return size, f.read(size) if size < 1e8 else b""
 
 # %% ../../nbs/training/parts.ipynb #3f99c1f9
 def encoder_parts(name: str) -> list[Part]:
@@ -73,12 +80,15 @@ def llm_parts(name: Path | str) -> list[Part]:
     "What the language model called `name` needs: configuration, shards, tokenizer."
     folder = llm_folder(name)
     if folder is None: return _absent_llm(name)
-    index = folder/"model.safetensors.index.json"
-    weights = ["model.safetensors"]
-    if index.is_file(): weights = [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
-    names = [("config.json",), *((file,) for file in weights),
+    names = [("config.json",), *((file,) for file in _weight_files(folder)),
              ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
     return [part("language model", folder, n) for n in names]
+
+# %% ../../nbs/training/parts.ipynb #68078bff
+def _weight_files(folder):
+    index = folder/"model.safetensors.index.json"
+    if not index.is_file(): return ["model.safetensors"]
+    return [index.name, *sorted(set(read_json(index)["weight_map"].values()))]
 
 # %% ../../nbs/training/parts.ipynb #ce51c6f8
 def _absent_llm(name):
@@ -129,10 +139,8 @@ PLACE = "place its config.json, tokenizer files and *.safetensors in a folder an
 def missing_llm(name: Path | str) -> str | None:
     "What a language model lacks, in words; None if it is embedded, whole on this machine, or within reach."
     if name in ASSETS: return None
-    lacking = [p for p in llm_parts(name) if not p.found]
+    lacking = [f"{p.file} is {p.where}" for p in llm_parts(name) if not p.found]
     if not lacking: return None
-    if Path(name).is_dir():
-        faults = "; ".join(f"{p.file} is {p.where}" for p in lacking)
-        return f"{shown(Path(name))}: the language model; {faults}"
+    if Path(name).is_dir(): return f"{shown(Path(name))}: the language model; {'; '.join(lacking)}"
     why = silent_hub(name)
     return why and f"{name}: the language model ({why}); {PLACE}"

@@ -126,6 +126,7 @@ def target_rooms(samples: list[Sample], config: MedVLM3DConfig,
         rooms.setdefault(config.context - prefix - length, []).append(s)
     return rooms
 
+# %% ../../nbs/training/stages.ipynb #04c185ee
 def _prompt_length(sample, config, tokenizer):
     prompt, _ = task_pair(sample, config.answer_style)
     return len(prompt_ids(tokenizer, prompt))
@@ -328,6 +329,7 @@ def note_targets(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVL
     run.note(volumes=len(by_image(samples)), truncated=cut, truncated_tokens=tokens, ranks=ranks.world)
     if cut: _print_cut(cut, len(samples), tokens)
 
+# %% ../../nbs/training/stages.ipynb #124dfa48
 def _print_cut(cut, total, tokens):
     print(f"{cut} of {total} targets are longer than the context leaves room for: {tokens} tokens are cut")
 
@@ -360,6 +362,7 @@ def run_stages(run: RunFolder, plan: Plan, *, samples: list[Sample], store: Feat
     ranks.lead(lambda: model.save_pretrained(run/"model"))
     return trained
 
+# %% ../../nbs/training/stages.ipynb #ff3c5a32
 def _load(plan, folder, **options):
     return MedVLM3D.from_pretrained(folder, llm=plan_llm(plan), llm_dtype=base_dtype(plan), **options)
 
@@ -429,6 +432,7 @@ def write_card(run: RunFolder, plan: Plan, spec: dict) -> None:
                        **_run_facts(manifest))
     write_text(run/"model"/"README.md", text)
 
+# %% ../../nbs/training/stages.ipynb #b1122aae
 def _feature_facts(spec):
     facts = {key: spec[key] for key in ("encoder", "rho", "strategy")}
     return {**facts, "weights": spec["weights"][:12]}
