@@ -339,7 +339,7 @@ def test_offline_with_an_empty_cache_says_at_once_what_to_place_where(corpus, tm
         [sys.executable, "-m", "medvlm3d.training.stages", str(tmp_path/"run")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=180,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path/"empty")},
     )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr

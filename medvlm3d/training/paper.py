@@ -74,7 +74,7 @@ def paper_corpus() -> Corpus:
     "The training split as the paper counts it."
     return Corpus("M3D-Cap and M3D-VQA, training split (paper)", 115_000, 420_000 / 115_000)
 
-# %% ../../nbs/training/paper.ipynb #072dbaf2
+# %% ../../nbs/training/paper.ipynb #935affa2
 def mean_length(samples: list[Sample], tokenizer: PreTrainedTokenizerBase, most: int = 400) -> float:
     "Mean tokens of prompt and target, on up to `most` of the samples."
     taken = samples[::max(1, len(samples) // most)][:most]
@@ -92,13 +92,13 @@ def measure(name: str, samples: list[Sample], tokenizer: PreTrainedTokenizerBase
     if not train:
         raise MedVLM3DError(name, "has no training samples",
                             "Give a folder in M3D's layout with a training split.")
-    kinds = {True: [], False: []}
-    for s in train: kinds[s.task == "report"].append(s)
+    reports = [s for s in train if s.task == "report"]
+    questions = [s for s in train if s.task != "report"]
     volumes = len(by_image(train))
-    counted = Corpus(name, volumes, len(kinds[False]) / volumes)
+    counted = Corpus(name, volumes, len(questions) / volumes)
     if tokenizer is None: return counted
-    return replace(counted, report=mean_length(kinds[True], tokenizer), measured=True,
-                   question=mean_length(kinds[False], tokenizer), prefix=len(image_prefix(tokenizer, 0)))
+    return replace(counted, measured=True, prefix=len(image_prefix(tokenizer, 0)),
+                   report=mean_length(reports, tokenizer), question=mean_length(questions, tokenizer))
 
 # %% ../../nbs/training/paper.ipynb #285b2e20
 @dataclass(frozen=True)
