@@ -1,4 +1,4 @@
-"""Whatever interrupts a run, it continues to the weights of the run that nothing interrupted, or says why it does not."""
+"""A run that is interrupted in any way continues to the weights of the uninterrupted run, or says why not."""
 import ctypes
 import itertools
 import json
@@ -17,7 +17,8 @@ from corpora import LORA, corpus, make_plan  # noqa: F401  (a fixture)
 from processes import apart
 from safetensors.torch import load_file
 
-from medvlm3d.training import checkpoint; from medvlm3d.training import trainer; from medvlm3d.training import stages as training
+from medvlm3d.training import checkpoint, trainer
+from medvlm3d.training import stages as training
 from medvlm3d.training.checkpoint import checkpoints, newest_whole
 from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json
 from medvlm3d.data.m3d import load_m3d
@@ -25,12 +26,24 @@ from medvlm3d.method.model import MedVLM3D
 from medvlm3d.base.ranks import only_writer
 from medvlm3d.training.stages import train
 
-STAGE = {"stage": 2, "tasks": ["closed"], "epochs": 3, "lr": 5e-3, "batch": 2, "accumulation": 1, "lora": LORA}
+STAGE = {
+    "stage": 2,
+    "tasks": ["closed"],
+    "epochs": 3,
+    "lr": 5e-3,
+    "batch": 2,
+    "accumulation": 1,
+    "lora": LORA,
+}
 
 
 def weights(run): return load_file(Path(run)/"model"/"model.safetensors")
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-def steps(run): return {(e["stage"], e["step"]): (e["loss"], e["lr"], e["grad_norm"]) for e in RunFolder(run).read_log()}
+def steps(run):
+    log = RunFolder(run).read_log()
+    return {(e["stage"], e["step"]): (e["loss"], e["lr"], e["grad_norm"]) for e in log}
+
+
 def stage_folder(run): return Path(run)/"checkpoints"/"stage-2"
 
 
@@ -39,7 +52,8 @@ def kill_at(step, monkeypatch, *how):
     seen = []
     whole = trainer.SafeTrainer.training_step
     def stepping(self, *args, **kwargs):
-        if self.state.global_step == step and not seen: seen.extend(os.kill(os.getpid(), number) for number in how)
+        if self.state.global_step == step and not seen:
+            seen.extend(os.kill(os.getpid(), number) for number in how)
         return whole(self, *args, **kwargs)
     monkeypatch.setattr(trainer.SafeTrainer, "training_step", stepping)
 
@@ -54,7 +68,7 @@ def whole(corpus, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture(scope="module")
 def halted(corpus, tmp_path_factory, whole):  # noqa: F811
-    "A run that was told to stop in its fifth step, twice (as by a terminal and a launcher), to be copied: checkpoints 4 and 5."
+    "A run that was told to stop in its fifth step, three times, to be copied: checkpoints 4 and 5."
     run = tmp_path_factory.mktemp("halted")/"run"
     with pytest.MonkeyPatch.context() as patch:
         kill_at(4, patch, signal.SIGTERM, signal.SIGINT, signal.SIGTERM)
@@ -63,21 +77,38 @@ def halted(corpus, tmp_path_factory, whole):  # noqa: F811
     return run
 
 
-def test_sigterm_leaves_a_checkpoint_and_143_and_the_run_continues(corpus, halted, whole, tmp_path):  # noqa: F811
+def test_sigterm_leaves_a_checkpoint_and_the_run_continues(corpus, halted, whole, tmp_path):  # noqa: F811
     assert [c.name for c in checkpoints(stage_folder(halted))] == ["checkpoint-5", "checkpoint-4"]
     shutil.copytree(halted, tmp_path/"run")
     run = train(tmp_path/"run", make_plan(*corpus), progress=False)
-    assert run.status == "done" and same(weights(run.path), weights(whole)) and steps(run.path) == steps(whole)
+    assert (
+        run.status == "done" and same(weights(run.path), weights(whole)) and steps(run.path) == steps(whole)
+    )
 
 
-@pytest.mark.parametrize("step, workers, accumulation, forms",
-                         [(5, 0, 1, "both"), (8, 2, 1, "both"), (5, 0, 2, "both"), (7, 2, 2, "alternate"), (11, 0, 1, "both")],
-                         ids=["mid-epoch", "boundary, workers", "accumulation", "accumulation, workers, forms that alternate", "last step"])
-def test_a_killed_run_continues_bit_for_bit(corpus, whole, tmp_path, monkeypatch, step, workers, accumulation, forms):  # noqa: F811
-    "Weights, losses, learning rates and gradient norms (so the order of samples, and what each epoch asks) are those of the uninterrupted run."
+KILLED = {
+    "mid-epoch": (5, 0, 1, "both"),
+    "boundary, workers": (8, 2, 1, "both"),
+    "accumulation": (5, 0, 2, "both"),
+    "accumulation, workers, forms that alternate": (7, 2, 2, "alternate"),
+    "last step": (11, 0, 1, "both"),
+}
+
+
+@pytest.mark.parametrize("step, workers, accumulation, forms", KILLED.values(), ids=KILLED.keys())
+def test_a_killed_run_continues_bit_for_bit(corpus, whole, tmp_path, monkeypatch,  # noqa: F811
+                                            step, workers, accumulation, forms):
+    "Weights, losses, learning rates and gradient norms are those of the uninterrupted run."
     tasks = ["closed"] if forms == "both" else ["report", "closed", "open"]
-    plan = make_plan(*corpus, [{**STAGE, "tasks": tasks, "batch": 2 // accumulation, "accumulation": accumulation}], workers=workers, forms=forms)
-    once = whole if (accumulation, forms) == (1, "both") else train(tmp_path/"once", plan, progress=False).path
+    plan = make_plan(
+        *corpus,
+        [{**STAGE, "tasks": tasks, "batch": 2 // accumulation, "accumulation": accumulation}],
+        workers=workers,
+        forms=forms,
+    )
+    once = (
+        whole if (accumulation, forms) == (1, "both") else train(tmp_path/"once", plan, progress=False).path
+    )
     with monkeypatch.context() as patch:
         kill_at(step, patch, signal.SIGKILL)
         assert apart(lambda: train(tmp_path/"cut", plan, progress=False)) == -signal.SIGKILL
@@ -89,23 +120,33 @@ def test_a_killed_run_continues_bit_for_bit(corpus, whole, tmp_path, monkeypatch
 def step_of_newest(run): return checkpoint.step_of(newest_whole(stage_folder(run)))
 
 
-def test_killed_after_the_last_step_it_takes_no_further_one(corpus, whole, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_after_the_last_step_it_takes_no_other(corpus, whole, tmp_path, monkeypatch):  # noqa: F811
     with monkeypatch.context() as patch:
         patch.setattr(training, "finish_stage", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        assert apart(lambda: train(tmp_path/"run", make_plan(*corpus, [{**STAGE, "epochs": 2.75}]), progress=False)) == -signal.SIGKILL
+        assert (
+            apart(
+                lambda: train(
+                    tmp_path/"run", make_plan(*corpus, [{**STAGE, "epochs": 2.75}]), progress=False
+                )
+            )
+            == -signal.SIGKILL
+        )
     assert step_of_newest(tmp_path/"run") == 11
     train(tmp_path/"run", make_plan(*corpus, [{**STAGE, "epochs": 2.75}]), progress=False)
     assert max(step for _, step in steps(tmp_path/"run")) == 11
-    assert same(weights(tmp_path/"run"), load_file(newest_whole(stage_folder(tmp_path/"run"))/"model.safetensors"))
+    assert same(
+        weights(tmp_path/"run"),
+        load_file(newest_whole(stage_folder(tmp_path/"run"))/"model.safetensors"),
+    )
 
 
-UNHEARD = [(torch, "save"), (safetensors.torch, "save_file"), (os, "fsync")]   # what writes without Python's knowing
+UNHEARD = [(torch, "save"), (safetensors.torch, "save_file"), (os, "fsync")]   # Python hears nothing of these
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def die_at(n):
-    "Have this process killed before it changes the disk for the n-th time: opens a file for writing, syncs, renames, removes, makes a folder."
+    "Kill this process before its n-th change of the disk: write, sync, rename, removal or new folder."
     times = itertools.count(1)
     def one_more():
         if next(times) == n: os.kill(os.getpid(), signal.SIGKILL)
@@ -121,9 +162,9 @@ def die_at(n):
 
 
 def test_kill_9_at_every_boundary_of_a_save(corpus, halted, whole, tmp_path, monkeypatch):  # noqa: F811
-    """At the save after step 6 the process is copied for every n; the copy is killed before it changes the disk for the n-th time.
+    """At the save after step 6 the process is copied for every n; the copy dies before its n-th change.
 
-    What it leaves on the disk is a whole checkpoint of step 5 or 6, never older or none; from some of them a run goes on to the very same end."""
+    It leaves a whole checkpoint of step 5 or 6, never older or none; from some of them a run continues."""
     save, run, left, kept = trainer.SafeTrainer._save_checkpoint, tmp_path/"run", [], []
     def every(self, *args):
         for n in range(1, 500):
@@ -134,7 +175,11 @@ def test_kill_9_at_every_boundary_of_a_save(corpus, halted, whole, tmp_path, mon
             assert status == -signal.SIGKILL
             left.append(step_of_newest(run))
             if n % 24 == 1: kept.append(shutil.copytree(stage_folder(run), tmp_path/f"after-{n}"))
-    monkeypatch.setattr(trainer.SafeTrainer, "_save_checkpoint", lambda self, *args: every(self, *args) if self.state.global_step == 6 else save(self, *args))
+    monkeypatch.setattr(
+        trainer.SafeTrainer,
+        "_save_checkpoint",
+        lambda self, *args: every(self, *args) if self.state.global_step == 6 else save(self, *args),
+    )
     shutil.copytree(halted, run)
     train(run, make_plan(*corpus), progress=False)
     monkeypatch.undo()
@@ -145,19 +190,32 @@ def test_kill_9_at_every_boundary_of_a_save(corpus, halted, whole, tmp_path, mon
         assert same(weights(train(run, make_plan(*corpus), progress=False).path), weights(whole))
 
 
-@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checkpoint.json", "COMPLETE"])
+PARTS = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+         "checkpoint.json", "COMPLETE"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("fault", ["missing", "cut short", "one bit"])
 def test_a_damaged_checkpoint_is_named_and_an_older_one_taken(halted, tmp_path, part, fault):
     folder, said = tmp_path/"stage-2", []
     shutil.copytree(stage_folder(halted), folder)
     file = folder/"checkpoint-5"/part
     content = file.read_bytes()
-    if fault == "missing": file.unlink()
-    else: file.write_bytes(content[:len(content) // 2] if fault == "cut short" else bytes([content[0] ^ 1]) + content[1:])
+    if fault == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(
+            content[: len(content) // 2] if fault == "cut short" else bytes([content[0] ^ 1]) + content[1:]
+        )
     assert newest_whole(folder, said.append).name == "checkpoint-4"
-    assert len(said) == 1 and "checkpoint-5" in said[0] and (part in said[0] or part == "checkpoint.json" or fault != "missing")
+    assert (
+        len(said) == 1
+        and "checkpoint-5" in said[0]
+        and (part in said[0] or part == "checkpoint.json" or fault != "missing")
+    )
     (folder/"checkpoint-4"/"optimizer.pt").unlink()
-    with pytest.raises(MedVLM3DError, match="no whole checkpoint.*optimizer.pt") as e: newest_whole(folder, said.append)
+    with pytest.raises(MedVLM3DError, match="no whole checkpoint.*optimizer.pt") as e:
+        newest_whole(folder, said.append)
     assert e.value.what.endswith("stage-2") and "Restore the files" in e.value.remedy
 
 
@@ -167,8 +225,11 @@ def mount_small(place, size):
     user, group = os.getuid(), os.getgid()
     if libc.unshare(new_mounts):
         if libc.unshare(new_user | new_mounts): return False
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")): Path("/proc/self", name).write_text(text)
-    return not libc.mount(b"none", b"/", None, private, None) and not libc.mount(b"none", str(place).encode(), b"tmpfs", 0, f"size={size}".encode())
+        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+            Path("/proc/self", name).write_text(text)
+    return not libc.mount(b"none", b"/", None, private, None) and not libc.mount(
+        b"none", str(place).encode(), b"tmpfs", 0, f"size={size}".encode()
+    )
 
 
 def limit_files(size):
@@ -177,19 +238,22 @@ def limit_files(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
-def pages(folder): return sum(-(-f.stat().st_size // 4096) * 4096 for f in Path(folder).rglob("*") if f.is_file())
+def pages(folder):
+    sizes = [f.stat().st_size for f in Path(folder).rglob("*") if f.is_file()]
+    return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 def test_a_full_disk_during_a_save_loses_nothing(corpus, halted, whole, tmp_path):  # noqa: F811
-    """On a disk with room for half a checkpoint more the save fails in one line, leaves nothing of itself, and the older checkpoint stands;
-    with more room the run goes on."""
+    """On a disk with room for half a checkpoint the save fails in one line and leaves nothing; the older
+    checkpoint stands, and with more room the run continues."""
     small, last = tmp_path/"small", stage_folder(halted)/"checkpoint-5"
     small.mkdir()
     def cramped():
         mounted = mount_small(small, pages(halted) + pages(last) // 2)
         shutil.copytree(halted, small/"run")
         if not mounted: limit_files((last/"optimizer.pt").stat().st_size // 2)
-        with pytest.raises(MedVLM3DError, match="checkpoint-6: could not be written.*(No space left|only a part|too large)") as e:
+        message = "checkpoint-6: could not be written.*(No space left|only a part|too large)"
+        with pytest.raises(MedVLM3DError, match=message) as e:
             train(small/"run", make_plan(*corpus), progress=False)
         assert "Make room" in e.value.remedy and not (stage_folder(small/"run")/checkpoint.PART).exists()
         shutil.copytree(small/"run", tmp_path/"run")
@@ -202,12 +266,17 @@ def test_a_full_disk_during_a_save_loses_nothing(corpus, halted, whole, tmp_path
 def test_other_conditions_are_printed_refused_or_recorded(corpus, halted, tmp_path, capsys):  # noqa: F811
     shutil.copytree(halted, tmp_path/"run")
     plan = make_plan(*corpus)
-    for changed, word in ((replace(plan, seed=1), "seed: 0 → 1"), (make_plan(*corpus, [{**STAGE, "batch": 4}]), "stages.0.batch: 2 → 4"),
+    larger = make_plan(*corpus, [{**STAGE, "batch": 4}])
+    for changed, word in ((replace(plan, seed=1), "seed: 0 → 1"), (larger, "stages.0.batch: 2 → 4"),
                           (replace(plan, forms="alternate"), "forms: both → alternate")):
         with pytest.raises(MedVLM3DError, match=word) as e: train(tmp_path/"run", changed, progress=False)
         assert "allow_changes" in e.value.remedy and e.value.what
-    run = train(tmp_path/"run", make_plan(*corpus, [{**STAGE, "lr": 1e-3}]), progress=False, allow_changes=True)
-    assert "lr: 0.005 → 0.001" in capsys.readouterr().out and "lr: 0.005 → 0.001" in json.dumps(run.manifest["changes"], ensure_ascii=False)
+    run = train(
+        tmp_path/"run", make_plan(*corpus, [{**STAGE, "lr": 1e-3}]), progress=False, allow_changes=True
+    )
+    assert "lr: 0.005 → 0.001" in capsys.readouterr().out and "lr: 0.005 → 0.001" in json.dumps(
+        run.manifest["changes"], ensure_ascii=False
+    )
 
 
 def test_changed_data_are_refused(corpus, tmp_path):  # noqa: F811
@@ -218,22 +287,29 @@ def test_changed_data_are_refused(corpus, tmp_path):  # noqa: F811
     sample = next(s for s in load_m3d(tmp_path/"data") if s.split == "train")
     volume = tmp_path/"data"/sample.image
     volume.write_bytes(volume.read_bytes() + b"\0")
-    with pytest.raises(MedVLM3DError, match="its volume has changed since this run began") as e: train(tmp_path/"run", plan, progress=False)
+    with pytest.raises(MedVLM3DError, match="its volume has changed since this run began") as e:
+        train(tmp_path/"run", plan, progress=False)
     assert e.value.what == "the data of this run" and "Restore the data" in str(e.value)
 
 
 def test_a_second_run_in_a_folder_is_refused(corpus, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(training, "only_writer", lambda folder, patience: only_writer(folder))   # at once
-    with only_writer(tmp_path/"run"), pytest.raises(MedVLM3DError, match="being written by another process") as e:
+    message = "being written by another process"
+    with only_writer(tmp_path/"run"), pytest.raises(MedVLM3DError, match=message) as e:
         train(tmp_path/"run", make_plan(*corpus), progress=False)
     assert "run" in e.value.what and "another folder" in e.value.remedy
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_its_volumes(corpus, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(trainer, "weight_of", lambda batch: torch.tensor(float("nan")))
-    with pytest.raises(MedVLM3DError, match="3 losses in a row") as e: train(tmp_path/"run", make_plan(*corpus, save_every=1), progress=False)
+    with pytest.raises(MedVLM3DError, match="3 losses in a row") as e:
+        train(tmp_path/"run", make_plan(*corpus, save_every=1), progress=False)
     named = read_json(tmp_path/"run"/"nonfinite-rank-0.json")
-    assert [n["step"] for n in named] == [1, 2, 3] and all(len(n["volumes"]) == 2 for n in named) and not checkpoints(stage_folder(tmp_path/"run"))
+    assert (
+        [n["step"] for n in named] == [1, 2, 3]
+        and all(len(n["volumes"]) == 2 for n in named)
+        and not checkpoints(stage_folder(tmp_path/"run"))
+    )
     assert "learning rate" in e.value.remedy and RunFolder(tmp_path/"run").status == "failed"
 
 
@@ -244,8 +320,16 @@ def test_a_damaged_shard_is_named_by_the_process_that_reads_it(corpus, tmp_path)
     content = shard.read_bytes()
     shard.write_bytes(content[:len(content) // 2] + bytes(len(content) - len(content) // 2))
     with pytest.raises(MedVLM3DError, match="is damaged") as e:
-        train(tmp_path/"run",
-              make_plan(root, {k: v for k, v in fields.items() if k not in ("whiten", "channels")}, store=str(tmp_path/"store"), workers=2), progress=False)
+        train(
+            tmp_path/"run",
+            make_plan(
+                root,
+                {k: v for k, v in fields.items() if k not in ("whiten", "channels")},
+                store=str(tmp_path/"store"),
+                workers=2,
+            ),
+            progress=False,
+        )
     assert e.value.what.endswith(shard.name) and e.value.remedy and "Traceback" not in str(e.value)
 
 
@@ -255,5 +339,6 @@ def test_adapters_alone_or_another_base_are_refused(corpus, whole, tmp_path):  #
     (tmp_path/"model"/"model.safetensors.sha256").unlink()
     state = load_file(tmp_path/"model"/"model.safetensors")
     save_file({n: t for n, t in state.items() if "lora_" in n}, tmp_path/"model"/"model.safetensors")
-    with pytest.raises(MedVLM3DError, match="without the connector") as e: MedVLM3D.from_pretrained(tmp_path/"model")
+    with pytest.raises(MedVLM3DError, match="without the connector") as e:
+        MedVLM3D.from_pretrained(tmp_path/"model")
     assert e.value.what == "model" and "save_pretrained" in e.value.remedy

@@ -1,4 +1,4 @@
-"""A feature store written by two ranks of which one dies, read through a small window, and never believed against its hash."""
+"""A feature store: two ranks write it and one dies, little memory reads it, hashes check it."""
 import json
 import re
 import shutil
@@ -27,11 +27,11 @@ import os, signal, sys
 import medvlm3d.features.store as features
 from medvlm3d.base.ranks import or_one_line
 count, encode_volume = 0, features.encode_volume
-def dies(*args):
+def dies(*args, **options):
     global count
     count += 1
     if count > 3 and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
-    return encode_volume(*args)
+    return encode_volume(*args, **options)
 features.encode_volume = dies
 or_one_line(lambda: features.main(sys.argv[1:]))
 """
@@ -59,8 +59,12 @@ def test_two_ranks_write_what_one_writes_though_one_of_them_is_killed(corpus, tm
     left = FeatureStore(tmp_path/"store", verify=True)
     kept = {file for file, _ in left.rows.values()}
     assert 2 <= len(left.rows) < 12 and same(left, alone, [i for i in images if i in left])
-    done = torchrun("medvlm3d.features.store", root/"data", tmp_path/"store", "--shard-size", "2", *TYPED[:-1])
-    assert done.returncode == 0 and re.search(r"encode \(rank 0 of 2\): 100%.* volumes/s", done.stderr), done.stderr
+    done = torchrun(
+        "medvlm3d.features.store", root/"data", tmp_path/"store", "--shard-size", "2", *TYPED[:-1]
+    )
+    assert done.returncode == 0 and re.search(r"encode \(rank 0 of 2\): 100%.* volumes/s", done.stderr), (
+        done.stderr
+    )
     store = FeatureStore(tmp_path/"store", verify=True)
     assert len(store) == 13 and len(store.rows) == 12 and same(store, alone, images)
     cards = [json.loads(f.read_text()) for f in (tmp_path/"store").glob("shard-*.json")]
@@ -76,20 +80,25 @@ def test_any_flipped_byte_of_a_shard_is_noticed_before_it_is_used(corpus, tmp_pa
     refused = 0
     for at in [*range(0, 1200, 37), *range(1200, len(whole), len(whole) // 40)]:
         shard.write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at+1:])
-        with pytest.raises(MedVLM3DError, match="is damaged. Encode again") as error: FeatureStore(tmp_path/"store", verify=True)
+        with pytest.raises(MedVLM3DError, match="is damaged. Encode again") as error:
+            FeatureStore(tmp_path/"store", verify=True)
         assert shard.name in error.value.what
         store = FeatureStore(tmp_path/"store")
         for image in images:
-            try: pair = store[image]
-            except MedVLM3DError as e: refused += shard.name in e.what and "is damaged" in e.why and "verify=True" in e.remedy
-            else: assert all(torch.equal(a, b) for a, b in zip(pair, alone[image])), at
+            try:
+                pair = store[image]
+            except MedVLM3DError as e:
+                refused += shard.name in e.what and "is damaged" in e.why and "verify=True" in e.remedy
+            else:
+                assert all(torch.equal(a, b) for a, b in zip(pair, alone[image])), at
     assert refused >= 60
 
 
 def test_what_a_killed_writer_left_does_not_count_and_is_removed(corpus, tmp_path):
     root, images, alone = corpus
     shutil.copytree(root/"alone", tmp_path/"store")
-    for card in (tmp_path/"store").glob("shard-*.json"): card.unlink()           # killed between a shard and its card
+    for card in (tmp_path/"store").glob("shard-*.json"):
+        card.unlink()  # killed between a shard and its card
     (tmp_path/"store"/".shard-0.safetensors.1.part").write_bytes(b"half")        # killed within a shard
     assert len(FeatureStore(tmp_path/"store")) == 0
     assert same(main([str(root/"data"), str(tmp_path/"store"), *TYPED]), alone, images)
@@ -98,14 +107,25 @@ def test_what_a_killed_writer_left_does_not_count_and_is_removed(corpus, tmp_pat
 
 def test_a_second_writer_and_other_settings_are_refused(corpus, tmp_path):
     root, images, _ = corpus
-    with only_writer(root/"alone"), pytest.raises(MedVLM3DError, match="alone: is being written by another process. Wait"):
+    message = "alone: is being written by another process. Wait"
+    with only_writer(root/"alone"), pytest.raises(MedVLM3DError, match=message):
         main([str(root/"data"), str(root/"alone"), *TYPED])
-    others = {"--rho": ("25", "rho (50 → 25)"), "--strategy": ("uniform", "strategy (cosine → uniform)"), "--size": ("48", "preprocess.height (32 → 48)")}
+    others = {
+        "--rho": ("25", "rho (50 → 25)"),
+        "--strategy": ("uniform", "strategy (cosine → uniform)"),
+        "--size": ("48", "preprocess.height (32 → 48)"),
+    }
     for option, (value, told) in others.items():
-        with pytest.raises(MedVLM3DError) as error: main([str(root/"data"), str(root/"alone"), *TYPED, option, value])
-        assert error.value.what.endswith("alone") and told in error.value.why and "new folder" in error.value.remedy
+        with pytest.raises(MedVLM3DError) as error:
+            main([str(root/"data"), str(root/"alone"), *TYPED, option, value])
+        assert (
+            error.value.what.endswith("alone")
+            and told in error.value.why
+            and "new folder" in error.value.remedy
+        )
     write_json(tmp_path/"old"/"store.json", {"encoder": "tiny"})
-    with pytest.raises(MedVLM3DError, match=r"old: has another form \(medvlm3d.features/1 → medvlm3d.features/3\). Encode into a new folder"):
+    message = r"old: has another form \(medvlm3d.features/1 → medvlm3d.features/3\). Encode into a new folder"
+    with pytest.raises(MedVLM3DError, match=message):
         FeatureStore(tmp_path/"old")
 
 
@@ -114,21 +134,40 @@ def test_every_form_of_m3d_is_read(tmp_path):
     import nibabel
     import numpy as np
     from PIL import Image
-    folder, array = tmp_path/"M3D_Cap"/"ct_case"/"000001", np.random.default_rng(0).random((10, 32, 32), np.float32)
+    folder, array = (
+        tmp_path/"M3D_Cap"/"ct_case"/"000001",
+        np.random.default_rng(0).random((10, 32, 32), np.float32),
+    )
     folder.mkdir(parents=True)
     np.save(folder/"Axial_a.npy", array[None])
     nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), folder/"Sagittal_b.nii.gz")
     (folder/"Coronal_c").mkdir()
-    for i, picture in enumerate(array): Image.fromarray((picture * 255).astype(np.uint8)).save(folder/"Coronal_c"/f"{i}.png")
+    for i, picture in enumerate(array):
+        Image.fromarray((picture * 255).astype(np.uint8)).save(folder/"Coronal_c"/f"{i}.png")
     images = [f"M3D_Cap/ct_case/000001/{name}" for name in ("Axial_a.npy", "Sagittal_b.nii.gz", "Coronal_c")]
     encoder, preprocess = load_encoder("tiny", size=32), Preprocess(8, 32, 32, plane="axial")
-    store = encode_images(tmp_path/"store", tmp_path, images=images, encoder=encoder, preprocess=preprocess, rho=50, progress=False, read=read_image)
-    for image in images: assert torch.equal(store[image][0], encode_volume(read_image(tmp_path/image), encoder, preprocess, 50)[0])
-    assert [store.key(image)[64:] for image in images] == [":m3d:axial:CT", ":m3d:sagittal:CT", ":m3d:coronal:CT"] and store.spec["reader"] == "read_image"
+    store = encode_images(
+        tmp_path/"store",
+        tmp_path,
+        images=images,
+        encoder=encoder,
+        preprocess=preprocess,
+        rho=50,
+        progress=False,
+        read=read_image,
+    )
+    for image in images:
+        features, _ = encode_volume(read_image(tmp_path/image), encoder, preprocess=preprocess, rho=50)
+        assert torch.equal(store[image][0], features)
+    assert [store.key(image)[64:] for image in images] == [
+        ":m3d:axial:CT",
+        ":m3d:sagittal:CT",
+        ":m3d:coronal:CT",
+    ] and store.spec["reader"] == "read_image"
 
 
 def test_what_the_reader_remarked_stays_with_the_features_and_is_counted(tmp_path, capfd):
-    "Interleaved slices and a header that contradicts itself: kept with the volume through shards and restarts, said at the end, and never a reason to fail."
+    "Interleaved slices and a header that contradicts itself: kept with the volume and counted."
     import nibabel
     import numpy as np
     grid = np.linspace(0, 1, 16, dtype=np.float32)
@@ -139,20 +178,33 @@ def test_what_the_reader_remarked_stays_with_the_features_and_is_counted(tmp_pat
     odd.set_qform(np.diag([3., 3, 3, 1]), 1)
     nibabel.save(odd, tmp_path/"odd.nii.gz")
     images = ["mixed0.npy", "mixed1.npy", "mixed2.npy", "plain.npy", "odd.nii.gz"]
-    made = encode_images(tmp_path/"store", tmp_path, images=images, encoder=load_encoder("tiny", size=32), preprocess=Preprocess(8, 32, 32), rho=50, shard_size=2)
+    made = encode_images(
+        tmp_path/"store",
+        tmp_path,
+        images=images,
+        encoder=load_encoder("tiny", size=32),
+        preprocess=Preprocess(8, 32, 32),
+        rho=50,
+        shard_size=2,
+    )
     said = capfd.readouterr().err
     assert ("3 volumes: the slices look interleaved: check their order\n" in said
             and "1 volume: qform and sform differ: the sform is used\n" in said and "mixed" not in said)
     for store in (made, FeatureStore(tmp_path/"store", verify=True)):
         assert (all("interleaved" in " ".join(store.notes(image)) for image in images[:3])
                 and not any("interleaved" in note for note in store.notes("plain.npy")))
-        assert "qform and sform differ: the sform is used" in store.notes("odd.nii.gz") and store.notes("nowhere.npy") == ()
+        assert (
+            "qform and sform differ: the sform is used" in store.notes("odd.nii.gz")
+            and store.notes("nowhere.npy") == ()
+        )
 
 
 READ_ALL = """
 import sys
 from medvlm3d.features.store import FeatureStore
-def resident(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")) / 1e3
+def resident():
+    sizes = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmRSS")]
+    return int(sizes[0]) / 1e3
 store = FeatureStore(sys.argv[1], most_open=int(sys.argv[2]))
 images = [f"{key}.npy" for key in store.rows]
 store[images[0]]
@@ -167,7 +219,15 @@ def test_memory_does_not_grow_with_the_store(tmp_path):
     spec = StoreSpec.of(load_encoder("tiny"), Preprocess(8, 64, 64)).to_dict()
     write_json(tmp_path/"store.json", {"format": FORMAT, **spec})
     keys = [f"{i:064x}" for i in range(48)]
-    for n in range(0, 48, 4): write_shard(tmp_path, {key: (torch.randn(16, 64, 1024).bfloat16(), torch.arange(16)) for key in keys[n:n+4]})
-    write_json(tmp_path/"images.json", {alias(f"{key}.npy"): {"key": key, "stamp": "", "sha256": key} for key in keys})
-    grown = [float(subprocess.run([sys.executable, "-c", READ_ALL, tmp_path, str(n)], capture_output=True, text=True, check=True).stdout) for n in (2, 12)]
-    assert grown[0] < 50 and grown[1] > 80, grown
+    for n in range(0, 48, 4):
+        drawn = {key: (torch.randn(16, 64, 1024).bfloat16(), torch.arange(16)) for key in keys[n:n+4]}
+        write_shard(tmp_path, drawn)
+    write_json(
+        tmp_path/"images.json",
+        {alias(f"{key}.npy"): {"key": key, "stamp": "", "sha256": key} for key in keys},
+    )
+    def growth(n):
+        command = [sys.executable, "-c", READ_ALL, tmp_path, str(n)]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    few, all_open = growth(2), growth(12)
+    assert few < 50 and all_open > 80, (few, all_open)
