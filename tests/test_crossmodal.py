@@ -134,7 +134,7 @@ def test_a_pair_is_replaced_by_one_of_the_same_source_or_not_at_all():
     "Three BraTS volumes in a pool of phantoms: two replacements are of BraTS, the third is an error."
     pool = [replace(f, source="BraTS 2023" if i < 3 else "phantom") for i, f in enumerate(invented(40, ("MR",)))]
     drafter = Drafter(pool, ROOT)
-    pair = drafter.pair("Modality Identification", drafter.take("MR", source="BraTS 2023"))
+    pair = drafter.pair("Modality Identification", drafter.pool.take("MR", source="BraTS 2023"))
     for _ in range(2):
         pair = drafter.replace(pair)
         assert pair.source == "BraTS 2023"
@@ -370,7 +370,7 @@ def test_the_account_is_of_the_first_round_before_replacement(reviewed):
 def test_a_review_without_end_is_ended():
     drafter = Drafter(invented(400), ROOT)
     with pytest.raises(MedVLM3DError, match="not unanimous after 3 rounds.*Look at what"):
-        review(drafter, drafter.draft(4), lambda n, ps: np.zeros((len(ps), 3), bool), most=3)
+        review(drafter, drafter.draft(4), lambda n, ps: np.zeros((len(ps), 3), bool), max_rounds=3)
 
 
 # --- split ----------------------------------------------------------------------------------------------------------
