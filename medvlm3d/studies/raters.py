@@ -10,6 +10,7 @@ __all__ = ['SHEET', 'VERDICTS', 'plain', 'volume_name', 'sheet_rows', 'write_row
 # %% ../../nbs/studies/raters.ipynb #f799a974
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -41,7 +42,7 @@ def sheet_rows(pairs: Sequence[Sample], rater: str, seed: int = 0) -> list[list[
         rows.append([*map(plain, cells), "", ""])
     return rows
 
-# %% ../../nbs/studies/raters.ipynb #681a8901
+# %% ../../nbs/studies/raters.ipynb #a4a9fa03
 _SAVE_AGAIN = "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas."
 
 def write_rows(path: Path | str, rows: Sequence[Sequence[str]]):
@@ -52,16 +53,18 @@ def write_rows(path: Path | str, rows: Sequence[Sequence[str]]):
 def read_rows(path: Path | str) -> list[dict]:
     "The rows of a sheet as dicts; MedVLM3DError if the file is no sheet."
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file: rows = list(csv.DictReader(file, strict=True))
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
     except UnicodeDecodeError as error:
         raise MedVLM3DError(relative(path), "is not UTF-8", _SAVE_AGAIN) from error
     except csv.Error as error:
         raise MedVLM3DError(relative(path), f"is no CSV file ({error})", _SAVE_AGAIN) from error
     if any(set(row) != {*SHEET} for row in rows):
-        raise MedVLM3DError(relative(path), "does not have a sheet's columns", f"They are {', '.join(SHEET)}.")
+        raise MedVLM3DError(relative(path), "does not have a sheet's columns",
+                            f"They are {', '.join(SHEET)}.")
     return rows
 
-# %% ../../nbs/studies/raters.ipynb #85bc88d8
+# %% ../../nbs/studies/raters.ipynb #206add09
 _WRITE_ONE = f"Write {' or '.join(VERDICTS)}."
 
 def set_verdict(path: Path | str, id: str, verdict: str, comment: str = ""):
@@ -80,9 +83,9 @@ def set_verdict(path: Path | str, id: str, verdict: str, comment: str = ""):
         raise MedVLM3DError(id, "is not on this sheet", "Use an id of its first column.")
     for row in rows:
         if row["id"] == id: row |= {"verdict": verdict, "comment": comment}
-    write_rows(path, [[row[column] for column in SHEET] for row in rows])
+    write_rows(path, [list(map(row.get, SHEET)) for row in rows])
 
-# %% ../../nbs/studies/raters.ipynb #2f9a62e3
+# %% ../../nbs/studies/raters.ipynb #e96b85d3
 def read_sheet(path: Path | str, pairs: Sequence[Sample]) -> dict[str, bool]:
     "id → accepted? of one rater's sheet; one MedVLM3DError lists everything that is wrong, with lines."
     rows = read_rows(path)
@@ -98,7 +101,7 @@ def read_sheet(path: Path | str, pairs: Sequence[Sample]) -> dict[str, bool]:
     return {row["id"]: row["verdict"].strip().lower() == "accept" for row in rows}
 
 def _row_problem(row, expected, seen):
-    "(why, remedy) of a faulty row of a sheet, or None; `expected`: ids of the round, `seen`: ids of earlier rows."
+    "(why, remedy) of a faulty row, or None; `expected`: ids of the round, `seen`: ids of earlier rows."
     verdict = row["verdict"].strip().lower()
     if row["id"] not in expected: return "is not a pair of this round", "Remove the row."
     if row["id"] in seen: return "repeats a pair", "Keep one verdict for each."
@@ -107,7 +110,7 @@ def _row_problem(row, expected, seen):
 
 # %% ../../nbs/studies/raters.ipynb #e3b66c3e
 def votes_from_sheets(folder: Path | str, raters: Sequence[str], seed: int = 0) -> Callable:
-    "A `vote` for `review`: function (round, pairs) → verdicts (N, R) from `folder/round-1/RATER.csv` and so on."
+    "A `vote` for `review`: function (round, pairs) → verdicts (N, R) from `folder/round-1/RATER.csv` etc."
     def vote(round, pairs):
         sheets = Path(folder)/f"round-{round}"
         paths = {rater: sheets/f"{rater}.csv" for rater in raters}
@@ -116,11 +119,15 @@ def votes_from_sheets(folder: Path | str, raters: Sequence[str], seed: int = 0) 
         waiting = [rater for rater, path in paths.items() if _unfinished(path)]
         if waiting:
             raise MedVLM3DError(relative(sheets), f"awaits the verdicts of {', '.join(waiting)}",
-                                "Fill the column `verdict` of each sheet, or click through it with `open_review` "
-                                "(studies/judging), and run again.")
-        verdicts = [read_sheet(path, pairs) for path in paths.values()]
-        return np.array([[v[p.id] for v in verdicts] for p in pairs], bool)
+                                "Fill the column `verdict` of each sheet, or click through it with "
+                                "`open_review` (studies/judging), and run again.")
+        return np.stack([_verdicts(path, pairs) for path in paths.values()], 1)
     return vote
+
+def _verdicts(sheet, pairs):
+    "(N,) bool: whether the rater of a sheet accepted each pair."
+    accepted = read_sheet(sheet, pairs)
+    return np.array([accepted[p.id] for p in pairs], bool)
 
 def _unfinished(sheet): return any(not row["verdict"].strip() for row in read_rows(sheet))
 
@@ -145,6 +152,7 @@ def beyond_chance(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
 
+# %% ../../nbs/studies/raters.ipynb #8515d58b
 def cohen_kappa(counts: np.ndarray, i: int, j: int) -> np.ndarray:
     "Cohen's kappa of raters `i` and `j` from counts of patterns (..., 2^R)."
     share, raters = _shares(counts)
@@ -170,7 +178,7 @@ def disagreement(counts: np.ndarray) -> np.ndarray:
     return np.mean(differ, axis=0)
 
 def error_rate(counts: np.ndarray) -> np.ndarray:
-    "The error rate of independent raters from their disagreement; NaN where they differ more often than by guessing."
+    "The error rate of independent raters; NaN where they differ more often than by guessing."
     with np.errstate(invalid="ignore"): return (1 - np.sqrt(1 - 2 * disagreement(counts))) / 2
 
 # %% ../../nbs/studies/raters.ipynb #31641fe4
@@ -211,9 +219,10 @@ class _Interval:
 
 def _rounded(value): return None if value is None or not np.isfinite(value) else round(float(value), 6)
 
-# %% ../../nbs/studies/raters.ipynb #933bbb05
-def agreement(votes: np.ndarray, patients: Sequence, *, names: Sequence[str], seed: int = 0, n: int = 2000) -> dict:
-    """How far raters agreed: shares, kappas, the raters' error rate and the count of each pattern of verdicts.
+# %% ../../nbs/studies/raters.ipynb #7610ecc3
+def agreement(votes: np.ndarray, patients: Sequence, *, names: Sequence[str], seed: int = 0,
+              n: int = 2000) -> dict:
+    """How far raters agreed: shares, kappas, the raters' error rate and counts of patterns of verdicts.
 
     Parameters
     ----------
@@ -225,24 +234,29 @@ def agreement(votes: np.ndarray, patients: Sequence, *, names: Sequence[str], se
     columns = pattern_counts(np.asarray(votes, bool))
     raters = len(names)
     nobody, everybody = 0, 2**raters - 1
-    couples = list(combinations(range(raters), 2))
     interval = _Interval(columns, patients, seed=seed, n=n)
-
-    def couple(i, j): return interval(lambda counts: cohen_kappa(counts, i, j))
-    def mean_cohen(counts): return np.mean([cohen_kappa(counts, i, j) for i, j in couples], axis=0)
-
     return {"pairs": len(columns), "raters": list(names),
             "simulated": any(name.startswith("simulated") for name in names),
             "accepted by all": interval.share([everybody]),
             "same verdict": interval.share([nobody, everybody]),
             "rejected by all": interval.share([nobody]),
-            "Cohen": {f"{i + 1} and {j + 1}": couple(i, j) for i, j in couples},
-            "mean Cohen": interval(mean_cohen),
+            **_cohen(interval, raters),
             "Fleiss": interval(fleiss_kappa),
             "error rate": interval(error_rate),
             "patterns": _named_patterns(columns.sum(0), raters)}
 
+# %% ../../nbs/studies/raters.ipynb #b628baf5
+def _cohen(interval, raters):
+    "Cohen's kappa of each couple of raters and their mean, with intervals."
+    couples = list(combinations(range(raters), 2))
+    kappas = {}
+    for i, j in couples: kappas[f"{i + 1} and {j + 1}"] = interval(partial(cohen_kappa, i=i, j=j))
+    def mean(counts): return np.mean([cohen_kappa(counts, i, j) for i, j in couples], axis=0)
+    return {"Cohen": kappas, "mean Cohen": interval(mean)}
+
 def _named_patterns(counts, raters):
     "Counts by pattern, written as + (accepted) and - (rejected) of each rater in turn."
-    names = ("".join("-+"[int(bit)] for bit in pattern) for pattern in patterns(raters))
-    return dict(zip(names, counts.astype(int).tolist()))
+    named = {}
+    for pattern, count in zip(patterns(raters), counts.astype(int).tolist()):
+        named["".join("-+"[int(bit)] for bit in pattern)] = count
+    return named
