@@ -31,6 +31,7 @@ class Judged:
     image: Path
     mask: Path
 
+# %% ../../nbs/studies/judging.ipynb #aa61e6f7
 def write_round(path: Path | str, pairs: Sequence[Sample], facts: dict, root: Path):
     """Store the pairs of a round, one line a pair.
 
@@ -43,10 +44,12 @@ def write_round(path: Path | str, pairs: Sequence[Sample], facts: dict, root: Pa
     lines = []
     for p in pairs:
         image, mask = (file.relative_to(root).as_posix() for file in (facts[p.id].image, facts[p.id].mask))
-        row = Judged(p.id, p.question, letter=p.letter, answer=p.answer, modality=p.modality, image=image, mask=mask)
+        row = Judged(p.id, p.question, letter=p.letter, answer=p.answer, modality=p.modality,
+                     image=image, mask=mask)
         lines.append(json.dumps(asdict(row), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
+# %% ../../nbs/studies/judging.ipynb #a649cd2a
 def read_round(path: Path | str, root: Path | str) -> dict[str, Judged]:
     "id → `Judged` of a stored round."
     if not Path(path).exists():
@@ -55,9 +58,9 @@ def read_round(path: Path | str, root: Path | str) -> dict[str, Judged]:
     rows = [Judged(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     return {row.id: replace(row, image=Path(root)/row.image, mask=Path(root)/row.mask) for row in rows}
 
-# %% ../../nbs/studies/judging.ipynb #b92d5885
+# %% ../../nbs/studies/judging.ipynb #daf7517a
 def keeping(vote: Callable, folder: Path | str, facts: dict, root: Path) -> Callable:
-    """The `vote` of a review, which stores each round in `folder/round-1/pairs.jsonl` and so on before the raters vote.
+    """The `vote` of a review that first stores each round, in `folder/round-1/pairs.jsonl` and so on.
 
     Parameters
     ----------
@@ -81,15 +84,17 @@ def pair_picture(judged: Judged, outline: bool = True) -> bytes:
     figure.savefig(out, format="png", dpi=80)
     return out.getvalue()
 
-# %% ../../nbs/studies/judging.ipynb #1839f8fc
+# %% ../../nbs/studies/judging.ipynb #bc3a4e85
 def _widgets():
     "ipywidgets; MedVLM3DError where it is not installed."
     try: import ipywidgets
     except ImportError as error:
         raise MedVLM3DError("ipywidgets", "is not installed, and a review is opened as a widget",
-                            "pip install 'medvlm3d[notebooks]', or fill the sheet in a spreadsheet.") from error
+                            "pip install 'medvlm3d[notebooks]', or fill the sheet in a spreadsheet."
+                            ) from error
     return ipywidgets
 
+# %% ../../nbs/studies/judging.ipynb #8a1ba467
 class _ReviewPanel:
     "The parts of a review widget; `sheet` is the rater's file and `judged` id → `Judged`."
     def __init__(self, sheet, judged, outline):
@@ -119,9 +124,9 @@ class _ReviewPanel:
         self.comment.value = ""
         self.show()
 
-# %% ../../nbs/studies/judging.ipynb #51c2ddcc
+# %% ../../nbs/studies/judging.ipynb #360a5c23
 def review_widget(sheet: Path | str, judged: dict[str, Judged], outline: bool = True):
-    "A widget to judge the open pairs of one `sheet` with two buttons; each verdict is written to the file at once."
+    "A widget to judge the open pairs of one `sheet`; each verdict is written to the file at once."
     panel = _ReviewPanel(sheet, judged, outline)
     panel.show()
     return panel.box
@@ -141,11 +146,13 @@ def open_review(folder: Path | str, rater: str, data: Path | str | None = None, 
     rounds = [p for p in (folder/"review").glob("round-*") if (p/f"{rater}.csv").exists()]
     if not rounds:
         raise MedVLM3DError(relative(folder), f"holds no sheet of {rater}",
-                            "Run `medvlm3d data crossmodal` with this name in `raters` first, and spell it as there.")
+                            "Run `medvlm3d data crossmodal` with this name in `raters` first, "
+                            "and spell it as there.")
     last = max(rounds, key=lambda p: int(p.name.split("-")[1]))
     root = project_root()/(data or _data_root(folder))
     return review_widget(last/f"{rater}.csv", read_round(last/"pairs.jsonl", root), outline)
 
+# %% ../../nbs/studies/judging.ipynb #1a5f74d4
 def _data_root(folder):
     "The data root that the run folder of a review names in its configuration."
     config = folder/"config.yaml"
