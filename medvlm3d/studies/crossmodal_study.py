@@ -20,8 +20,8 @@ from ..data.manifest import with_hashes, write_manifest
 from ..data.samples import Sample
 from ..evaluation.baselines import Blank, Reversed
 from ..evaluation.prediction import other_images, prediction_line
-from ..evaluation.scores import (chance_scores, constant_predictions, evaluate_systems, holm_table, lookup,
-                                        score_predictions)
+from ..evaluation.scores import (chance_scores, constant_predictions, evaluate_systems, holm_table,
+                                        lookup, score_predictions)
 from ..features.encode import StoreSpec
 from ..features.store import FeatureStore, encode_images
 from ..method.model import MedVLM3D
@@ -30,7 +30,8 @@ from ..report.figures import new_figure, save_figure
 from ..report.tables import Table, cell_text, comparison_table, published, published_value, write_table
 from ..scans.volume import Preprocess
 from .crossmodal import (MODALITY_WORDS, QUESTIONS, Drafter, Review, collect_facts,
-                                         load_phantom_studies, review, show_pair, simulated_raters, split_by_patient)
+                                         load_phantom_studies, review, show_pair, simulated_raters,
+                                         split_by_patient)
 from .demo import load, predictions_of
 from .judging import keeping
 from .raters import agreement, simulated_names, votes_from_sheets
@@ -38,8 +39,9 @@ from .raters import agreement, simulated_names, votes_from_sheets
 # %% ../../nbs/studies/crossmodal_study.ipynb #ddcc55b7
 READERS = {"brats": load_brats, "autopet": load_autopet, "phantom": load_phantom_studies}
 
-def open_corpora(data: Path | str, corpora: Sequence[str] = ("brats", "autopet", "phantom"), *, studies: int = 16,
-                 shape: Sequence[int] = (40, 64, 64), seed: int = 0, workers: int = 2) -> list[Study]:
+def open_corpora(data: Path | str, corpora: Sequence[str] = ("brats", "autopet", "phantom"), *,
+                 studies: int = 16, shape: Sequence[int] = (40, 64, 64), seed: int = 0,
+                 workers: int = 2) -> list[Study]:
     """The studies of the corpora below `data`; the studies of a generated corpus are named so.
 
     Parameters
@@ -50,18 +52,21 @@ def open_corpora(data: Path | str, corpora: Sequence[str] = ("brats", "autopet",
     shape : (D, H, W) of a generated volume
     workers : processes that generate
     """
-    found = []
+    opened = []
     for name in corpora:
         if name not in READERS:
             raise MedVLM3DError(name, "is no corpus of this benchmark", f"Choose from {', '.join(READERS)}.")
         folder = Path(data)/name
         if not folder.exists() or is_generated(folder):
             write_layout(folder, name, studies=studies, shape=tuple(shape), seed=seed, workers=workers)
-        corpus = READERS[name](folder)
-        if is_generated(folder) and name != "phantom":
-            corpus = [replace(s, source=f"generated, layout of {s.source}") for s in corpus]
-        found += corpus
-    return found
+        opened += _read_corpus(name, folder)
+    return opened
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #117451d6
+def _read_corpus(name, folder):
+    corpus = READERS[name](folder)
+    if name == "phantom" or not is_generated(folder): return corpus
+    return [replace(s, source=f"generated, layout of {s.source}") for s in corpus]
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #1ab9c785
 def _rater_words(account): return "simulated raters" if account["simulated"] else "raters"
@@ -71,7 +76,8 @@ def _drafter(facts, data, *, seed, slip):
     drafter = Drafter(facts, data, seed, slip)
     if len(drafter.offered) < 2:
         modalities = " and ".join(drafter.offered)
-        raise MedVLM3DError("the studies", f"are all {modalities}: to ask for the modality would be to answer",
+        raise MedVLM3DError("the studies",
+                            f"are all {modalities}: to ask for the modality would be to answer",
                             "Give corpora of MR and of PET.")
     return drafter
 
@@ -81,7 +87,7 @@ def _vote(out, data, *, drafter, raters, error, seed):
     folder = Path(out)/"review"
     return keeping(votes_from_sheets(folder, raters, seed), folder, drafter.facts, Path(data))
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #9229173b
+# %% ../../nbs/studies/crossmodal_study.ipynb #f48d2c28
 def _account(done: Review, *, names, seed, resamples):
     "Agreement in the first round of a review, and the length of each round."
     first, votes = done.first
@@ -91,12 +97,21 @@ def _account(done: Review, *, names, seed, resamples):
 
 def _pairs_by_source(pairs):
     "split → source → number of pairs."
-    counts = {side: Counter(p.source for p in pairs if p.split == side) for side in ("train", "test")}
-    return {side: dict(sorted(by_source.items())) for side, by_source in counts.items()}
+    counts = {}
+    for side in ("train", "test"):
+        sources = sorted(p.source for p in pairs if p.split == side)
+        counts[side] = dict(Counter(sources))
+    return counts
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #36e6f11c
-def build(out: Path | str, data: Path | str, *, studies: Sequence[Study], volumes: int = 8, raters: Sequence[str] = (),
-          error: float = .02, slip: float = .03, seed: int = 0, resamples: int = 2000) -> tuple:
+def _named_sources(pairs, account):
+    "The pairs; if simulated raters accepted them, their source says so."
+    if not account["simulated"]: return pairs
+    return [replace(p, source=f"{p.source}, accepted by {_rater_words(account)}") for p in pairs]
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #80b3d909
+def build(out: Path | str, data: Path | str, *, studies: Sequence[Study], volumes: int = 8,
+          raters: Sequence[str] = (), error: float = .02, slip: float = .03, seed: int = 0,
+          resamples: int = 2000) -> tuple:
     """Draft, review and split; writes `crossmodal.jsonl` below `data` and `review.json` below `out`.
 
     Returns (pairs, account, drafter).
@@ -120,14 +135,14 @@ def build(out: Path | str, data: Path | str, *, studies: Sequence[Study], volume
     if not raters: account |= {"known error": error, "slip": slip}
     account |= {"studies": dict(Counter(s.source for s in studies)), "refused": refused,
                 "pairs of": _pairs_by_source(pairs)}
-    if account["simulated"]:
-        pairs = [replace(p, source=f"{p.source}, accepted by {_rater_words(account)}") for p in pairs]
+    pairs = _named_sources(pairs, account)
     write_manifest(Path(data)/"crossmodal.jsonl", with_hashes(data, pairs))
     write_json(Path(out)/"review.json", account)
     return pairs, account, drafter
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #76d72cfe
-def encode_samples(model: MedVLM3D, data: Path | str, samples: Sequence[Sample], progress: bool = True) -> FeatureStore:
+def encode_samples(model: MedVLM3D, data: Path | str, samples: Sequence[Sample],
+                   progress: bool = True) -> FeatureStore:
     """The feature store of the samples' volumes, as the model's own processor and encoder see them.
 
     Parameters
@@ -141,11 +156,13 @@ def encode_samples(model: MedVLM3D, data: Path | str, samples: Sequence[Sample],
                    strategy=config.selection, seed=config.seed, grid=tuple(config.grid), read=read_image)
     name = sha256_json(StoreSpec.of(**options).to_dict())[:8]
     images = [s.image for s in samples]
-    return encode_images(Path(data)/f"features-{name}", data, images=images, samples=samples, progress=progress, **options)
+    return encode_images(Path(data)/f"features-{name}", data, images=images, samples=samples,
+                         progress=progress, **options)
 
+# %% ../../nbs/studies/crossmodal_study.ipynb #55005e01
 def answer_all(out: Path | str, data: Path | str, *, asked: Sequence[Sample], model: dict, seed: int = 0,
                progress: bool = True) -> dict[str, list]:
-    """System → prediction lines: the model on the pairs `asked`, and with another, a blank or a reversed volume.
+    """System → prediction lines: the model, and the model with another, a blank or a reversed volume.
 
     Parameters
     ----------
@@ -156,17 +173,19 @@ def answer_all(out: Path | str, data: Path | str, *, asked: Sequence[Sample], mo
     """
     store = encode_samples(model["model"], data, asked, progress)
     def predict(name, features, **options):
-        return predictions_of(Path(out), name, model=model, samples=asked, store=features, progress=progress, **options)
+        return predictions_of(Path(out), name, model=model, samples=asked, store=features, progress=progress,
+                              **options)
     return {"model": predict("model", store),
             "other image": predict("other image", store, images=other_images(asked, seed)),
             "blank image": predict("blank image", Blank(store, model["model"].encoder)),
             "slices reversed": predict("slices reversed", Reversed(store))}
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #b7ed3adf
+# %% ../../nbs/studies/crossmodal_study.ipynb #3a72a399
 def by_modality(results: dict) -> dict:
     "The scores of `results.json` by modality: all, MRI, PET."
     return {name: results[name] for name in ("all", *MODALITY_WORDS.values()) if name in results}
 
+# %% ../../nbs/studies/crossmodal_study.ipynb #6d8bd128
 def scores(systems: dict[str, list], asked: Sequence[Sample], *, training: Sequence[Sample], seed: int = 0,
            n: int = 2000) -> dict:
     """all, MRI, PET → scores of the systems.
@@ -181,24 +200,34 @@ def scores(systems: dict[str, list], asked: Sequence[Sample], *, training: Seque
     words = {p.id: MODALITY_WORDS[p.modality] for p in asked}
     results = {}
     for name in ("all", *(word for word in MODALITY_WORDS.values() if word in words.values())):
-        def of(lines): return [line for line in lines if name in ("all", words[line["id"]])]
+        ids = {i for i, word in words.items() if name in ("all", word)}
         if systems:
-            lines = {system: of(predictions) for system, predictions in systems.items()}
+            lines = {system: _of(predictions, ids) for system, predictions in systems.items()}
             results[name] = evaluate_systems(lines, training, seed=seed, n=n)
         else:
-            results[name] = _baselines(of([prediction_line(p) for p in asked]), training, seed=seed, n=n)
-    comparisons = {name: r.get("comparisons", {}) for name, r in results.items()}
-    holm_table({(name, system): tasks for name, c in comparisons.items() for system, tasks in c.items()})
+            lines = [prediction_line(p) for p in asked if p.id in ids]
+            results[name] = _baselines(lines, training, seed=seed, n=n)
+    _correct(results)
     return results
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #7273641b
+def _of(lines, ids): return [line for line in lines if line["id"] in ids]
 
 def _baselines(lines, training, *, seed, n):
     "Scores of the constant answer and of chance on unanswered lines."
     constant = score_predictions(constant_predictions(lines, training), seed=seed, n=n)
     return {"systems": {"constant": constant, "chance": chance_scores(lines)}}
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #bb2fe16d
-def score(out: Path | str, data: Path | str, *, pairs: Sequence[Sample], account: dict, model: dict | None = None,
-          seed: int = 0, resamples: int = 2000, progress: bool = True) -> dict:
+def _correct(results):
+    "Add Holm's corrected p to all comparisons of `results`."
+    comparisons = {}
+    for name, r in results.items():
+        for system, tasks in r.get("comparisons", {}).items(): comparisons[name, system] = tasks
+    holm_table(comparisons)
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #04fe51ec
+def score(out: Path | str, data: Path | str, *, pairs: Sequence[Sample], account: dict,
+          model: dict | None = None, seed: int = 0, resamples: int = 2000, progress: bool = True) -> dict:
     """`scores` on the test pairs, and what identifies the pairs; written to `results.json` below `out`.
 
     Parameters
@@ -220,8 +249,9 @@ def score(out: Path | str, data: Path | str, *, pairs: Sequence[Sample], account
 # %% ../../nbs/studies/crossmodal_study.ipynb #bec2c2cb
 SYSTEMS = ("model", "other image", "blank image", "slices reversed", "constant", "chance")
 PROTOCOL = "standard protocol (strict parser)"
-NOTE = ("Accuracy × 100; in brackets 95 % intervals from resampling cases. constant: the most frequent answer of all training pairs, "
-        "which names one modality and is therefore right in the one and wrong in the other. "
+NOTE = ("Accuracy × 100; in brackets 95 % intervals from resampling cases. "
+        "constant: the most frequent answer of all training pairs, which names one modality "
+        "and is therefore right in the one and wrong in the other. "
         "Published numbers are on BraTS 2023 and AutoPET, 'here' is on the sources named below.")
 
 def _accepted_by(account):
@@ -230,26 +260,30 @@ def _accepted_by(account):
     if account["simulated"]:
         warning = (" These raters are simulated: programs that know the truth and err at a known rate; "
                    "no person has looked at the pairs.")
-    return f" Pairs accepted by all {len(account['raters'])} {_rater_words(account)}.{warning} Research use only."
+    raters = f"{len(account['raters'])} {_rater_words(account)}"
+    return f" Pairs accepted by all {raters}.{warning} Research use only."
 
+# %% ../../nbs/studies/crossmodal_study.ipynb #ede7719b
 def accuracy_table(results: dict, account: dict) -> Table:
     "Rows of modality × type; columns: the paper, and each system here."
-    known, rows = published(), []
+    rows = []
     for name, r in by_modality(results).items():
-        for group in (*QUESTIONS, "micro"):
-            options = dict(protocol="standard", task="closed", metric="accuracy", group=group)
-            cells = [lookup(r, system, **options) for system in SYSTEMS]
-            n = next((c["n"] for c in cells if c), 0)
-            question, paper = group, "–"
-            if group == "micro":
-                question = "all"
-                paper = published_value(known, "paper", task="crossmodal", type=name, metric="accuracy")
-            rows.append((name, question, n, paper, *(cell_text(c, "not run") for c in cells)))
+        rows += [(name, kind, *_accuracy_cells(r, kind, "–")) for kind in QUESTIONS]
+        paper = published_value(published(), "paper", task="crossmodal", type=name, metric="accuracy")
+        rows.append((name, "all", *_accuracy_cells(r, "micro", paper)))
     columns = ("modality", "question", f"pairs accepted by {_rater_words(account)}", "paper",
                *(f"here: {s}" for s in SYSTEMS))
-    return Table(f"Cross-modal benchmark, test patients, {PROTOCOL}", columns, tuple(rows), NOTE + _accepted_by(account))
+    return Table(f"Cross-modal benchmark, test patients, {PROTOCOL}", columns, tuple(rows),
+                 NOTE + _accepted_by(account))
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #ec40ed12
+def _accuracy_cells(results, group, paper):
+    "(number of pairs, paper, accuracy of each system)."
+    options = dict(protocol="standard", task="closed", metric="accuracy", group=group)
+    cells = [lookup(results, system, **options) for system in SYSTEMS]
+    n = next((c["n"] for c in cells if c), 0)
+    return n, paper, *(cell_text(c, "not run") for c in cells)
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #0772c5dd
 def _accuracies(tasks):
     "Comparisons of closed accuracy without the mean over all questions, which repeats the others."
     accuracy = tasks["closed"]["accuracy"]
@@ -259,7 +293,8 @@ def difference_table(results: dict, account: dict) -> Table:
     "The model minus each other system, by modality and type; Holm over all rows."
     comparisons = {}
     for name, r in by_modality(results).items():
-        for system, tasks in r.get("comparisons", {}).items(): comparisons[f"{system}, {name}"] = _accuracies(tasks)
+        for system, tasks in r.get("comparisons", {}).items():
+            comparisons[f"{system}, {name}"] = _accuracies(tasks)
     table = comparison_table({"comparisons": comparisons})
     note = "Not run: no model was given."
     if comparisons:
@@ -269,7 +304,7 @@ def difference_table(results: dict, account: dict) -> Table:
     return Table(f"Cross-modal benchmark, differences in accuracy, {PROTOCOL}", columns, table.rows,
                  note + _accepted_by(account))
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #006bdf50
+# %% ../../nbs/studies/crossmodal_study.ipynb #61aec0cc
 def _span(v, factor=1., digits=3):
     "`0.927 [0.901, 0.950]`, or what is missing."
     if v["value"] is None: return "undefined: nobody rejected anything" if factor == 1. else "–"
@@ -279,30 +314,37 @@ def _span(v, factor=1., digits=3):
 
 def _percent(v): return _span(v, 100, 2)
 
+def _published(metric):
+    return published_value(published(), "paper", task="crossmodal", type="raters", metric=metric)
+
+def _kappa_rows(account):
+    rows = [("Cohen's kappa, mean of the couples", _published("kappa"), _span(account["mean Cohen"]))]
+    rows += [(f"Cohen's kappa, raters {name}", "–", _span(v)) for name, v in account["Cohen"].items()]
+    return rows + [("Fleiss' kappa", "–", _span(account["Fleiss"]))]
+
 def _simulation_rows(account):
+    if not account["simulated"]: return []
     return [("error rate of a rater, % (as simulated)", "–", f"{100 * account['known error']:g}"),
             ("wrong pairs in the draft, % (as simulated)", "–", f"{100 * account['slip']:g}")]
 
+# %% ../../nbs/studies/crossmodal_study.ipynb #1d31a21e
 def agreement_table(account: dict) -> Table:
     "Agreement in the first round, beside the paper's two numbers."
-    known = published()
-    def paper(metric): return published_value(known, "paper", task="crossmodal", type="raters", metric=metric)
+    unanimity = _published("first-round unanimity")
     rows = [("pairs judged", "3000", account["pairs"]),
-            ("accepted by all, %", paper("first-round unanimity"), _percent(account["accepted by all"])),
+            ("accepted by all, %", unanimity, _percent(account["accepted by all"])),
             ("rejected by all, %", "–", _percent(account["rejected by all"])),
-            ("Cohen's kappa, mean of the couples", paper("kappa"), _span(account["mean Cohen"]))]
-    rows += [(f"Cohen's kappa, raters {name}", "–", _span(v)) for name, v in account["Cohen"].items()]
-    rows += [("Fleiss' kappa", "–", _span(account["Fleiss"])),
-             ("error rate of a rater, % (from the votes alone)", "–", _percent(account["error rate"]))]
-    if account["simulated"]: rows += _simulation_rows(account)
-    rows += [("rounds until unanimous", "not stated", len(account["rounds"])),
-             ("pairs replaced", "not stated", account["replaced"])]
+            *_kappa_rows(account),
+            ("error rate of a rater, % (from the votes alone)", "–", _percent(account["error rate"])),
+            *_simulation_rows(account),
+            ("rounds until unanimous", "not stated", len(account["rounds"])),
+            ("pairs replaced", "not stated", account["replaced"])]
     raters = _rater_words(account)
     return Table(f"Agreement of {len(account['raters'])} {raters} in the first round, before replacement",
                  ("quantity", "paper", f"here: {raters}"), tuple(rows),
                  "In brackets 95 % intervals from resampling patients." + _accepted_by(account))
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #8e5c5172
+# %% ../../nbs/studies/crossmodal_study.ipynb #81a87802
 def source_table(account: dict) -> Table:
     "Sources of the benchmark, and why studies were not used."
     sides = ("train", "test")
@@ -323,35 +365,40 @@ def study_tables(results: dict, account: dict) -> dict[str, Table]:
 # %% ../../nbs/studies/crossmodal_study.ipynb #5295e0a9
 def _draw_kappas(ax, account):
     "Kappa of each couple, their mean and Fleiss', with intervals; a line at the paper's."
-    rows = [*((f"raters {name}", v) for name, v in account["Cohen"].items()),
-            ("mean of couples", account["mean Cohen"]), ("Fleiss", account["Fleiss"])]
-    for y, (_, v) in enumerate(rows):
-        value = v["value"]
-        if value is None:
-            ax.text(.02, y, "undefined: nobody rejected anything", va="center", fontsize=7)
-            continue
-        error = None if v["low"] is None else [[value - v["low"]], [v["high"] - value]]
-        colour = "C0" if y < len(rows) - 2 else "C1"
-        ax.errorbar(value, y, xerr=error, fmt="o", color=colour, capsize=3, ms=5)
-    paper = published_value(published(), "paper", task="crossmodal", type="raters", metric="kappa")
+    rows = {f"raters {name}": v for name, v in account["Cohen"].items()}
+    couples = len(rows)
+    rows |= {"mean of couples": account["mean Cohen"], "Fleiss": account["Fleiss"]}
+    for y, v in enumerate(rows.values()): _draw_kappa(ax, y, v, "C0" if y < couples else "C1")
+    paper = _published("kappa")
     ax.axvline(float(paper), color=".4", ls="--", lw=1, label=f"paper: {paper}")
-    ax.set(yticks=range(len(rows)), yticklabels=[name for name, _ in rows], xlim=(0, 1.02),
-           xlabel="kappa, before replacement", title=f"{len(account['raters'])} {_rater_words(account)}, first round")
+    ax.set(yticks=range(len(rows)), yticklabels=list(rows), xlim=(0, 1.02),
+           xlabel="kappa, before replacement",
+           title=f"{len(account['raters'])} {_rater_words(account)}, first round")
     ax.invert_yaxis()
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, .86))
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #ac875fc7
+def _draw_kappa(ax, y, v, colour):
+    value = v["value"]
+    if value is None:
+        ax.text(.02, y, "undefined: nobody rejected anything", va="center", fontsize=7)
+        return
+    error = None if v["low"] is None else [[value - v["low"]], [v["high"] - value]]
+    ax.errorbar(value, y, xerr=error, fmt="o", color=colour, capsize=3, ms=5)
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #3ebbb4a1
 def _draw_rounds(ax, rounds):
     "Pairs judged in each round, those accepted by all and those discarded."
     for i, r in enumerate(rounds, 1):
         judged, accepted = r["judged"], r["accepted by all"]
-        ax.bar(i, accepted, color="C0", label="accepted by all" if i == 1 else None)
-        ax.bar(i, judged - accepted, bottom=accepted, color="C3", label="discarded and replaced" if i == 1 else None)
+        labels = ("accepted by all", "discarded and replaced") if i == 1 else (None, None)
+        ax.bar(i, accepted, color="C0", label=labels[0])
+        ax.bar(i, judged - accepted, bottom=accepted, color="C3", label=labels[1])
         ax.text(i, judged, f"{accepted} of {judged}", ha="center", va="bottom", fontsize=8)
     ax.set(xlabel="round", ylabel="pairs", xticks=range(1, len(rounds) + 1), title="until unanimous",
            ylim=(0, 1.15 * rounds[0]["judged"]))
     ax.legend(frameon=False, fontsize=8)
 
+# %% ../../nbs/studies/crossmodal_study.ipynb #b429ee03
 def agreement_figure(account: dict):
     "Left: kappas of the first round and the paper's. Right: pairs judged and accepted in each round."
     import seaborn as sns
@@ -362,7 +409,7 @@ def agreement_figure(account: dict):
     figure.suptitle("Research use only", fontsize=7, color=".4")
     return figure
 
-# %% ../../nbs/studies/crossmodal_study.ipynb #64845d8f
+# %% ../../nbs/studies/crossmodal_study.ipynb #48486185
 def contact_sheet(pairs: Sequence[Sample], facts: dict, account: dict, each: int = 2):
     """Pairs on place in three planes, with the lesion outlined.
 
@@ -372,10 +419,7 @@ def contact_sheet(pairs: Sequence[Sample], facts: dict, account: dict, each: int
     facts : id of a pair → its `Facts`
     each : number of pairs of every source and modality
     """
-    located = [p for p in pairs if p.type == "Anatomical Localization"]
-    chosen = []
-    for kind in sorted({(p.source, p.modality) for p in pairs}):
-        chosen += [p for p in located if (p.source, p.modality) == kind][:each]
+    chosen = _examples(pairs, each)
     figure, axes = new_figure(6.4, 2.1 * len(chosen), len(chosen), 3, squeeze=False)
     for row, p in zip(axes, chosen):
         show_pair(row, p, facts[p.id])
@@ -385,11 +429,20 @@ def contact_sheet(pairs: Sequence[Sample], facts: dict, account: dict, each: int
     figure.suptitle(title, fontsize=7, color=".4")
     return figure
 
+# %% ../../nbs/studies/crossmodal_study.ipynb #8369123d
+def _examples(pairs, each):
+    "The first pairs on place of every source and modality."
+    located = [p for p in pairs if p.type == "Anatomical Localization"]
+    chosen = []
+    for kind in sorted({(p.source, p.modality) for p in pairs}):
+        chosen += [p for p in located if (p.source, p.modality) == kind][:each]
+    return chosen
+
 # %% ../../nbs/studies/crossmodal_study.ipynb #ec2bd776
-def run(out: Path | str, data: Path | str, *, corpora: Sequence[str] = ("brats", "autopet", "phantom"), studies: int = 16,
-        shape: Sequence[int] = (40, 64, 64), volumes: int = 8, raters: Sequence[str] = (), error: float = .02,
-        slip: float = .03, model: Path | str = "", resamples: int = 2000, seed: int = 0, workers: int = 2,
-        progress: bool = True) -> dict[str, Table]:
+def run(out: Path | str, data: Path | str, *, corpora: Sequence[str] = ("brats", "autopet", "phantom"),
+        studies: int = 16, shape: Sequence[int] = (40, 64, 64), volumes: int = 8, raters: Sequence[str] = (),
+        error: float = .02, slip: float = .03, model: Path | str = "", resamples: int = 2000, seed: int = 0,
+        workers: int = 2, progress: bool = True) -> dict[str, Table]:
     """The whole study in the folder `out` with volumes below `data`; returns its tables by name.
 
     Parameters
@@ -401,17 +454,24 @@ def run(out: Path | str, data: Path | str, *, corpora: Sequence[str] = ("brats",
     resamples : for the intervals
     """
     config = dict(data=str(data), corpora=list(corpora), studies=studies, shape=list(shape), volumes=volumes,
-                  raters=list(raters), error=error, slip=slip, model=str(model), resamples=resamples, seed=seed)
+                  raters=list(raters), error=error, slip=slip, model=str(model), resamples=resamples,
+                  seed=seed)
     out, data = project_root()/out, project_root()/data
     with open_run(out, config, raters=f"{len(raters)} people" if raters else "simulated") as folder:
         opened = open_corpora(data, corpora, studies=studies, shape=shape, seed=seed, workers=workers)
-        pairs, account, drafter = build(out, data, studies=opened, volumes=volumes, raters=raters, error=error,
-                                        slip=slip, seed=seed, resamples=resamples)
+        pairs, account, drafter = build(out, data, studies=opened, volumes=volumes, raters=raters,
+                                        error=error, slip=slip, seed=seed, resamples=resamples)
         loaded = load(project_root()/model) if model else None
         results = score(out, data, pairs=pairs, account=account, model=loaded, seed=seed, resamples=resamples,
                         progress=progress)
-        tables = study_tables(results, account)
-        for name, table in tables.items(): write_table(table, folder/"tables", name)
-        save_figure(agreement_figure(account), folder/"figures", "agreement")
-        save_figure(contact_sheet(pairs, drafter.facts, account), folder/"figures", "contact-sheet")
+        sheet = contact_sheet(pairs, drafter.facts, account)
+        save_figure(sheet, folder/"figures", "contact-sheet")
+        return _write(folder, results, account)
+
+# %% ../../nbs/studies/crossmodal_study.ipynb #de2f29e1
+def _write(folder, results, account):
+    "Write the tables and the figure of agreement below a run folder; returns the tables by name."
+    save_figure(agreement_figure(account), folder/"figures", "agreement")
+    tables = study_tables(results, account)
+    for name, table in tables.items(): write_table(table, folder/"tables", name)
     return tables
