@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODALITY_WORDS', 'NEAR', 'MINOR', 'QUESTIONS', 'PLACES', 'Facts', 'body_middle', 'largest_lesion', 'place_of',
-           'study_facts', 'collect_facts', 'load_phantom_studies', 'true_answer', 'VolumePool', 'Balance', 'Drafter',
-           'three_planes', 'show_pair', 'simulated_raters', 'Review', 'review', 'split_by_patient']
+           'study_facts', 'collect_facts', 'load_phantom_studies', 'true_answer', 'VolumePool', 'Balance', 'PairWriter',
+           'Drafter', 'three_planes', 'show_pair', 'simulated_raters', 'Review', 'review', 'split_by_patient']
 
 # %% ../../nbs/studies/crossmodal.ipynb #c3881e40
 from collections import Counter
@@ -30,6 +30,7 @@ MODALITY_WORDS = {"MR": "MRI", "PT": "PET", "CT": "CT"}
 NEAR = .1    # of the body's half extent: a lesion this close to a middle plane is not asked about
 MINOR = .2   # of the lesion: a half that holds less than this is not asked about
 
+# %% ../../nbs/studies/crossmodal.ipynb #1768a9e3
 @dataclass(frozen=True)
 class Facts:
     "What is known of one volume. `shares`: fractions of the lesion in the right and in the left half."
@@ -56,7 +57,7 @@ class Facts:
             elif share == 0: answers[side] = "no"
         return answers
 
-# %% ../../nbs/studies/crossmodal.ipynb #5dd0d588
+# %% ../../nbs/studies/crossmodal.ipynb #3c2df712
 def body_middle(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     "(middle, half extent) of the body along D, H, W in an axial MR or PET volume, in voxels."
     ceiling = 1.
@@ -73,10 +74,11 @@ def largest_lesion(mask: np.ndarray) -> np.ndarray:
     largest = 1 + np.bincount(labels.ravel())[1:].argmax()
     return np.argwhere(labels == largest).mean(0)
 
-# %% ../../nbs/studies/crossmodal.ipynb #b0804a6e
+# %% ../../nbs/studies/crossmodal.ipynb #717a234f
 def place_of(volume: Volume, mask: np.ndarray) -> tuple[str, str, tuple[float, float]]:
     "(side, level, shares) of the lesion in `mask` (bool, on the grid of the axial `volume`)."
-    if not mask.any(): raise MedVLM3DError("the mask", "holds no lesion", "Nothing can be asked about its place.")
+    if not mask.any():
+        raise MedVLM3DError("the mask", "holds no lesion", "Nothing can be asked about its place.")
     middle, half = body_middle(volume)
     level, _, side = (largest_lesion(mask) - middle) / half
     if min(abs(level), abs(side)) < NEAR:
@@ -103,29 +105,30 @@ def study_facts(study: Study, kind: str) -> Facts:
     return Facts(study.case, study.patient, source=study.source, modality=modality, kind=kind,
                  image=image, mask=study.mask, side=side, level=level, shares=shares)
 
-# %% ../../nbs/studies/crossmodal.ipynb #0a9efe33
-def collect_facts(studies: Sequence[Study], modalities: Sequence[str] = ("MR", "PT"), workers: int = 2) -> tuple:
-    "(list of `Facts`, refused): one volume of each study; `refused` counts the reasons for leaving studies out."
+# %% ../../nbs/studies/crossmodal.ipynb #dee13b46
+def collect_facts(studies: Sequence[Study], modalities: Sequence[str] = ("MR", "PT"),
+                  workers: int = 2) -> tuple:
+    "(list of `Facts`, refused): one volume of each study, and how often which reason left a study out."
     jobs = []
     for number, study in enumerate(studies):
         kinds = [kind for kind in study.images if _modality(kind) in modalities]
         if kinds: jobs.append((study, kinds[number % len(kinds)]))
-
-    def read(job):
-        try: return study_facts(*job)
-        except MedVLM3DError as error: return f"{error.what} {error.why}"
-
-    with ThreadPoolExecutor(workers) as pool: results = list(pool.map(read, jobs))
+    with ThreadPoolExecutor(workers) as pool: results = list(pool.map(_facts_or_reason, jobs))
     facts = [r for r in results if isinstance(r, Facts)]
     refused = Counter(r for r in results if isinstance(r, str))
     return facts, dict(refused)
 
-# %% ../../nbs/studies/crossmodal.ipynb #5180f2af
+def _facts_or_reason(job):
+    try: return study_facts(*job)
+    except MedVLM3DError as error: return f"{error.what} {error.why}"
+
+# %% ../../nbs/studies/crossmodal.ipynb #8a22af28
 def load_phantom_studies(root: Path | str) -> list[Study]:
     "The studies of a folder of phantoms, `<root>/phantom/<case>/{MR,PT,SEG}.nii.gz`."
     folders = sorted(p.parent for p in Path(root).rglob("SEG.nii.gz"))
     if not folders:
-        raise MedVLM3DError(relative(root), "holds no phantom", "The layout is phantom/<case>/{MR,PT,SEG}.nii.gz.")
+        raise MedVLM3DError(relative(root), "holds no phantom",
+                            "The layout is phantom/<case>/{MR,PT,SEG}.nii.gz.")
     studies = []
     for folder in folders:
         name = f"phantom/{folder.name}"
@@ -149,7 +152,7 @@ def true_answer(kind: str, question: str, facts: Facts) -> str:
     if kind == "Anatomical Localization": return facts.location
     return facts.halves["right" if "right" in question else "left"]
 
-# %% ../../nbs/studies/crossmodal.ipynb #10c193b8
+# %% ../../nbs/studies/crossmodal.ipynb #69b34e08
 class VolumePool:
     "Volumes not yet used, in random order."
     def __init__(self, facts: Sequence[Facts], rng: np.random.Generator):
@@ -166,7 +169,7 @@ class VolumePool:
         self.unused.remove(chosen)
         return chosen
 
-# %% ../../nbs/studies/crossmodal.ipynb #93487457
+# %% ../../nbs/studies/crossmodal.ipynb #0bb06901
 class Balance:
     "Counts what was used, so that the rarest can be used next."
     def __init__(self, rng: np.random.Generator):
@@ -186,9 +189,42 @@ class Balance:
         self.used[kind] += 1
         return self.used[kind] - 1
 
-# %% ../../nbs/studies/crossmodal.ipynb #a881cd46
+# %% ../../nbs/studies/crossmodal.ipynb #741a2c88
+class PairWriter:
+    "Writes the parts of a pair; `modalities` are the options of Modality Identification."
+    def __init__(self, rng: np.random.Generator, modalities: tuple, slip: float):
+        self.rng, self.modalities, self.slip = rng, modalities, slip
+        self.balance = Balance(rng)
+
+    def options(self, kind: str) -> tuple:
+        if kind == "Modality Identification": return self.modalities
+        return PLACES if kind == "Anatomical Localization" else ("yes", "no")
+
+    def question(self, kind: str, facts: Facts) -> str:
+        side = ""
+        if kind == "Lesion Detection":
+            side = self.balance.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2]
+        wordings = QUESTIONS[kind]
+        return wordings[self.rng.integers(len(wordings))].format(side=side)
+
+    def answer(self, kind: str, truth: str) -> str:
+        "The true answer, or with probability `slip` another option."
+        if self.rng.random() >= self.slip: return truth
+        return str(self.rng.choice([o for o in self.options(kind) if o != truth]))
+
+    def arrange(self, kind: str, answer: str) -> tuple:
+        "(letter, choices): the answer at the rarest letter, the others in random order, filled up with NA."
+        options = self.options(kind)
+        letters = [(kind, "letter", letter) for letter in "ABCD"[:len(options)]]
+        letter = self.balance.rarest(letters)[2]
+        others = [o for o in options if o != answer]
+        choices = [str(o) for o in self.rng.permutation(others)]
+        choices.insert("ABCD".index(letter), answer)
+        return letter, (*choices, *["NA"] * (4 - len(choices)))
+
+# %% ../../nbs/studies/crossmodal.ipynb #8541c5ee
 class Drafter:
-    """Draws volumes from a pool without repetition and writes pairs about them.
+    """Draws volumes without repetition and drafts pairs about them.
 
     Parameters
     ----------
@@ -197,23 +233,21 @@ class Drafter:
     slip : share of answers that are made wrong on purpose
     """
     def __init__(self, facts: Sequence[Facts], root: Path | str, seed: int = 0, slip: float = 0.):
-        self.rng = np.random.default_rng((seed, 20))
-        self.pool = VolumePool(facts, self.rng)
-        self.balance = Balance(self.rng)
-        self.root = Path(root)
-        self.slip = slip
+        rng = np.random.default_rng((seed, 20))
         present = {f.modality for f in facts}
         self.offered = tuple(word for m, word in MODALITY_WORDS.items() if m in present)
+        self.pool = VolumePool(facts, rng)
+        self.writer = PairWriter(rng, self.offered, slip)
+        self.root = Path(root)
         self.facts = {}      # id of a pair → its Facts
 
     def draft(self, volumes: int) -> list[Sample]:
         "Three pairs about each of `volumes` volumes of every modality."
-        pairs = []
+        chosen = []
         for modality, word in MODALITY_WORDS.items():
-            if word not in self.offered: continue
-            chosen = [self.pool.take(modality, PLACES[i % 4]) for i in range(volumes)]
-            pairs += [(kind, f) for f in chosen for kind in QUESTIONS]
-        return [self.pair(kind, f) for kind, f in pairs]
+            if word in self.offered:
+                chosen += [self.pool.take(modality, PLACES[i % 4]) for i in range(volumes)]
+        return [self.pair(kind, facts) for facts in chosen for kind in QUESTIONS]
 
     def replace(self, pair: Sample) -> Sample:
         "Another pair of the same type and modality about an unused volume of the same source."
@@ -222,51 +256,28 @@ class Drafter:
 
     def pair(self, kind: str, facts: Facts) -> Sample:
         "A pair of type `kind` about a volume."
-        question = self._question(kind, facts)
-        options = _options(kind, self.offered)
-        answer = self._answer(true_answer(kind, question, facts), options)
-        letter, choices = self._arrange(kind, answer, options)
-        name = f"{kind.split()[0].lower()}/{self.balance.number(kind):04d}"
+        question = self.writer.question(kind, facts)
+        answer = self.writer.answer(kind, true_answer(kind, question, facts))
+        letter, choices = self.writer.arrange(kind, answer)
+        name = f"{kind.split()[0].lower()}/{self.writer.balance.number(kind):04d}"
         self.facts[name] = facts
         return Sample(name, facts.case, image=facts.image.relative_to(self.root).as_posix(), split="",
-                      task="closed", type=kind, question=question, choices=choices, answer=answer, letter=letter,
-                      patient=facts.patient, modality=facts.modality, plane="axial", source=facts.source)
-
-    def _question(self, kind, facts):
-        side = ""
-        if kind == "Lesion Detection":
-            side = self.balance.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2]
-        wordings = QUESTIONS[kind]
-        return wordings[self.rng.integers(len(wordings))].format(side=side)
-
-    def _answer(self, truth, options):
-        if self.rng.random() >= self.slip: return truth
-        return str(self.rng.choice([o for o in options if o != truth]))
-
-    def _arrange(self, kind, answer, options):
-        "(letter, choices): the answer at the rarest letter, the other options in random order, filled up with NA."
-        letters = "ABCD"[:len(options)]
-        letter = self.balance.rarest([(kind, "letter", x) for x in letters])[2]
-        others = [o for o in options if o != answer]
-        choices = [str(o) for o in self.rng.permutation(others)]
-        choices.insert("ABCD".index(letter), answer)
-        return letter, (*choices, *["NA"] * (4 - len(choices)))
-
-def _options(kind, modalities):
-    if kind == "Modality Identification": return modalities
-    return PLACES if kind == "Anatomical Localization" else ("yes", "no")
+                      task="closed", type=kind, question=question, choices=choices, answer=answer,
+                      letter=letter, patient=facts.patient, modality=facts.modality, plane="axial",
+                      source=facts.source)
 
 # %% ../../nbs/studies/crossmodal.ipynb #01f91ebf
 def three_planes(volume, mask=None, at=None):
-    """Axial, coronal and sagittal slice (image, outline or None, aspect) through voxel `at` of an axial `Volume`,
-    through its middle if None."""
+    """Axial, coronal and sagittal slice (image, outline or None, aspect) of an axial `Volume`.
+
+    They go through voxel `at`, or through the middle if it is None."""
     d, h, w = at if at is not None else [n // 2 for n in volume.shape]
     sd, sh, sw = volume.spacing
     def cut(x): return x[d], x[::-1, h], x[::-1, :, w]
     outlines = (None,) * 3 if mask is None else cut(mask)
     return list(zip(cut(volume.array), outlines, (sh/sw, sd/sw, sd/sh)))
 
-# %% ../../nbs/studies/crossmodal.ipynb #b15f43f0
+# %% ../../nbs/studies/crossmodal.ipynb #35d076f5
 def show_pair(axes, pair, facts: Facts, outline: bool = True):
     """Draw the volume of a pair on three axes, with its question and the answer to be judged as title.
 
@@ -282,15 +293,20 @@ def show_pair(axes, pair, facts: Facts, outline: bool = True):
     if outline:
         mask = reorient(read_volume(facts.mask), "axial").array > 0
         at = largest_lesion(mask).round().astype(int)
-    pet = facts.modality == "PT"
-    top = 10. if pet else float(np.percentile(volume.array, 99.5))
-    planes = three_planes(volume, mask, at)
-    for ax, (image, lesion, aspect), name in zip(axes, planes, ("axial", "coronal", "sagittal")):
-        ax.imshow(image, cmap="gray_r" if pet else "gray", vmin=0, vmax=top, aspect=aspect)
-        if outline and lesion.any(): ax.contour(lesion, levels=[.5], colors="tab:orange", linewidths=.9)
-        ax.text(.5, -.02, name, transform=ax.transAxes, ha="center", va="top", fontsize=7)
-        ax.axis("off")
+    if facts.modality == "PT": style = dict(cmap="gray_r", vmin=0, vmax=10.)
+    else: style = dict(cmap="gray", vmin=0, vmax=float(np.percentile(volume.array, 99.5)))
+    for ax, plane, name in zip(axes, three_planes(volume, mask, at), ("axial", "coronal", "sagittal")):
+        _draw_plane(ax, plane, name, style)
     axes[1].set_title(f"{pair.question}\n{pair.letter}. {pair.answer}", fontsize=8)
+
+# %% ../../nbs/studies/crossmodal.ipynb #2fa51593
+def _draw_plane(ax, plane, name, style):
+    image, lesion, aspect = plane
+    ax.imshow(image, aspect=aspect, **style)
+    if lesion is not None and lesion.any():
+        ax.contour(lesion, levels=[.5], colors="tab:orange", linewidths=.9)
+    ax.text(.5, -.02, name, transform=ax.transAxes, ha="center", va="top", fontsize=7)
+    ax.axis("off")
 
 # %% ../../nbs/studies/crossmodal.ipynb #58e1f276
 def simulated_raters(facts: dict, error: float, raters: int = 3, seed: int = 0) -> Callable:
@@ -306,7 +322,7 @@ def simulated_raters(facts: dict, error: float, raters: int = 3, seed: int = 0) 
         return simulated_votes(right, error, raters, seed * 1000 + round)
     return vote
 
-# %% ../../nbs/studies/crossmodal.ipynb #ce7ac066
+# %% ../../nbs/studies/crossmodal.ipynb #06c48f25
 @dataclass(frozen=True)
 class Review:
     "The outcome of a review: the pairs that all raters accepted, and the (pairs, votes) of each round."
@@ -319,9 +335,9 @@ class Review:
     @property
     def replaced(self): return sum(int((~votes.all(1)).sum()) for _, votes in self.rounds)
 
-# %% ../../nbs/studies/crossmodal.ipynb #6e04c935
+# %% ../../nbs/studies/crossmodal.ipynb #b33532ec
 def review(drafter: Drafter, pairs: Sequence[Sample], vote: Callable, max_rounds: int = 50) -> Review:
-    """Put pairs to the raters; discard those that not all accept and draft replacements, until all are accepted.
+    """Put pairs to the raters; replace those that not all accept, until all are accepted.
 
     Parameters
     ----------
@@ -344,15 +360,20 @@ def review(drafter: Drafter, pairs: Sequence[Sample], vote: Callable, max_rounds
 
 # %% ../../nbs/studies/crossmodal.ipynb #41546e70
 def split_by_patient(pairs: Sequence[Sample], train: float = .8, seed: int = 0) -> list[Sample]:
-    "The pairs with their split, train or test: whole patients, `train` of each source's pairs as nearly as possible."
+    "The pairs with split train or test: whole patients, about the share `train` of each source's pairs."
     rng = np.random.default_rng((seed, 40))
     sides = {}
     for source in sorted({(p.source, p.modality) for p in pairs}):
         sizes = Counter(p.patient or p.case for p in pairs if (p.source, p.modality) == source)
-        in_train = sum(n for patient, n in sizes.items() if sides.get(patient) == "train")
-        rest = train * sizes.total() - in_train
-        for patient in rng.permutation(sorted(sizes)).tolist():
-            if patient in sides: continue
-            sides[patient] = "train" if rest >= sizes[patient] / 2 else "test"
-            if sides[patient] == "train": rest -= sizes[patient]
+        order = rng.permutation(sorted(sizes)).tolist()
+        _assign_sides(sides, sizes, order, train)
     return [replace(p, split=sides[p.patient or p.case]) for p in pairs]
+
+def _assign_sides(sides, sizes, order, train):
+    "Give each patient without a side one, in this `order`: `train` until about that share of the pairs is used."
+    in_train = sum(n for patient, n in sizes.items() if sides.get(patient) == "train")
+    rest = train * sizes.total() - in_train
+    for patient in order:
+        if patient in sides: continue
+        sides[patient] = "train" if rest >= sizes[patient] / 2 else "test"
+        if sides[patient] == "train": rest -= sizes[patient]
