@@ -370,7 +370,7 @@ def split_by_patient(pairs: Sequence[Sample], train: float = .8, seed: int = 0) 
     return [replace(p, split=sides[p.patient or p.case]) for p in pairs]
 
 def _assign_sides(sides, sizes, order, train):
-    "Give each patient without a side one, in this `order`: `train` until about that share of the pairs is used."
+    "Give each patient without a side one, in this `order`: train until about that share is used."
     in_train = sum(n for patient, n in sizes.items() if sides.get(patient) == "train")
     rest = train * sizes.total() - in_train
     for patient in order:

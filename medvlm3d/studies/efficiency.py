@@ -224,7 +224,7 @@ def cost_rows(modules: dict[str, tuple], rounds: int = 1) -> tuple:
 # %% ../../nbs/studies/efficiency.ipynb #1ae0996f
 @dataclass(frozen=True)
 class Finding:
-    "A measured `value` (with extremes within rounds) and its `target`: an upper or, if `least`, a lower limit."
+    "A measured `value` (with extremes within rounds) and its `target`, an upper or (`least`) lower limit."
     goal: str
     what: str
     value: float
