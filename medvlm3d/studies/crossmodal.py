@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MODALITY_WORDS', 'NEAR', 'MINOR', 'QUESTIONS', 'PLACES', 'Facts', 'body_middle', 'largest_lesion', 'place_of',
-           'modality_of', 'study_facts', 'collect_facts', 'load_phantom_studies', 'Drafter', 'true_answer',
-           'three_planes', 'show_pair', 'simulated_raters', 'Review', 'review', 'split_by_patient']
+           'study_facts', 'collect_facts', 'load_phantom_studies', 'true_answer', 'VolumePool', 'Balance', 'PairWriter',
+           'Drafter', 'three_planes', 'show_pair', 'simulated_raters', 'Review', 'review', 'split_by_patient']
 
 # %% ../../nbs/studies/crossmodal.ipynb #c3881e40
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,15 +23,17 @@ from ..data.m3d import read_image
 from .raters import simulated_votes
 from ..scans.readers import read_volume
 from ..scans.resample import foreground_box
-from ..scans.volume import reorient
+from ..scans.volume import Volume, reorient
 
 # %% ../../nbs/studies/crossmodal.ipynb #3477a4fc
 MODALITY_WORDS = {"MR": "MRI", "PT": "PET", "CT": "CT"}
-NEAR, MINOR = .1, .2   # of the half extent: too close to the middle; of the lesion: too little to ask about
+NEAR = .1    # of the body's half extent: a lesion this close to a middle plane is not asked about
+MINOR = .2   # of the lesion: a half that holds less than this is not asked about
 
+# %% ../../nbs/studies/crossmodal.ipynb #1768a9e3
 @dataclass(frozen=True)
 class Facts:
-    "What is known of one volume: where it is, and where its lesion lies. `shares`: of the lesion in the right and the left half."
+    "What is known of one volume. `shares`: fractions of the lesion in the right and in the left half."
     case: str
     patient: str
     source: str
@@ -44,189 +47,333 @@ class Facts:
 
     @property
     def location(self): return f"{self.side} {self.level}"
+
     @property
     def halves(self):
         "side → 'yes' or 'no', for each half that can be asked about."
-        return {side: "yes" if share >= MINOR else "no" for side, share in zip(("right", "left"), self.shares) if share >= MINOR or share == 0}
+        answers = {}
+        for side, share in zip(("right", "left"), self.shares):
+            if share >= MINOR: answers[side] = "yes"
+            elif share == 0: answers[side] = "no"
+        return answers
 
-def body_middle(volume):
-    "(middle, half extent) along D, H, W of the body in an axial MR or PET volume, in voxels."
-    ceiling = 1. if volume.modality == "PT" else max(float(np.percentile(volume.array, 99)), 1e-6)
+# %% ../../nbs/studies/crossmodal.ipynb #3c2df712
+def body_middle(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+    "(middle, half extent) of the body along D, H, W in an axial MR or PET volume, in voxels."
+    ceiling = 1.
+    if volume.modality != "PT": ceiling = max(float(np.percentile(volume.array, 99)), 1e-6)
     box = foreground_box(np.clip(volume.array / ceiling, 0, 1), .02)
-    return np.array([(b.start + b.stop - 1) / 2 for b in box]), np.array([max(1., (b.stop - b.start) / 2) for b in box])
+    middle = np.array([(b.start + b.stop - 1) / 2 for b in box])
+    half = np.array([max(1., (b.stop - b.start) / 2) for b in box])
+    return middle, half
 
-def largest_lesion(mask):
-    "Centre (d, h, w) of the largest connected lesion of a bool mask."
+def largest_lesion(mask: np.ndarray) -> np.ndarray:
+    "Centre (d, h, w) in voxels of the largest connected lesion of a bool mask (D, H, W)."
     from scipy.ndimage import label
-    parts, n = label(mask, np.ones((3, 3, 3)))
-    return np.argwhere(parts == 1 + np.bincount(parts.ravel())[1:].argmax()).mean(0)
+    labels, _ = label(mask, np.ones((3, 3, 3)))
+    largest = 1 + np.bincount(labels.ravel())[1:].argmax()
+    return np.argwhere(labels == largest).mean(0)
 
-def place_of(volume, mask):
-    "(side, level, shares) of the lesion in `mask` (bool, on the grid of the axial `volume`); MedVLM3DError if it cannot be said."
-    if not mask.any(): raise MedVLM3DError("the mask", "holds no lesion", "Nothing can be asked about its place.")
+# %% ../../nbs/studies/crossmodal.ipynb #717a234f
+def place_of(volume: Volume, mask: np.ndarray) -> tuple[str, str, tuple[float, float]]:
+    "(side, level, shares) of the lesion in `mask` (bool, on the grid of the axial `volume`)."
+    if not mask.any():
+        raise MedVLM3DError("the mask", "holds no lesion", "Nothing can be asked about its place.")
     middle, half = body_middle(volume)
     level, _, side = (largest_lesion(mask) - middle) / half
     if min(abs(level), abs(side)) < NEAR:
-        raise MedVLM3DError("the largest lesion", "lies too close to a middle plane", "Its side or level would be a matter of opinion.")
+        raise MedVLM3DError("the largest lesion", "lies too close to a middle plane",
+                            "Its side or level would be a matter of opinion.")
     left = float((np.argwhere(mask)[:, 2] > middle[2]).mean())
-    return ("left" if side > 0 else "right"), ("upper" if level > 0 else "lower"), (round(1 - left, 4), round(left, 4))
+    shares = round(1 - left, 4), round(left, 4)
+    return "left" if side > 0 else "right", "upper" if level > 0 else "lower", shares
 
 # %% ../../nbs/studies/crossmodal.ipynb #f68b317e
-def modality_of(kind): return "MR" if kind not in AUTOPET else kind
+def _modality(kind): return "MR" if kind not in AUTOPET else kind
 
-def study_facts(study, kind):
+def study_facts(study: Study, kind: str) -> Facts:
     "The `Facts` of one volume of a `Study`; MedVLM3DError says why none can be drawn from it."
-    if study.mask is None: raise MedVLM3DError("the study", "has no mask", "Only studies with masks can be asked about.")
-    modality = modality_of(kind)
-    volume = reorient(read_image(study.images[kind], modality), "axial")
+    if study.mask is None:
+        raise MedVLM3DError("the study", "has no mask", "Only studies with masks can be asked about.")
+    image = study.images[kind]
+    modality = _modality(kind)
+    volume = reorient(read_image(image, modality), "axial")
     mask = reorient(read_volume(study.mask), "axial")
-    if mask.shape != volume.shape: raise MedVLM3DError("the mask", "lies on another grid than the volume", "Restore the files.")
+    if mask.shape != volume.shape:
+        raise MedVLM3DError("the mask", "lies on another grid than the volume", "Restore the files.")
     side, level, shares = place_of(volume, mask.array > 0)
-    return Facts(study.case, study.patient, source=study.source, modality=modality, kind=kind, image=study.images[kind], mask=study.mask, side=side, level=level, shares=shares)
+    return Facts(study.case, study.patient, source=study.source, modality=modality, kind=kind,
+                 image=image, mask=study.mask, side=side, level=level, shares=shares)
 
-def collect_facts(studies, modalities=("MR", "PT"), workers=2):
-    "(facts, refused): one volume of each study, its kinds taken in turn; `refused` counts the reasons."
-    kinds = [[k for k in s.images if modality_of(k) in modalities] for s in studies]
-    def read(job):
-        (number, study), offered = job
-        try: return study_facts(study, offered[number % len(offered)])
-        except MedVLM3DError as e: return f"{e.what} {e.why}"
-    with ThreadPoolExecutor(workers) as pool: found = list(pool.map(read, [(s, k) for s, k in zip(enumerate(studies), kinds) if k]))
-    return [f for f in found if isinstance(f, Facts)], dict(Counter(f for f in found if isinstance(f, str)))
+# %% ../../nbs/studies/crossmodal.ipynb #dee13b46
+def collect_facts(studies: Sequence[Study], modalities: Sequence[str] = ("MR", "PT"),
+                  workers: int = 2) -> tuple:
+    "(list of `Facts`, refused): one volume of each study, and how often which reason left a study out."
+    jobs = []
+    for number, study in enumerate(studies):
+        kinds = [kind for kind in study.images if _modality(kind) in modalities]
+        if kinds: jobs.append((study, kinds[number % len(kinds)]))
+    with ThreadPoolExecutor(workers) as pool: results = list(pool.map(_facts_or_reason, jobs))
+    facts = [r for r in results if isinstance(r, Facts)]
+    refused = Counter(r for r in results if isinstance(r, str))
+    return facts, dict(refused)
 
-def load_phantom_studies(root):
+def _facts_or_reason(job):
+    try: return study_facts(*job)
+    except MedVLM3DError as error: return f"{error.what} {error.why}"
+
+# %% ../../nbs/studies/crossmodal.ipynb #8a22af28
+def load_phantom_studies(root: Path | str) -> list[Study]:
     "The studies of a folder of phantoms, `<root>/phantom/<case>/{MR,PT,SEG}.nii.gz`."
     folders = sorted(p.parent for p in Path(root).rglob("SEG.nii.gz"))
-    if not folders: raise MedVLM3DError(relative(root), "holds no phantom", "The layout is phantom/<case>/{MR,PT,SEG}.nii.gz.")
-    return [Study(f"phantom/{f.name}", f"phantom/{f.name}", images={m: f/f"{m}.nii.gz" for m in ("MR", "PT")}, mask=f/"SEG.nii.gz", source="phantom") for f in folders]
+    if not folders:
+        raise MedVLM3DError(relative(root), "holds no phantom",
+                            "The layout is phantom/<case>/{MR,PT,SEG}.nii.gz.")
+    studies = []
+    for folder in folders:
+        name = f"phantom/{folder.name}"
+        images = {m: folder/f"{m}.nii.gz" for m in ("MR", "PT")}
+        studies.append(Study(name, name, images=images, mask=folder/"SEG.nii.gz", source="phantom"))
+    return studies
 
 # %% ../../nbs/studies/crossmodal.ipynb #0e1216af
 QUESTIONS = {
     "Modality Identification": ("Which imaging modality is this?", "With which modality was this scan made?"),
-    "Lesion Detection": ("Is there a lesion in the {side} half of the scanned body part?", "Does the patient's {side} half show a lesion?"),
-    "Anatomical Localization": ("Where is the centre of the largest lesion?", "In which part of the scan does the largest lesion lie?"),
+    "Lesion Detection": ("Is there a lesion in the {side} half of the scanned body part?",
+                         "Does the patient's {side} half show a lesion?"),
+    "Anatomical Localization": ("Where is the centre of the largest lesion?",
+                                "In which part of the scan does the largest lesion lie?"),
 }
-PLACES = tuple(f"{side} {level}" for side in ("right", "left") for level in ("upper", "lower"))
+PLACES = ("right upper", "right lower", "left upper", "left lower")
 
-class Drafter:
-    "Draws volumes from a pool without repetition and writes pairs about them; `root` is what images are named from."
-    def __init__(self, facts, root, seed=0, slip=0.):
-        self.rng, self.root, self.slip, self.used = np.random.default_rng((seed, 20)), Path(root), slip, Counter()
-        self.pool = [facts[i] for i in self.rng.permutation(len(facts))]
-        self.offered = tuple(MODALITY_WORDS[m] for m in MODALITY_WORDS if any(f.modality == m for f in facts))
-        self.facts = {}      # id of a pair → its Facts
-
-    def take(self, modality, place=None, source=None):
-        "The next unused volume of a modality (of `source` alone, if one is given), with the lesion at `place` if there is one."
-        mine = [f for f in self.pool if f.modality == modality and source in (None, f.source)]
-        if not mine:
-            raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{f' of {source}' if source else ''}",
-                                "is used up", "Ask for fewer volumes, or give more studies.")
-        chosen = next((f for f in mine if f.location == place), mine[0])
-        self.pool.remove(chosen)
-        return chosen
-
-    def draft(self, volumes):
-        "Three pairs about each of `volumes` volumes of every modality."
-        chosen = [self.take(m, PLACES[i % 4]) for m in MODALITY_WORDS if MODALITY_WORDS[m] in self.offered for i in range(volumes)]
-        return [self.pair(kind, f) for f in chosen for kind in QUESTIONS]
-
-    def replace(self, pair):
-        "Another pair of the same type and modality about a volume of the same source, not seen before."
-        old = self.facts[pair.id]
-        return self.pair(pair.type, self.take(pair.modality, old.location, old.source))
-
-    def pair(self, kind, facts):
-        side = self.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2] if kind == "Lesion Detection" else ""
-        question = QUESTIONS[kind][self.rng.integers(len(QUESTIONS[kind]))].format(side=side)
-        options = {"Modality Identification": self.offered, "Lesion Detection": ("yes", "no"), "Anatomical Localization": PLACES}[kind]
-        answer = true_answer(kind, question, facts)
-        if self.rng.random() < self.slip: answer = str(self.rng.choice([o for o in options if o != answer]))
-        letter = self.rarest([(kind, "letter", letter) for letter in "ABCD"[:len(options)]])[2]
-        choices = [str(o) for o in self.rng.permutation([o for o in options if o != answer])]
-        choices.insert("ABCD".index(letter), answer)
-        number = f"{kind.split()[0].lower()}/{self.count(kind):04d}"
-        self.facts[number] = facts
-        return Sample(number, facts.case, image=facts.image.relative_to(self.root).as_posix(), split="", task="closed", type=kind, question=question, choices=(*choices, *["NA"] * (4 - len(choices))),
-                      answer=answer, letter=letter, patient=facts.patient, modality=facts.modality, plane="axial", source=facts.source)
-
-    def rarest(self, keys):
-        "One of the keys used least so far, by chance among equals: in turn, each place would keep its letter."
-        least = min(self.used[k] for k in keys)
-        key = keys[self.rng.choice([i for i, k in enumerate(keys) if self.used[k] == least])]
-        self.used[key] += 1
-        return key
-
-    def count(self, kind):
-        self.used[kind] += 1
-        return self.used[kind] - 1
-
-def true_answer(kind, question, facts):
-    "What the mask answers to a question about the volume."
+def true_answer(kind: str, question: str, facts: Facts) -> str:
+    "What the mask answers to a question of type `kind` about the volume."
     if kind == "Modality Identification": return MODALITY_WORDS[facts.modality]
     if kind == "Anatomical Localization": return facts.location
     return facts.halves["right" if "right" in question else "left"]
 
+# %% ../../nbs/studies/crossmodal.ipynb #69b34e08
+class VolumePool:
+    "Volumes not yet used, in random order."
+    def __init__(self, facts: Sequence[Facts], rng: np.random.Generator):
+        self.unused = [facts[i] for i in rng.permutation(len(facts))]
+
+    def take(self, modality: str, place: str | None = None, source: str | None = None) -> Facts:
+        "The next unused volume of a modality and `source`, if possible with its lesion at `place`."
+        candidates = [f for f in self.unused if f.modality == modality and source in (None, f.source)]
+        if not candidates:
+            origin = f" of {source}" if source else ""
+            raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{origin}", "is used up",
+                                "Ask for fewer volumes, or give more studies.")
+        chosen = next((f for f in candidates if f.location == place), candidates[0])
+        self.unused.remove(chosen)
+        return chosen
+
+# %% ../../nbs/studies/crossmodal.ipynb #0bb06901
+class Balance:
+    "Counts what was used, so that the rarest can be used next."
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
+        self.used = Counter()
+
+    def rarest(self, keys: list) -> tuple:
+        "One of the keys used least so far, by chance among equals; it is counted as used."
+        least = min(self.used[k] for k in keys)
+        equals = [i for i, k in enumerate(keys) if self.used[k] == least]
+        key = keys[self.rng.choice(equals)]
+        self.used[key] += 1
+        return key
+
+    def number(self, kind: str) -> int:
+        "Consecutive numbers of a type, from 0."
+        self.used[kind] += 1
+        return self.used[kind] - 1
+
+# %% ../../nbs/studies/crossmodal.ipynb #741a2c88
+class PairWriter:
+    "Writes the parts of a pair; `modalities` are the options of Modality Identification."
+    def __init__(self, rng: np.random.Generator, modalities: tuple, slip: float):
+        self.rng, self.modalities, self.slip = rng, modalities, slip
+        self.balance = Balance(rng)
+
+    def options(self, kind: str) -> tuple:
+        if kind == "Modality Identification": return self.modalities
+        return PLACES if kind == "Anatomical Localization" else ("yes", "no")
+
+    def question(self, kind: str, facts: Facts) -> str:
+        side = ""
+        if kind == "Lesion Detection":
+            side = self.balance.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2]
+        wordings = QUESTIONS[kind]
+        return wordings[self.rng.integers(len(wordings))].format(side=side)
+
+    def answer(self, kind: str, truth: str) -> str:
+        "The true answer, or with probability `slip` another option."
+        if self.rng.random() >= self.slip: return truth
+        return str(self.rng.choice([o for o in self.options(kind) if o != truth]))
+
+    def arrange(self, kind: str, answer: str) -> tuple:
+        "(letter, choices): the answer at the rarest letter, the others in random order, filled up with NA."
+        options = self.options(kind)
+        letters = [(kind, "letter", letter) for letter in "ABCD"[:len(options)]]
+        letter = self.balance.rarest(letters)[2]
+        others = [o for o in options if o != answer]
+        choices = [str(o) for o in self.rng.permutation(others)]
+        choices.insert("ABCD".index(letter), answer)
+        return letter, (*choices, *["NA"] * (4 - len(choices)))
+
+# %% ../../nbs/studies/crossmodal.ipynb #8541c5ee
+class Drafter:
+    """Draws volumes without repetition and drafts pairs about them.
+
+    Parameters
+    ----------
+    facts : the volumes that can be asked about
+    root : data root; images are named by their path below it
+    slip : share of answers that are made wrong on purpose
+    """
+    def __init__(self, facts: Sequence[Facts], root: Path | str, seed: int = 0, slip: float = 0.):
+        rng = np.random.default_rng((seed, 20))
+        present = {f.modality for f in facts}
+        self.offered = tuple(word for m, word in MODALITY_WORDS.items() if m in present)
+        self.pool = VolumePool(facts, rng)
+        self.writer = PairWriter(rng, self.offered, slip)
+        self.root = Path(root)
+        self.facts = {}      # id of a pair → its Facts
+
+    def draft(self, volumes: int) -> list[Sample]:
+        "Three pairs about each of `volumes` volumes of every modality."
+        chosen = []
+        for modality, word in MODALITY_WORDS.items():
+            if word in self.offered:
+                chosen += [self.pool.take(modality, PLACES[i % 4]) for i in range(volumes)]
+        return [self.pair(kind, facts) for facts in chosen for kind in QUESTIONS]
+
+    def replace(self, pair: Sample) -> Sample:
+        "Another pair of the same type and modality about an unused volume of the same source."
+        old = self.facts[pair.id]
+        return self.pair(pair.type, self.pool.take(pair.modality, old.location, old.source))
+
+    def pair(self, kind: str, facts: Facts) -> Sample:
+        "A pair of type `kind` about a volume."
+        question = self.writer.question(kind, facts)
+        answer = self.writer.answer(kind, true_answer(kind, question, facts))
+        letter, choices = self.writer.arrange(kind, answer)
+        name = f"{kind.split()[0].lower()}/{self.writer.balance.number(kind):04d}"
+        self.facts[name] = facts
+        return Sample(name, facts.case, image=facts.image.relative_to(self.root).as_posix(), split="",
+                      task="closed", type=kind, question=question, choices=choices, answer=answer,
+                      letter=letter, patient=facts.patient, modality=facts.modality, plane="axial",
+                      source=facts.source)
+
 # %% ../../nbs/studies/crossmodal.ipynb #01f91ebf
 def three_planes(volume, mask=None, at=None):
-    "Axial, coronal and sagittal slice (image, outline or None, aspect) through voxel `at` of an axial `Volume`, the middle if None."
-    d, h, w = at if at is not None else [n // 2 for n in volume.shape]
-    a, m, (sd, sh, sw) = volume.array, mask, volume.spacing
-    cut = lambda x: None if x is None else (x[d], x[::-1, h], x[::-1, :, w])
-    return list(zip(cut(a), cut(m) or (None,) * 3, (sh/sw, sd/sw, sd/sh)))
+    """Axial, coronal and sagittal slice (image, outline or None, aspect) of an axial `Volume`.
 
-def show_pair(axes, pair, facts, outline=True):
-    "Draw the volume of a pair on three axes, with its question and the answer to be judged as title."
+    They go through voxel `at`, or through the middle if it is None."""
+    d, h, w = at if at is not None else [n // 2 for n in volume.shape]
+    sd, sh, sw = volume.spacing
+    def cut(x): return x[d], x[::-1, h], x[::-1, :, w]
+    outlines = (None,) * 3 if mask is None else cut(mask)
+    return list(zip(cut(volume.array), outlines, (sh/sw, sd/sw, sd/sh)))
+
+# %% ../../nbs/studies/crossmodal.ipynb #35d076f5
+def show_pair(axes, pair, facts: Facts, outline: bool = True):
+    """Draw the volume of a pair on three axes, with its question and the answer to be judged as title.
+
+    Parameters
+    ----------
+    axes : three axes of a figure
+    pair : has `question`, `letter` and `answer`
+    facts : has `image`, `mask` and `modality`
+    outline : draw the lesion's outline and cut through it
+    """
     volume = reorient(read_image(facts.image, facts.modality), "axial")
-    mask = reorient(read_volume(facts.mask), "axial").array > 0
-    at = largest_lesion(mask).round().astype(int) if outline else None
-    top = 10. if facts.modality == "PT" else float(np.percentile(volume.array, 99.5))
-    for ax, (image, lesion, aspect), name in zip(axes, three_planes(volume, mask if outline else None, at), ("axial", "coronal", "sagittal")):
-        ax.imshow(image, cmap="gray_r" if facts.modality == "PT" else "gray", vmin=0, vmax=top, aspect=aspect)
-        if lesion is not None and lesion.any(): ax.contour(lesion, levels=[.5], colors="tab:orange", linewidths=.9)
-        ax.text(.5, -.02, name, transform=ax.transAxes, ha="center", va="top", fontsize=7)
-        ax.axis("off")
+    mask = at = None
+    if outline:
+        mask = reorient(read_volume(facts.mask), "axial").array > 0
+        at = largest_lesion(mask).round().astype(int)
+    if facts.modality == "PT": style = dict(cmap="gray_r", vmin=0, vmax=10.)
+    else: style = dict(cmap="gray", vmin=0, vmax=float(np.percentile(volume.array, 99.5)))
+    for ax, plane, name in zip(axes, three_planes(volume, mask, at), ("axial", "coronal", "sagittal")):
+        _draw_plane(ax, plane, name, style)
     axes[1].set_title(f"{pair.question}\n{pair.letter}. {pair.answer}", fontsize=8)
 
+# %% ../../nbs/studies/crossmodal.ipynb #2fa51593
+def _draw_plane(ax, plane, name, style):
+    image, lesion, aspect = plane
+    ax.imshow(image, aspect=aspect, **style)
+    if lesion is not None and lesion.any():
+        ax.contour(lesion, levels=[.5], colors="tab:orange", linewidths=.9)
+    ax.text(.5, -.02, name, transform=ax.transAxes, ha="center", va="top", fontsize=7)
+    ax.axis("off")
+
 # %% ../../nbs/studies/crossmodal.ipynb #58e1f276
-def simulated_raters(facts, error, raters=3, seed=0):
-    "A `vote` for `review`: simulated raters, who know the truth from `facts` (id → Facts) and err at a known rate."
+def simulated_raters(facts: dict, error: float, raters: int = 3, seed: int = 0) -> Callable:
+    """A `vote` for `review`: simulated raters know the truth and err at a known rate.
+
+    Parameters
+    ----------
+    facts : id of a pair → its `Facts`
+    error : probability that a rater's verdict on a pair is wrong
+    """
     def vote(round, pairs):
-        return simulated_votes([p.answer == true_answer(p.type, p.question, facts[p.id]) for p in pairs], error, raters, seed * 1000 + round)
+        right = [p.answer == true_answer(p.type, p.question, facts[p.id]) for p in pairs]
+        return simulated_votes(right, error, raters, seed * 1000 + round)
     return vote
 
-
+# %% ../../nbs/studies/crossmodal.ipynb #06c48f25
 @dataclass(frozen=True)
 class Review:
-    "What came of a review: the pairs all raters accepted, and the (pairs, votes) of each round."
+    "The outcome of a review: the pairs that all raters accepted, and the (pairs, votes) of each round."
     final: tuple
     rounds: tuple
 
     @property
     def first(self): return self.rounds[0]
+
     @property
     def replaced(self): return sum(int((~votes.all(1)).sum()) for _, votes in self.rounds)
 
-def review(drafter, pairs, vote, most=50):
-    "Put `pairs` to `vote(round, pairs)` → (N, R); discard what not all accept, draft replacements, until none is left."
+# %% ../../nbs/studies/crossmodal.ipynb #b33532ec
+def review(drafter: Drafter, pairs: Sequence[Sample], vote: Callable, max_rounds: int = 50) -> Review:
+    """Put pairs to the raters; replace those that not all accept, until all are accepted.
+
+    Parameters
+    ----------
+    drafter : drafts the replacements
+    pairs : the pairs of the first round
+    vote : function (round, pairs) → votes (N, R) bool
+    max_rounds : an error is raised if pairs are left after so many rounds
+    """
     final, rounds, current = {}, [], list(pairs)
     while current:
-        if len(rounds) == most: raise MedVLM3DError("the review", f"is not unanimous after {most} rounds", "Look at what the raters reject.")
+        if len(rounds) == max_rounds:
+            raise MedVLM3DError("the review", f"is not unanimous after {max_rounds} rounds",
+                                "Look at what the raters reject.")
         votes = vote(len(rounds) + 1, current)
         rounds.append((tuple(current), votes))
-        final |= {p.id: p for p, accepted in zip(current, votes.all(1)) if accepted}
-        current = [drafter.replace(p) for p, accepted in zip(current, votes.all(1)) if not accepted]
+        accepted = votes.all(1)
+        final |= {p.id: p for p, ok in zip(current, accepted) if ok}
+        current = [drafter.replace(p) for p, ok in zip(current, accepted) if not ok]
     return Review(tuple(final.values()), tuple(rounds))
 
 # %% ../../nbs/studies/crossmodal.ipynb #41546e70
-def split_by_patient(pairs, train=.8, seed=0):
-    "The pairs with their split, `train` or `test`: whole patients, `train` of the pairs of each source as nearly as patients allow."
-    rng, sides = np.random.default_rng((seed, 40)), {}
+def split_by_patient(pairs: Sequence[Sample], train: float = .8, seed: int = 0) -> list[Sample]:
+    "The pairs with split train or test: whole patients, about the share `train` of each source's pairs."
+    rng = np.random.default_rng((seed, 40))
+    sides = {}
     for source in sorted({(p.source, p.modality) for p in pairs}):
         sizes = Counter(p.patient or p.case for p in pairs if (p.source, p.modality) == source)
-        rest = train * sizes.total() - sum(n for name, n in sizes.items() if sides.get(name) == "train")
-        for name in rng.permutation(sorted(sizes)).tolist():
-            if name in sides: continue
-            sides[name] = "train" if rest >= sizes[name] / 2 else "test"
-            if sides[name] == "train": rest -= sizes[name]
+        order = rng.permutation(sorted(sizes)).tolist()
+        _assign_sides(sides, sizes, order, train)
     return [replace(p, split=sides[p.patient or p.case]) for p in pairs]
+
+def _assign_sides(sides, sizes, order, train):
+    "Give each patient without a side one, in this `order`: train until about that share is used."
+    in_train = sum(n for patient, n in sizes.items() if sides.get(patient) == "train")
+    rest = train * sizes.total() - in_train
+    for patient in order:
+        if patient in sides: continue
+        sides[patient] = "train" if rest >= sizes[patient] / 2 else "test"
+        if sides[patient] == "train": rest -= sizes[patient]

@@ -9,6 +9,8 @@ __all__ = ['SHEET', 'VERDICTS', 'plain', 'volume_name', 'sheet_rows', 'write_row
 
 # %% ../../nbs/studies/raters.ipynb #f799a974
 import csv
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -16,139 +18,245 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import MedVLM3DError, atomic_path, relative
-from ..data.samples import Problem, settle
+from ..data.samples import Problem, Sample, settle
 from ..evaluation.uncertainty import bootstrap_sums, percentile_interval
 
 # %% ../../nbs/studies/raters.ipynb #48b9050d
 SHEET = ("id", "volume", "question", "A", "B", "C", "D", "answer", "verdict", "comment")
 VERDICTS = ("accept", "reject")
 
-def plain(text):
+def plain(text: str) -> str:
     "A cell that no spreadsheet takes for a formula."
     return "'" + text if text[:1] in tuple("=+-@") else text
 
-def volume_name(image):
-    "What a sheet calls a volume: a hash of its path, since the path may hold a patient's name."
+def volume_name(image: str) -> str:
+    "The name of a volume on a sheet: a hash of its path, since the path may hold a patient's name."
     return f"v{sha256(image.encode()).hexdigest()[:7]}"
 
-def sheet_rows(pairs, rater, seed=0):
-    "The rows of one rater's sheet, in an order that depends on the rater."
+def sheet_rows(pairs: Sequence[Sample], rater: str, seed: int = 0) -> list[list[str]]:
+    "The rows of one rater's sheet, in an order that depends on the rater; verdict and comment are empty."
     order = np.random.default_rng((seed, *rater.encode())).permutation(len(pairs))
-    return [[*map(plain, (p.id, volume_name(p.image), p.question, *p.choices, f"{p.letter}. {p.answer}")), "", ""] for p in (pairs[i] for i in order)]
-
-def write_rows(path, rows):
-    with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as f: csv.writer(f).writerows([SHEET, *rows])
-
-def read_rows(path):
-    "The rows of a sheet as dicts; MedVLM3DError if it is none."
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f: rows = list(csv.DictReader(f, strict=True))
-    except UnicodeDecodeError as e:
-        raise MedVLM3DError(relative(path), "is not UTF-8", "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas.") from e
-    except csv.Error as e:
-        raise MedVLM3DError(relative(path), f"is no CSV file ({e})",
-                            "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas.") from e
-    if any(set(r) != {*SHEET} for r in rows): raise MedVLM3DError(relative(path), "does not have a sheet's columns", f"They are {', '.join(SHEET)}.")
+    rows = []
+    for p in (pairs[i] for i in order):
+        cells = p.id, volume_name(p.image), p.question, *p.choices, f"{p.letter}. {p.answer}"
+        rows.append([*map(plain, cells), "", ""])
     return rows
 
-def set_verdict(path, id, verdict, comment=""):
-    "Write one verdict into a sheet."
-    if verdict not in VERDICTS: raise MedVLM3DError(verdict, "is no verdict", f"Write {' or '.join(VERDICTS)}.")
-    rows = read_rows(path)
-    if id not in {r["id"] for r in rows}: raise MedVLM3DError(id, "is not on this sheet", "Use an id of its first column.")
-    write_rows(path, [[*[r[c] for c in SHEET[:-2]], *((verdict, comment) if r["id"] == id else (r["verdict"], r["comment"]))] for r in rows])
+# %% ../../nbs/studies/raters.ipynb #a4a9fa03
+_SAVE_AGAIN = "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas."
 
-def read_sheet(path, pairs):
-    "id → accepted? of one rater's sheet. Everything that is wrong is reported at once, with its line."
-    rows, wanted, seen, problems = read_rows(path), {p.id for p in pairs}, set(), []
-    for n, r in enumerate(rows, 2):
-        def wrong(why, remedy): problems.append(Problem(f"{Path(path).name}:{n}", why, remedy))
-        if r["id"] not in wanted: wrong("is not a pair of this round", "Remove the row.")
-        elif r["id"] in seen: wrong("repeats a pair", "Keep one verdict for each.")
-        elif not r["verdict"].strip(): wrong("has no verdict", f"Write {' or '.join(VERDICTS)}.")
-        elif r["verdict"].strip().lower() not in VERDICTS: wrong("has a verdict that is not known", f"Write {' or '.join(VERDICTS)}.")
-        seen.add(r["id"])
-    if lost := len(wanted - seen): problems.append(Problem(Path(path).name, f"lacks {lost} pairs", "Restore its rows."))
+def write_rows(path: Path | str, rows: Sequence[Sequence[str]]):
+    "Write a sheet with these rows."
+    with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([SHEET, *rows])
+
+def read_rows(path: Path | str) -> list[dict]:
+    "The rows of a sheet as dicts; MedVLM3DError if the file is no sheet."
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except UnicodeDecodeError as error:
+        raise MedVLM3DError(relative(path), "is not UTF-8", _SAVE_AGAIN) from error
+    except csv.Error as error:
+        raise MedVLM3DError(relative(path), f"is no CSV file ({error})", _SAVE_AGAIN) from error
+    if any(set(row) != {*SHEET} for row in rows):
+        raise MedVLM3DError(relative(path), "does not have a sheet's columns",
+                            f"They are {', '.join(SHEET)}.")
+    return rows
+
+# %% ../../nbs/studies/raters.ipynb #206add09
+_WRITE_ONE = f"Write {' or '.join(VERDICTS)}."
+
+def set_verdict(path: Path | str, id: str, verdict: str, comment: str = ""):
+    """Write one verdict into a sheet.
+
+    Parameters
+    ----------
+    path : the sheet
+    id : of the pair
+    verdict : "accept" or "reject"
+    comment : any text
+    """
+    if verdict not in VERDICTS: raise MedVLM3DError(verdict, "is no verdict", _WRITE_ONE)
+    rows = read_rows(path)
+    if id not in {row["id"] for row in rows}:
+        raise MedVLM3DError(id, "is not on this sheet", "Use an id of its first column.")
+    for row in rows:
+        if row["id"] == id: row |= {"verdict": verdict, "comment": comment}
+    write_rows(path, [list(map(row.get, SHEET)) for row in rows])
+
+# %% ../../nbs/studies/raters.ipynb #e96b85d3
+def read_sheet(path: Path | str, pairs: Sequence[Sample]) -> dict[str, bool]:
+    "id → accepted? of one rater's sheet; one MedVLM3DError lists everything that is wrong, with lines."
+    rows = read_rows(path)
+    expected = {p.id for p in pairs}
+    seen, problems = set(), []
+    for line, row in enumerate(rows, 2):
+        problem = _row_problem(row, expected, seen)
+        if problem: problems.append(Problem(f"{Path(path).name}:{line}", *problem))
+        seen.add(row["id"])
+    missing = len(expected - seen)
+    if missing: problems.append(Problem(Path(path).name, f"lacks {missing} pairs", "Restore its rows."))
     settle(relative(path), problems)
-    return {r["id"]: r["verdict"].strip().lower() == "accept" for r in rows}
+    return {row["id"]: row["verdict"].strip().lower() == "accept" for row in rows}
+
+def _row_problem(row, expected, seen):
+    "(why, remedy) of a faulty row, or None; `expected`: ids of the round, `seen`: ids of earlier rows."
+    verdict = row["verdict"].strip().lower()
+    if row["id"] not in expected: return "is not a pair of this round", "Remove the row."
+    if row["id"] in seen: return "repeats a pair", "Keep one verdict for each."
+    if not verdict: return "has no verdict", _WRITE_ONE
+    if verdict not in VERDICTS: return "has a verdict that is not known", _WRITE_ONE
 
 # %% ../../nbs/studies/raters.ipynb #e3b66c3e
-def votes_from_sheets(folder, raters, seed=0):
-    "A `vote` for `review`: the verdicts (N, R) in `folder/round-1/RATER.csv` and so on; sheets that are not there are written, and then awaited."
+def votes_from_sheets(folder: Path | str, raters: Sequence[str], seed: int = 0) -> Callable:
+    "A `vote` for `review`: function (round, pairs) → verdicts (N, R) from `folder/round-1/RATER.csv` etc."
     def vote(round, pairs):
-        paths = [Path(folder)/f"round-{round}"/f"{rater}.csv" for rater in raters]
-        for path, rater in zip(paths, raters):
+        sheets = Path(folder)/f"round-{round}"
+        paths = {rater: sheets/f"{rater}.csv" for rater in raters}
+        for rater, path in paths.items():
             if not path.exists(): write_rows(path, sheet_rows(pairs, rater, seed))
-        waiting = [p.stem for p in paths if any(not r["verdict"].strip() for r in read_rows(p))]
+        waiting = [rater for rater, path in paths.items() if _unfinished(path)]
         if waiting:
-            raise MedVLM3DError(relative(Path(folder)/f"round-{round}"), f"awaits the verdicts of {', '.join(waiting)}",
-                                "Fill the column `verdict` of each sheet, or click through it with `open_review` (studies/judging), and run again.")
-        found = [read_sheet(p, pairs) for p in paths]
-        return np.array([[v[p.id] for v in found] for p in pairs], bool)
+            raise MedVLM3DError(relative(sheets), f"awaits the verdicts of {', '.join(waiting)}",
+                                "Fill the column `verdict` of each sheet, or click through it with "
+                                "`open_review` (studies/judging), and run again.")
+        return np.stack([_verdicts(path, pairs) for path in paths.values()], 1)
     return vote
 
+def _verdicts(sheet, pairs):
+    "(N,) bool: whether the rater of a sheet accepted each pair."
+    accepted = read_sheet(sheet, pairs)
+    return np.array([accepted[p.id] for p in pairs], bool)
+
+def _unfinished(sheet): return any(not row["verdict"].strip() for row in read_rows(sheet))
+
 # %% ../../nbs/studies/raters.ipynb #2bf542da
-def patterns(raters):
+def patterns(raters: int) -> np.ndarray:
     "All 2^R patterns of verdicts, (2^R, R) bool."
     return (np.arange(2**raters)[:, None] >> np.arange(raters)[None]) % 2 == 1
 
-def pattern_counts(votes):
+def pattern_counts(votes: np.ndarray) -> np.ndarray:
     "One-hot pattern of each pair's verdicts: (N, R) bool → (N, 2^R)."
-    return np.eye(2**votes.shape[1])[(votes * 2**np.arange(votes.shape[1])).sum(1)]
+    raters = votes.shape[1]
+    pattern = (votes * 2**np.arange(raters)).sum(1)
+    return np.eye(2**raters)[pattern]
 
-def beyond_chance(observed, expected):
+def _shares(counts):
+    "Counts of patterns (..., 2^R) as shares, and the number of raters R."
+    return counts / counts.sum(-1, keepdims=True), int(np.log2(counts.shape[-1]))
+
+# %% ../../nbs/studies/raters.ipynb #abb08397
+def beyond_chance(observed: np.ndarray, expected: np.ndarray) -> np.ndarray:
     "(p_o − p_e) / (1 − p_e); NaN where chance alone agrees always."
-    with np.errstate(divide="ignore", invalid="ignore"): return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(expected < 1 - 1e-12, (observed - expected) / (1 - expected), np.nan)
 
-def cohen_kappa(counts, i, j):
+# %% ../../nbs/studies/raters.ipynb #8515d58b
+def cohen_kappa(counts: np.ndarray, i: int, j: int) -> np.ndarray:
     "Cohen's kappa of raters `i` and `j` from counts of patterns (..., 2^R)."
-    bits = patterns(int(np.log2(counts.shape[-1])))
-    share = counts / counts.sum(-1, keepdims=True)
-    a, b, same = (share @ x for x in (bits[:, i], bits[:, j], bits[:, i] == bits[:, j]))
-    return beyond_chance(same, a*b + (1 - a)*(1 - b))
+    share, raters = _shares(counts)
+    first, second = patterns(raters)[:, [i, j]].T
+    a, b = share @ first, share @ second
+    return beyond_chance(share @ (first == second), a*b + (1 - a)*(1 - b))
 
-def fleiss_kappa(counts):
+def fleiss_kappa(counts: np.ndarray) -> np.ndarray:
     "Fleiss' kappa of all raters from counts of patterns (..., 2^R)."
-    raters = int(np.log2(counts.shape[-1]))
-    share, yes = counts / counts.sum(-1, keepdims=True), patterns(raters).sum(1)
-    agreeing = (yes * (yes - 1) + (raters - yes) * (raters - yes - 1)) / (raters * (raters - 1))
+    share, raters = _shares(counts)
+    yes = patterns(raters).sum(1)
+    no = raters - yes
+    agreeing = (yes * (yes - 1) + no * (no - 1)) / (raters * (raters - 1))
     q = share @ yes / raters
     return beyond_chance(share @ agreeing, q**2 + (1 - q)**2)
 
 # %% ../../nbs/studies/raters.ipynb #d2ca3d76
-def disagreement(counts):
-    "Mean share of pairs on which two raters differ."
-    bits = patterns(int(np.log2(counts.shape[-1])))
-    share = counts / counts.sum(-1, keepdims=True)
-    return np.mean([share @ (bits[:, i] != bits[:, j]) for i, j in combinations(range(bits.shape[1]), 2)], axis=0)
+def disagreement(counts: np.ndarray) -> np.ndarray:
+    "Mean share of pairs on which two raters differ, from counts of patterns (..., 2^R)."
+    share, raters = _shares(counts)
+    bits = patterns(raters)
+    differ = [share @ (bits[:, i] != bits[:, j]) for i, j in combinations(range(raters), 2)]
+    return np.mean(differ, axis=0)
 
-def error_rate(counts):
-    "The rate at which independent raters err, from how often they differ; NaN where they differ more often than by guessing."
+def error_rate(counts: np.ndarray) -> np.ndarray:
+    "The error rate of independent raters; NaN where they differ more often than by guessing."
     with np.errstate(invalid="ignore"): return (1 - np.sqrt(1 - 2 * disagreement(counts))) / 2
 
-def simulated_votes(right, error, raters=3, seed=0):
-    "Verdicts (N, R) of simulated raters on pairs that are `right` (N,) or not, each wrong with probability `error`."
-    rng = np.random.default_rng((seed, 30))
-    return np.asarray(right, bool)[:, None] ^ (rng.random((len(right), raters)) < error)
+# %% ../../nbs/studies/raters.ipynb #31641fe4
+def simulated_votes(right: Sequence[bool], error: float, raters: int = 3, seed: int = 0) -> np.ndarray:
+    """Verdicts (N, R) of simulated raters.
 
-def simulated_names(raters, error): return tuple(f"simulated rater {i + 1} (errs in {100 * error:g} %)" for i in range(raters))
+    Parameters
+    ----------
+    right : (N,), whether each pair is right
+    error : probability that a verdict is wrong
+    """
+    rng = np.random.default_rng((seed, 30))
+    wrong = rng.random((len(right), raters)) < error
+    return np.asarray(right, bool)[:, None] ^ wrong
+
+def simulated_names(raters: int, error: float) -> tuple[str, ...]:
+    "Names of simulated raters."
+    return tuple(f"simulated rater {i + 1} (errs in {100 * error:g} %)" for i in range(raters))
 
 # %% ../../nbs/studies/raters.ipynb #4cfce24c
-def agreement(votes, patients, *, names, seed=0, n=2000):
-    "How raters agreed on the verdicts `votes` (N, R): every number with its 95 % interval from resampling patients."
+class _Interval:
+    "Values of statistics of pattern counts, with 95 % intervals from resampling patients."
+    def __init__(self, columns, patients, *, seed, n):
+        self.total = columns.sum(0)
+        self.single = len({*patients}) < 2
+        self.resamples = None if self.single else bootstrap_sums(columns, patients, seed=seed, n=n)
+
+    def __call__(self, statistic):
+        "{value, low, high} of a function of counts (..., 2^R)."
+        value = statistic(self.total)
+        low = high = None
+        if not self.single and np.isfinite(value): low, high = percentile_interval(statistic(self.resamples))
+        return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high)}
+
+    def share(self, pattern):
+        "{value, low, high} of the share of pairs with any of these patterns."
+        return self(lambda counts: counts[..., pattern].sum(-1) / counts.sum(-1))
+
+def _rounded(value): return None if value is None or not np.isfinite(value) else round(float(value), 6)
+
+# %% ../../nbs/studies/raters.ipynb #7610ecc3
+def agreement(votes: np.ndarray, patients: Sequence, *, names: Sequence[str], seed: int = 0,
+              n: int = 2000) -> dict:
+    """How far raters agreed: shares, kappas, the raters' error rate and counts of patterns of verdicts.
+
+    Parameters
+    ----------
+    votes : verdicts (N, R) bool
+    patients : the patient of each pair, (N,)
+    names : of the raters; they are called simulated if one of the names begins so
+    seed, n : of the bootstrap, and the number of its resamples
+    """
     columns = pattern_counts(np.asarray(votes, bool))
-    raters, total = len(names), columns.sum(0)
-    few = len({*patients}) < 2
-    resampled = total[None] if few else bootstrap_sums(columns, patients, seed=seed, n=n)
+    raters = len(names)
+    nobody, everybody = 0, 2**raters - 1
+    interval = _Interval(columns, patients, seed=seed, n=n)
+    return {"pairs": len(columns), "raters": list(names),
+            "simulated": any(name.startswith("simulated") for name in names),
+            "accepted by all": interval.share([everybody]),
+            "same verdict": interval.share([nobody, everybody]),
+            "rejected by all": interval.share([nobody]),
+            **_cohen(interval, raters),
+            "Fleiss": interval(fleiss_kappa),
+            "error rate": interval(error_rate),
+            "patterns": _named_patterns(columns.sum(0), raters)}
+
+# %% ../../nbs/studies/raters.ipynb #b628baf5
+def _cohen(interval, raters):
+    "Cohen's kappa of each couple of raters and their mean, with intervals."
     couples = list(combinations(range(raters), 2))
-    def mean_cohen(c): return np.mean([cohen_kappa(c, i, j) for i, j in couples], axis=0)
-    def value(f):
-        point = f(total)
-        low, high = (None, None) if few or not np.isfinite(point) else percentile_interval(f(resampled))
-        return {k: None if v is None or not np.isfinite(v) else round(float(v), 6) for k, v in (("value", point), ("low", low), ("high", high))}
-    share = lambda pick: value(lambda c: c[..., pick].sum(-1) / c.sum(-1))
-    return {"pairs": len(columns), "raters": list(names), "simulated": any(name.startswith("simulated") for name in names),
-            "accepted by all": share([2**raters - 1]), "same verdict": share([0, 2**raters - 1]), "rejected by all": share([0]),
-            "Cohen": {f"{i + 1} and {j + 1}": value(lambda c: cohen_kappa(c, i, j)) for i, j in couples}, "mean Cohen": value(mean_cohen),
-            "Fleiss": value(fleiss_kappa), "error rate": value(error_rate),
-            "patterns": {"".join("-+"[int(b)] for b in p): int(t) for p, t in zip(patterns(raters), total)}}
+    kappas = {}
+    for i, j in couples: kappas[f"{i + 1} and {j + 1}"] = interval(partial(cohen_kappa, i=i, j=j))
+    def mean(counts): return np.mean([cohen_kappa(counts, i, j) for i, j in couples], axis=0)
+    return {"Cohen": kappas, "mean Cohen": interval(mean)}
+
+def _named_patterns(counts, raters):
+    "Counts by pattern, written as + (accepted) and - (rejected) of each rater in turn."
+    named = {}
+    for pattern, count in zip(patterns(raters), counts.astype(int).tolist()):
+        named["".join("-+"[int(bit)] for bit in pattern)] = count
+    return named
