@@ -5,7 +5,7 @@ from conftest import ROOT
 
 from medvlm3d.studies.crossmodal import Facts
 from medvlm3d.data.m3d import load_m3d
-from medvlm3d.method.encoder import load_encoder
+from medvlm3d.method.encoders import load_encoder
 from medvlm3d.features.store import encode_images
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.training.plan import Plan

@@ -28,7 +28,7 @@ from medvlm3d.data.corpora import study_samples
 from medvlm3d.front.data import data_app
 from medvlm3d.data.m3d import COLUMNS, image_reader, load_m3d, read_image, read_m3d
 from medvlm3d.data.samples import Sample
-from medvlm3d.method.encoder import load_encoder
+from medvlm3d.method.encoders import load_encoder
 from medvlm3d.features.store import main as encode
 from medvlm3d.data.ties import audit, find_ties, take_census
 from medvlm3d.data.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root

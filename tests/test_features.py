@@ -13,7 +13,7 @@ from processes import torchrun, two_ranks
 from medvlm3d.data.samples import alias
 from medvlm3d.base.core import MedVLM3DError, write_json
 from medvlm3d.data.m3d import load_m3d, read_image, series_facts
-from medvlm3d.method.encoder import load_encoder
+from medvlm3d.method.encoders import load_encoder
 from medvlm3d.features.encode import StoreSpec
 from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, main, write_shard
 from medvlm3d.features.encode import encode_volume

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from medvlm3d.features import store as features
 from medvlm3d.front.cli import app
 from medvlm3d.base.core import MedVLM3DError, read_json, seed_everything
-from medvlm3d.method.encoder import load_encoder
+from medvlm3d.method.encoders import load_encoder
 from medvlm3d.method.weights import quietly
 from medvlm3d.method.language import base_hash, load_llm, load_tokenizer
 from medvlm3d.method.model import MedVLM3D, assemble, paper
@@ -21,15 +21,8 @@ from medvlm3d.training.plan import Plan
 from medvlm3d.training.paper import Corpus, dry_run, load_of
 from medvlm3d.training.paper import paper_plan, start
 from medvlm3d.front.runners import run_plan
-from medvlm3d.method.tokens import (
-    build_prompt,
-    collate,
-    image_prefix,
-    pack_examples,
-    padding_id,
-    prompt_ids,
-    target_ids,
-)
+from medvlm3d.method.tokens import build_prompt, image_prefix, prompt_ids, target_ids
+from medvlm3d.method.packing import collate, pack_examples, padding_id
 from medvlm3d.training.plan import paper_stages
 from medvlm3d.scans.volume import Preprocess
 

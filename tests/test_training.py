@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from medvlm3d.training.checkpoint import newest_whole, step_of
 from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json, write_text
 from medvlm3d.data.m3d import load_m3d
-from medvlm3d.method.encoder import load_encoder
+from medvlm3d.method.encoders import load_encoder
 from medvlm3d.features.store import encode_images
 from medvlm3d.method.language import base_hash, load_llm
 from medvlm3d.method.model import MedVLM3D

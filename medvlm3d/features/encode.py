@@ -20,7 +20,7 @@ from ..data.m3d import NAMED, corpus_modality, series_facts
 from ..data.manifest import listed_hash, volume_files
 from ..data.samples import Problem, alias
 from ..method.encoder import SliceEncoder
-from ..method.selection import encode_selected
+from ..method.selected_features import encode_selected
 from ..method.weights import interpolate_grid
 from ..scans.readers import read_volume
 from ..scans.volume import Preprocess, Volume

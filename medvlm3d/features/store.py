@@ -30,7 +30,8 @@ from ..data.samples import OTHER_VOLUME, Problem, Sample, alias, by_image, readi
 from medvlm3d.features.encode import (
     StoreSpec, differences, encode_many, encode_volume, reader_hints, stamp, try_or_problem, volume_hashes,
     volumes_at_once)
-from ..method.encoder import SliceEncoder, load_encoder, quick_dtype
+from ..method.encoder import SliceEncoder
+from ..method.encoders import load_encoder, quick_dtype
 from ..scans.readers import read_volume
 from ..scans.volume import Preprocess
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Out', 'Config', 'Changes', 'frame', 'is_user_error', 'main', 'describe', 'info', 'fetch', 'changes', 'rooted',
            'run_step', 'demo', 'planned', 'begin_preset', 'train', 'evaluate', 'report', 'ablate', 'efficiency',
-           'crossmodal', 'data_report']
+           'crossmodal', 'data_report', 'features', 'answer']
 
 # %% ../../nbs/front/cli.ipynb #77c5fa94
 import json, os, sys
@@ -269,3 +269,53 @@ def crossmodal(config: Config = "crossmodal", out: Out = None, p: Changes = None
 def data_report(config: Config = "data", out: Out = None, p: Changes = None):
     "Contact sheets of the phantom, chance without looking, an audit, and the cost of auditing."
     run_step("96", config, out=out, pairs=p)
+
+# %% ../../nbs/front/cli.ipynb #b84772fb
+@app.command()
+def features(
+    data: Annotated[Path, typer.Argument(help="A folder in M3D's layout, or a manifest (.jsonl).")],
+    store: Annotated[Path, typer.Argument(help="The store's folder, made or continued.")],
+    *, encoder: Annotated[str, typer.Option(
+        help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder.")] = "dinov2-s",
+    depth: int = 50, size: int = 224, rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
+    strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine",
+    window: Annotated[Optional[tuple[float, float]], typer.Option(
+        help="LOW HIGH in HU; without it the volume's own range.")] = None,
+    grid: Annotated[Optional[tuple[int, int]], typer.Option(
+        help="ROWS COLUMNS to which the patches of a slice are resampled.")] = None,
+    seed: int = 0, shard_size: int = 40, workers: int = 1, device: str = "auto",
+    rejects: Annotated[Optional[Path], typer.Option(help="Where volumes that cannot be read are listed.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything again; make anew what is damaged.")] = False,
+    float32: Annotated[bool, typer.Option("--float32", help="Not in bf16, also where that is faster.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+):
+    "Store the features of a corpus: the frozen part of the method, once a volume."
+    from medvlm3d.base.ranks import or_one_line
+    from medvlm3d.features.store import encode_corpus
+    or_one_line(lambda: encode_corpus(
+        data, store, encoder=encoder, depth=depth, size=size, window=window, rho=rho, strategy=strategy,
+        seed=seed, grid=grid, float32=float32, device=device, shard_size=shard_size, workers=workers,
+        rejects=rejects, verify=verify, quiet=quiet))
+
+# %% ../../nbs/front/cli.ipynb #51363a87
+@app.command()
+def answer(
+    model: Annotated[Path, typer.Argument(help="A model folder.")],
+    data: Annotated[Path, typer.Argument(help="A folder in M3D's layout, or a manifest (.jsonl).")],
+    store: Annotated[Path, typer.Argument(help="The feature store of its volumes.")],
+    out: Annotated[Path, typer.Argument(help="The file of predictions; an unfinished run continues.")],
+    *, split: str = "test",
+    by: Annotated[Optional[str], typer.Option(
+        help="Closed questions by words or by options; by default as the model was trained.")] = None,
+    batch_size: int = 96, max_new_tokens: int = 256, device: str = "auto", dtype: str = "float32",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress bar.")] = False,
+):
+    "Answer the questions of a split from stored features; score the file with `evaluate --predictions`."
+    from medvlm3d.base.core import MedVLM3DError
+    from medvlm3d.base.ranks import or_one_line
+    from medvlm3d.evaluation.prediction import answer_split
+    if by not in (None, "words", "options"):
+        raise MedVLM3DError(f"--by {by}", "is not known", "Choose words or options.")
+    or_one_line(lambda: answer_split(
+        model, data, store=store, out=out, split=split, by=by, batch_size=batch_size,
+        max_new_tokens=max_new_tokens, device=device, dtype=dtype, progress=not quiet))

@@ -66,7 +66,7 @@ def load_model(folder: Path | None, device: str = "auto"):
 # %% ../../nbs/front/scan.ipynb #e2219b85
 def note_unknown(processor, questions: list[str], options: list[str] | None) -> list[str]:
     "Notes, each printed as well: which words of the questions and options the model does not know."
-    from medvlm3d.method.language import ask_prompt
+    from medvlm3d.method.tokens import ask_prompt
     unknown = processor.unknown_words(*(ask_prompt(question, options) for question in questions))
     notes = [f"this reader does not know the words: {', '.join(unknown)}"] if unknown else []
     for note in notes:
@@ -211,7 +211,7 @@ def encode(
     from tqdm import tqdm
     from medvlm3d.base.core import MedVLM3DError, pick_device
     from medvlm3d.data.samples import Problem
-    from medvlm3d.method.encoder import load_encoder
+    from medvlm3d.method.encoders import load_encoder
     from medvlm3d.scans.volume import Preprocess
     reading = dict(series=series, frame=frame, axis_order=axis_order, modality=modality, intensity=intensity,
                    suv=suv, non_finite=non_finite, max_voxels=max_voxels)

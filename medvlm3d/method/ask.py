@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.core import MedVLM3DError
 from .language import Scan
 from .packing import collate, pack_examples, padding_id
-from .selection import unwatched
+from .selected_features import run_stage
 from .tokens import (ask_prompt, closed_prompt, closed_target, flatten_tokens, image_prefix,
                                     lettered, prompt_ids, report_prompt, target_ids, target_logprobs)
 
@@ -43,7 +43,7 @@ class Saying:
         "Features (1, D′, N, C) of one scan: a path, `Volume` or prepared tensor."
         return self.encode(self.need_processor().pixels(scan)[None])[0]
 
-    def say(self, features: Tensor, prompt: str, step: Callable = unwatched, **kwargs) -> str:
+    def say(self, features: Tensor, prompt: str, step: Callable = run_stage, **kwargs) -> str:
         "The generated answer to one prompt about features (1, D′, N, C)."
         batch = step("prompt", lambda: self.need_processor()(prompts=prompt))
         inputs = {name: t.to(self.device) for name, t in batch.items()}
@@ -88,7 +88,7 @@ class Scoring(Packing):
     "Likelihoods of given words about a scan."
     @torch.no_grad()
     def score(self, segments: Sequence[list], features: Tensor | None = None,
-              pixel_values: Tensor | None = None, step: Callable = unwatched) -> list:
+              pixel_values: Tensor | None = None, step: Callable = run_stage) -> list:
         """Sums (K,) and means (K,) of the log-likelihoods of each volume's K segments, in one pass.
 
         Parameters
@@ -111,7 +111,7 @@ class Scoring(Packing):
 class Options(Scoring):
     "Likelihoods of the options of one question."
     def option_logprobs(self, question: str, choices: Sequence[str], *, features: Tensor | None = None,
-                        pixel_values: Tensor | None = None, step: Callable = unwatched) -> tuple:
+                        pixel_values: Tensor | None = None, step: Callable = run_stage) -> tuple:
         """Sums (K,) and means (K,) of the log-likelihoods of the options of one question on one volume.
 
         Parameters
@@ -126,7 +126,7 @@ class Options(Scoring):
 class Answering(Options):
     "Answers to open and closed questions."
     def answer(self, features: Tensor, question: str, choices: Sequence[str] | None = None,
-               step: Callable = unwatched, **kwargs) -> Answer:
+               step: Callable = run_stage, **kwargs) -> Answer:
         """As `ask`, from features.
 
         Parameters

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.core import MedVLM3DError, read_json, sha256_json, sha256_tensors, write_json
-from .encoder import quick_dtype
+from .encoders import quick_dtype
 from .packing import collate_prompts, padding_id
 from .tokens import IMAGE_PREFIX, INSTRUCTIONS, add_image_token, build_prompt
 from ..scans.volume import Preprocess, Volume

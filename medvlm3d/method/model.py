@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ..base.core import MedVLM3DError, project_root
 from .ask import Speaking
 from .connector import Connector, MedVLM3DConfig
-from .encoder import load_encoder
+from .encoders import load_encoder
 from .keeping import Keeping, Learning
 from .language import (MedVLM3DProcessor, add_lora, base_hash, load_llm, load_tokenizer,
                                       reference_llm, widen_emulated, word_tokenizer)
 from .packing import packed_mask, padding_id
-from .selection import encode_selected, unwatched
+from .selected_features import encode_selected, run_stage
 from .tokens import add_image_token, target_loss
 from .weights import interpolate_grid
 from ..scans.volume import Preprocess
@@ -53,7 +53,7 @@ class Encoding:
         features, indices = zip(*map(self.encode_one, pixel_values))
         return torch.stack(features), torch.stack(indices)
 
-    def encode_one(self, volume: Tensor, step: Callable = unwatched) -> tuple:
+    def encode_one(self, volume: Tensor, step: Callable = run_stage) -> tuple:
         "As `encode`, for one volume (D, H, W); `step` runs encoder and selection."
         c, encoder = self.config, self.encoder
         def encode(slices): return interpolate_grid(encoder(slices[None])[0], tuple(c.grid))

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from .figures import overlay
-from ..method.tokens import collate, image_prefix, pack_examples, padding_id, prompt_ids, report_prompt, target_ids
+from ..method.packing import collate, pack_examples, padding_id
+from ..method.tokens import image_prefix, prompt_ids, report_prompt, target_ids
 
 # %% ../../nbs/report/looking.ipynb #ab5e5684
 @torch.no_grad()

@@ -20,7 +20,7 @@ from ..method.connector import Whitening
 from ..base.core import MedVLM3DError, pick_device, relative, sha256_json
 from ..data.m3d import load_m3d
 from ..method.weights import interpolate_grid
-from ..method.encoder import load_encoder, quick_dtype
+from ..method.encoders import load_encoder, quick_dtype
 from ..evaluation.scores import constant_predictions
 from ..features.store import encode_images
 from ..method.fusion import to_grid

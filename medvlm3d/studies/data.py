@@ -19,7 +19,6 @@ from ..base.core import open_run, project_root, read_json, write_json
 from ..data.m3d import image_reader
 from ..data.manifest import load_samples, samples_root
 from ..data.samples import by_image
-from ..data.scale import benchmark
 from ..data.ties import audit, write_audit
 from ..features.store import FeatureStore
 from ..phantoms.anatomy import MORE_KINDS
@@ -169,9 +168,8 @@ def _seconds_to_draw(modality, shape, n, workers):
         return time.perf_counter() - start
 
 # %% ../../nbs/studies/data.ipynb #8f38b18f
-def scale_record(root: Path, volumes: int, *, questions: int, workers: int = 2,
-                 progress: bool = True) -> dict:
-    """The record of a scale run at `root`. One of the same size is used again: a new one takes minutes.
+def scale_record(root: Path, volumes: int, *, questions: int, workers: int = 2) -> dict:
+    """The record that `bench/scale.py` wrote at `root` if it is of this size, else an empty one.
 
     Parameters
     ----------
@@ -179,10 +177,9 @@ def scale_record(root: Path, volumes: int, *, questions: int, workers: int = 2,
     volumes, questions : its size
     workers : processes
     """
-    old = read_json(root/"scale.json") if (root/"scale.json").exists() else {}
+    record = read_json(root/"scale.json") if (root/"scale.json").exists() else {}
     size = {"volumes": volumes, "questions": questions, "workers": workers}
-    if {key: old.get(key) for key in size} == size: return old
-    return benchmark(root, volumes, questions=questions, workers=workers, progress=progress)
+    return record if {key: record.get(key) for key in size} == size else {}
 
 # %% ../../nbs/studies/data.ipynb #60573757
 def balance_table(shares: dict) -> Table:
@@ -279,7 +276,7 @@ def run(out: Path | str, data: Path | str, *, corpus: Path | str = "", allow: Se
     sizes : (D, H, W) at which drawing is timed
     drawn : volumes drawn for each of them
     asked : cases asked about without drawing them
-    volumes, questions : size of the scale run; 0 volumes for none
+    volumes, questions : size of the run of `bench/scale.py` whose record is taken over
     """
     config = dict(corpus=str(corpus), allow=list(allow), shape=list(shape), sizes=[list(s) for s in sizes],
                   drawn=drawn, asked=asked, volumes=volumes, questions=questions, seed=seed, workers=workers)
@@ -291,9 +288,8 @@ def run(out: Path | str, data: Path | str, *, corpus: Path | str = "", allow: Se
     with open_run(root/out, config) as folder:
         _save_sheets(folder/"figures", shape, seed)
         results = {"balance": balance(asked), "speed": speed(sizes, drawn, workers),
-                   "audit": audit(audited, allow=allow, **processes), "scale": {}}
-        if volumes:
-            results["scale"] = scale_record(root/data/"scale", volumes, questions=questions, **processes)
+                   "audit": audit(audited, allow=allow, **processes),
+                   "scale": scale_record(root/data/"scale", volumes, questions=questions, workers=workers)}
         return _write(folder, results, workers)
 
 # %% ../../nbs/studies/data.ipynb #bfa4557f

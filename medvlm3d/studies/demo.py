@@ -20,7 +20,7 @@ from ..base.core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_de
                            write_json, write_text)
 from ..data.samples import by_image
 from ..report.study_tables import BESIDE
-from ..method.encoder import load_encoder, quick_dtype
+from ..method.encoders import load_encoder, quick_dtype
 from ..method.weights import quietly
 from ..evaluation.scores import constant_predictions, evaluate_systems
 from ..features.store import FeatureStore, encode_images

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..base.core import MedVLM3DError
-from ..method.encoder import quick_dtype
+from ..method.encoders import quick_dtype
 from ..method.fusion import SpatialFrequencyFusion
 from ..method.injection import FineGrainedInjection
 from ..evaluation.metrics import offered

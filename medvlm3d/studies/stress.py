@@ -18,7 +18,7 @@ from ..base.fetch import fetch
 from ..evaluation.findings import LEXICON, extract_facts, fact_scores, finding_rows
 from ..evaluation.metrics import METEOR, BERTScore, bleu4_from_sums, bleu4_statistics, text_scores
 from ..evaluation.uncertainty import bootstrap_sums, percentile_interval
-from ..phantoms.anatomy import KINDS, ORGANS, SIDES, Case, sample_cases
+from ..phantoms.anatomy import KINDS, ORGANS, ORGAN_SIDES, Case, sample_cases
 from ..phantoms.phantom import report
 
 # %% ../../nbs/studies/stress.ipynb #ebb071a0
@@ -60,7 +60,7 @@ def insert(text: str, case: Case) -> str:
     "A finding of another kind in an organ of the other side, before the impression."
     kind = KINDS[(KINDS.index(case.kind) + 1) % len(KINDS)]
     first = case.seed % len(ORGANS)
-    organ = next(o for o in ORGANS[first:] + ORGANS if SIDES[o] != case.side)
+    organ = next(o for o in ORGANS[first:] + ORGANS if ORGAN_SIDES[o] != case.side)
     body, impression = text.rsplit(" Impression:", 1)
     return f"{body} There is a {kind} in the {organ}. Impression:{impression}"
 

@@ -23,7 +23,7 @@ from ..base.core import MedVLM3DError, open_run, pick_device, write_json
 from ..method.connector import MedVLM3DConfig
 from ..method.language import add_lora
 from ..method.model import MedVLM3D, paper
-from ..method.tokens import collate, pack_examples
+from ..method.packing import collate, pack_examples
 from .plan import Stage, paper_stages
 
 # after medvlm3d, which lets torchvision stand beside a CPU torch (notebook base/compat)

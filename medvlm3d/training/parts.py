@@ -15,7 +15,7 @@ from ..base.core import MedVLM3DError, read_json
 from ..base.fetch import ASSETS, shown
 from ..data.m3d import find, scan_m3d
 from ..data.samples import Sample, by_image
-from ..method.encoder import KNOWN, locate
+from ..method.encoders import KNOWN, locate
 from ..method.weights import FILES
 
 # %% ../../nbs/training/parts.ipynb #f5c7940e

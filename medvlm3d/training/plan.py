@@ -19,7 +19,7 @@ from ..data.samples import Problem, Sample, by_image, settle
 from ..features.encode import differences as changed_keys, plain
 from ..features.store import FeatureStore, places_of, volume_keys
 from ..method.connector import MedVLM3DConfig
-from ..method.encoder import quick_dtype
+from ..method.encoders import quick_dtype
 from ..method.language import load_llm, load_tokenizer
 from ..method.model import MedVLM3D, assemble
 from ..scans.volume import Preprocess
