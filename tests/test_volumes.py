@@ -17,7 +17,8 @@ from scan_files import ALL_CODES, DRUG, NAME, NUMBER, PET, SECRETS, cut, item, n
 
 from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.scans.readers import read_volume
-from medvlm3d.scans.volume import PLANES, Preprocess, acquired_plane, lesion_slices, make_volume, resample_mask
+from medvlm3d.scans.volume import PLANES, acquired_plane, make_volume
+from medvlm3d.scans.prepare import Preprocess, lesion_slices, resample_mask
 
 
 @pytest.fixture(scope="module")
