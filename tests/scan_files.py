@@ -11,12 +11,8 @@ from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittle
 
 from medvlm3d.scans.volume import codes_affine
 
-ALL_CODES = [
-    "".join(signs[j][axis]
-            for j, axis in enumerate(order))
-    for order in permutations((0, 1, 2))
-    for signs in product(("RAS", "LPI"), repeat=3)
-]
+ORDERS = product(permutations((0, 1, 2)), product(("RAS", "LPI"), repeat=3))
+ALL_CODES = ["".join(letters[axis] for letters, axis in zip(signs, order)) for order, signs in ORDERS]
 NAME, NUMBER, BIRTH, ROOT = "Zaphod^Planted", "PID-0815-42", "19420101", "1.2.826"
 SECRETS = (NAME, "Zaphod", "Planted", NUMBER, BIRTH, ROOT)
 LPS = np.diag([-1., -1, 1, 1])
@@ -67,7 +63,7 @@ def nrrd_bytes(voxels, encoding="gzip", **fields):
 
 
 def meta_bytes(voxels, compressed=False, data="LOCAL", **fields):
-    "A MetaImage header, with its voxels if they are LOCAL; fields are set, or left out (None), without a check."
+    "A MetaImage header, with its voxels if they are LOCAL; fields are set, or left out (None), unchecked."
     fields = {
         "ObjectType": "Image", "NDims": voxels.ndim, "BinaryData": "True", "BinaryDataByteOrderMSB": "False",
         "CompressedData": bool(compressed), "TransformMatrix": "1 0 0 0 1 0 0 0 1", "Offset": "0 0 0",
@@ -88,8 +84,8 @@ def save_meta(path, array, affine, compressed=False):
     "An `.mha`, or an `.mhd` with its voxels beside it."
     def text(numbers): return " ".join(repr(float(x)) for x in np.ravel(numbers))
     m = LPS @ affine
-    step, kind = np.linalg.norm(m[:3, :3], axis=0), {"int16": "MET_SHORT", "float32":
-                                                     "MET_FLOAT"}[array.dtype.name]
+    step = np.linalg.norm(m[:3, :3], axis=0)
+    kind = {"int16": "MET_SHORT", "float32": "MET_FLOAT"}[array.dtype.name]
     data = "LOCAL" if path.suffix == ".mha" else f"{path.stem}.{'zraw' if compressed else 'raw'}"
     path.write_bytes(meta_bytes(array, compressed, data, TransformMatrix=text((m[:3, :3] / step).T),
                                 ElementSpacing=text(step), Offset=text(m[:3, 3]), ElementType=kind))
@@ -131,7 +127,7 @@ def write(ds, path, changes=(), i=0):
 
 
 def save_dicom(folder, array, affine, series=1, **changes):
-    "An int16 array with its affine in RAS, one file per slice, in a scrambled order; HU = 1.7·stored − 1024.3."
+    "An int16 array with its affine in RAS, one file per slice, scrambled; HU = 1.7·stored − 1024.3."
     folder.mkdir(parents=True, exist_ok=True)
     lps = LPS @ affine
     step = np.linalg.norm(lps[:3, :3], axis=0)

@@ -506,7 +506,7 @@ def found_at(volume, points):
 
 
 def test_a_real_series_lies_where_nibabel_puts_it():
-    "nibabel reads each file of the MR series alone, by its own formula: each pixel has its place in our volume."
+    "nibabel reads each file of the MR series alone, by its own formula: each pixel lies where we put it."
     from nibabel.nicom.dicomwrappers import wrapper_from_file
 
     from medvlm3d.base.fetch import fetch
@@ -523,12 +523,14 @@ def test_a_real_series_lies_where_nibabel_puts_it():
 
 
 def test_a_meta_image_lies_where_its_definition_puts_it(tmp_path):
-    """Worked by hand: the first index runs fastest, row n of TransformMatrix is the direction of index n, in LPS.
+    """Worked by hand: the first index runs fastest, row n of TransformMatrix the direction of index n (LPS).
     Voxel (i, j, k) holds i + 2j + 6k and lies at (10 − 4k, 20 + 2i, 30 − 3j)."""
     (tmp_path/"hand.mha").write_bytes(
-        b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\nCompressedData = False\n"
+        b"ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = False\n"
+        b"CompressedData = False\n"
         b"TransformMatrix = 0 1 0 0 0 -1 -1 0 0\n"
-        b"Offset = 10 20 30\nElementSpacing = 2 3 4\nDimSize = 2 3 4\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
+        b"Offset = 10 20 30\nElementSpacing = 2 3 4\nDimSize = 2 3 4\n"
+        b"ElementType = MET_UCHAR\nElementDataFile = LOCAL\n"
         + bytes(range(24)))
     points = [(10, 20, 30), (10, 22, 30), (10, 20, 27), (6, 20, 30), (-2, 22, 24)]
     assert found_at(read_volume(tmp_path/"hand.mha"), points).tolist() == [0, 1, 2, 6, 23]

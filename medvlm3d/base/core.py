@@ -129,10 +129,11 @@ def versions() -> dict[str, str | None]:
 
 def git_commit() -> str | None:
     "The commit at the root, `+changes` where tracked files outside `reports/` differ; None if there is none."
-    def git(*args): return subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True)
-    head = git("rev-parse", "HEAD")
+    def git(command):
+        return subprocess.run(command.split(), cwd=project_root(), capture_output=True, text=True)
+    head = git("git rev-parse HEAD")
     if head.returncode: return None
-    changes = git("status", "--porcelain", "-uno", "--", ".", ":!reports").stdout.strip()
+    changes = git("git status --porcelain -uno -- . :!reports").stdout.strip()
     return head.stdout.strip() + ("+changes" if changes else "")
 
 # %% ../../nbs/base/core.ipynb #154ad765

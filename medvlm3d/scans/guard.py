@@ -184,8 +184,8 @@ def labelled(array: np.ndarray, affine: np.ndarray | None, *, files: Sequence[Pa
 def letters_affine(axis_order: str, spacing: Sequence[float] | None,
                    path: Path | str) -> tuple[np.ndarray, tuple]:
     "(affine, notes) of an array whose axes grow towards three letters, such as RAS; `spacing` in mm or None."
-    pairs = [next((pair for pair in ("RL", "AP", "SI") if c in pair), None) for c in axis_order]
-    if len(axis_order) != 3 or set(pairs) != {"RL", "AP", "SI"}:
+    axes = {"RASLPI".find(c) % 3 if c in "RASLPI" else -1 for c in axis_order}
+    if len(axis_order) != 3 or axes != {0, 1, 2}:
         raise MedVLM3DError(path, f"{axis_order!r} is no orientation",
                             "Give three letters such as RAS or LPS: where each axis grows to.")
     notes = (f"orientation {axis_order} as told",)
