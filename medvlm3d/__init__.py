@@ -11,7 +11,7 @@ PUBLIC = {
     "fetch": "base.fetch",
     "read_volume": "scans.readers",
     "Volume": "scans.volume",
-    "Preprocess": "scans.volume",
+    "Preprocess": "scans.prepare",
     "load_encoder": "method.encoders",
     "select_slices": "method.selection",
     "SpatialFrequencyFusion": "method.fusion",

@@ -10,7 +10,7 @@ from medvlm3d.features.store import encode_images
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.training.plan import Plan
 from medvlm3d.training.reader import make_reader, reader_tokenizer
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.scans.prepare import Preprocess
 
 LORA = {"r": 2, "alpha": 4, "dropout": .1, "targets": "all-linear"}
 

@@ -40,7 +40,7 @@ from medvlm3d.data.similarity import z_scores
 from medvlm3d.phantoms.prose import varied_report
 from medvlm3d.data.split import assign, groups_of, split_corpus
 from medvlm3d.training.stages import train
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.scans.prepare import Preprocess
 
 NAME = "Beeblebrox_Zaphod_1952-03-11"
 QUIET = dict(workers=1, progress=False)

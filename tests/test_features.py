@@ -19,7 +19,7 @@ from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, main, w
 from medvlm3d.features.encode import encode_volume
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.base.ranks import only_writer
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.scans.prepare import Preprocess
 
 TYPED = ["--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--float32", "--quiet"]
 KILLED = """

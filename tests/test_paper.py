@@ -24,7 +24,7 @@ from medvlm3d.front.runners import run_plan
 from medvlm3d.method.tokens import build_prompt, image_prefix, prompt_ids, target_ids
 from medvlm3d.method.packing import collate, pack_examples, padding_id
 from medvlm3d.training.plan import paper_stages
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.scans.prepare import Preprocess
 
 MEAN, STD = [.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]
 TEXTS = ["The liver is normal.", "Which organ is enlarged? Choices: A. liver B. spleen",

@@ -19,7 +19,7 @@ from scan_files import cut, meta_bytes, nifti_bytes, nrrd_bytes, patient, save_d
 
 from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.scans.readers import read_volume
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.scans.prepare import Preprocess
 
 VOXELS = np.random.default_rng(0).integers(0, 900, (9, 8, 7)).astype(np.int16)
 PAIR = np.stack([VOXELS, VOXELS + 1], -1)

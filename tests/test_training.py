@@ -28,7 +28,7 @@ from medvlm3d.method.tokens import prompt_ids, target_ids
 from medvlm3d.training.stages import PackedVolumes, measure_targets, train, train_stage
 from medvlm3d.training.plan import Plan, initial_model
 from medvlm3d.training.launch import launch
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.scans.prepare import Preprocess
 
 STAGES = [
     {"stage": 1, "tasks": ["report"], "epochs": 2, "lr": 5e-3, "batch": 4, "accumulation": 1},

@@ -9,10 +9,12 @@ __all__ = ['PACKAGES', 'MedVLM3DError', 'project_root', 'home', 'relative', 'ato
 
 # %% ../../nbs/base/core.ipynb #77f9cebd
 import hashlib, json, os, platform, random, subprocess, time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,33 +23,41 @@ import yaml
 # %% ../../nbs/base/core.ipynb #7e0d5e25
 class MedVLM3DError(ValueError):
     "An error a user can act on: `what` (file or id), `why`, and the `remedy`."
-    def __init__(self, what, why, remedy):
+    def __init__(self, what: Any, why: str, remedy: str):
         self.what, self.why, self.remedy = str(what), why, remedy
         super().__init__(f"{what}: {why}. {remedy}")
 
-    def __reduce__(self): return type(self), (self.what, self.why, self.remedy)   # so that it passes from process to process
+    def __reduce__(self):                     # so that it passes from process to process
+        return type(self), (self.what, self.why, self.remedy)
 
 # %% ../../nbs/base/core.ipynb #cd54363a
-def project_root(start=None):
-    "The nearest folder that holds `settings.ini`: at or above `start`, else the clone this library is imported from; `start` if there is none."
-    here = Path(start or Path.cwd()).resolve()
-    above = next((p for p in (here, *here.parents) if (p/"settings.ini").exists()), None)
-    return above or next((p for p in [Path(find_spec("medvlm3d").origin).parent.parent] if (p/"settings.ini").exists()), here)
+def _is_root(folder): return (folder/"settings.ini").exists()
 
-def home():
-    "Where fetched and generated data live: `$MEDVLM3D_HOME`, else `data/` in the project, else the user's cache."
+def project_root(start: Path | str | None = None) -> Path:
+    "The nearest folder with `settings.ini` at or above `start`, else the library's clone, else `start`."
+    here = Path(start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if _is_root(folder): return folder
+    clone = Path(find_spec("medvlm3d").origin).parent.parent
+    return clone if _is_root(clone) else here
+
+def home() -> Path:
+    "Where fetched and generated data live: `$MEDVLM3D_HOME`, `data/` in the project, or the user's cache."
     if env := os.environ.get("MEDVLM3D_HOME"): return Path(env)
     root = project_root()
-    return root/"data" if (root/"settings.ini").exists() else Path.home()/".cache"/"medvlm3d"
+    return root/"data" if _is_root(root) else Path.home()/".cache"/"medvlm3d"
 
-def relative(path):
-    "`path` as a string relative to the project root or, outside of it, to the working folder; else its name: what may be written to a manifest."
+# %% ../../nbs/base/core.ipynb #78d487b2
+def relative(path: Path | str) -> str:
+    "`path` relative to the project root or to the working folder; its bare name outside of both."
     path = Path(path).resolve()
-    return next((path.relative_to(base).as_posix() for base in (project_root(), Path.cwd()) if path.is_relative_to(base)), path.name)
+    for base in (project_root(), Path.cwd()):
+        if path.is_relative_to(base): return path.relative_to(base).as_posix()
+    return path.name
 
 # %% ../../nbs/base/core.ipynb #8ad6b226
 @contextmanager
-def atomic_path(path):
+def atomic_path(path: Path | str) -> Iterator[Path]:
     "Yield a temporary path beside `path`; on success it is synced and renamed to `path`, on failure removed."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,30 +68,32 @@ def atomic_path(path):
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-def write_text(path, text):
+# %% ../../nbs/base/core.ipynb #91d3b00a
+def write_text(path: Path | str, text: str) -> None:
     "Write `text` to `path` atomically."
     with atomic_path(path) as part: part.write_text(text, encoding="utf-8")
 
-def write_json(path, value):
+def write_json(path: Path | str, value: Any) -> None:
     "Write `value` as indented JSON, atomically; NaN and infinities are refused."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
-def read_json(path):
+def read_json(path: Path | str) -> Any:
     "Read one JSON file; an error names the file."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as e:
-        raise MedVLM3DError(path, f"not valid JSON ({e.msg}, line {e.lineno})", "Restore or regenerate the file.") from e
+        reason = f"not valid JSON ({e.msg}, line {e.lineno})"
+        raise MedVLM3DError(path, reason, "Restore or regenerate the file.") from e
 
 # %% ../../nbs/base/core.ipynb #36351203
-def sha256_file(path):
+def sha256_file(path: Path | str) -> str:
     "Hex SHA-256 of a file, read in pieces."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-def sha256_json(value):
+def sha256_json(value: Any) -> str:
     "Hex SHA-256 of a JSON-able value; the order of keys does not matter."
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
-def sha256_tensors(tensors):
+def sha256_tensors(tensors: dict[str, torch.Tensor]) -> str:
     "Hex SHA-256 of a dict of tensors: sorted names, types, shapes and raw values."
     h = hashlib.sha256()
     for name in sorted(tensors):
@@ -91,57 +103,70 @@ def sha256_tensors(tensors):
     return h.hexdigest()
 
 # %% ../../nbs/base/core.ipynb #25d8e02c
-def seed_everything(seed):
+def seed_everything(seed: int) -> int:
     "Seed Python, NumPy and torch (all devices)."
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return seed
 
-def pick_device(name="auto"):
+def pick_device(name: str = "auto") -> torch.device:
     "The torch device: a GPU when there is one (`auto`), else the CPU."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
 
 # %% ../../nbs/base/core.ipynb #7f1eb627
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "nibabel", "pandas", "scipy")
+PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "nibabel", "pandas", "scipy")
 
-def versions():
+def versions() -> dict[str, str | None]:
     "Versions of Python, this library and the packages that decide a result."
-    found = {"python": platform.python_version()}
+    table = {"python": platform.python_version()}
     for name in ("medvlm3d", *PACKAGES):
-        try: found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError: found[name] = None
-    return found
+        try: table[name] = metadata.version(name)
+        except metadata.PackageNotFoundError: table[name] = None
+    return table
 
-def git_commit():
-    "The commit checked out at the root, with `+changes` if tracked files outside `reports/` differ; None outside a repository."
-    def git(*args): return subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True)
-    head = git("rev-parse", "HEAD")
+def git_commit() -> str | None:
+    "The commit at the root, `+changes` where tracked files outside `reports/` differ; None if there is none."
+    def git(command):
+        return subprocess.run(command.split(), cwd=project_root(), capture_output=True, text=True)
+    head = git("git rev-parse HEAD")
     if head.returncode: return None
-    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno", "--", ".", ":!reports").stdout.strip() else "")
+    changes = git("git status --porcelain -uno -- . :!reports").stdout.strip()
+    return head.stdout.strip() + ("+changes" if changes else "")
 
-def hardware():
-    "The device in words, without host or user names; times of CPUs with and without bf16 instructions are not comparable."
+# %% ../../nbs/base/core.ipynb #154ad765
+def _instructions():
+    "The vector instructions that torch uses on this CPU, and those for bf16."
+    names = [torch.backends.cpu.get_cpu_capability()]
+    if torch.cpu._is_avx512_bf16_supported(): names.append("AVX512-BF16")
+    if torch.cpu._is_amx_tile_supported(): names.append("AMX")
+    return " ".join(names)
+
+def hardware() -> dict:
+    "The device in words."
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    bf16 = {"AVX512-BF16": torch.cpu._is_avx512_bf16_supported(), "AMX": torch.cpu._is_amx_tile_supported()}
-    instructions = " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name, there in bf16.items() if there)])
-    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(), "instructions": instructions, "gpus": gpus}
+    return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(),
+            "instructions": _instructions(), "gpus": gpus}
 
 # %% ../../nbs/base/core.ipynb #42e45564
 class RunFolder:
     "One run's folder: `config.yaml`, `manifest.json`, `log.jsonl`, `results.json`, `figures/`, `tables/`."
-    def __init__(self, path): self.path = Path(path)
+    def __init__(self, path: Path | str): self.path = Path(path)
     def __truediv__(self, name): return self.path/name
     def __repr__(self): return f"RunFolder({self.path.name!r}, {self.status})"
 
+    def _json(self, name): return read_json(self/name) if (self/name).exists() else {}
     @property
-    def manifest(self): return read_json(self/"manifest.json") if (self/"manifest.json").exists() else {}
+    def manifest(self): return self._json("manifest.json")
     @property
     def status(self): return self.manifest.get("status", "new")
     @property
-    def results(self): return read_json(self/"results.json") if (self/"results.json").exists() else {}
+    def results(self): return self._json("results.json")
 
-    def is_done(self, config):
-        "Whether the run ended well with this configuration; one that ended with another is for `open_run` to refuse."
+    def is_done(self, config: dict) -> bool:
+        "Whether the run ended well with this configuration; `open_run` refuses another configuration."
         return self.status == "done" and yaml.safe_load((self/"config.yaml").read_text()) == config
 
     def note(self, **entries):
@@ -150,24 +175,33 @@ class RunFolder:
 
     def log(self, **entry):
         "Append one line to `log.jsonl`."
-        with open(self/"log.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps({"time": round(time.time(), 3), **entry}) + "\n")
+        line = json.dumps({"time": round(time.time(), 3), **entry})
+        with open(self/"log.jsonl", "a", encoding="utf-8") as f: f.write(line + "\n")
 
-    def read_log(self):
+    def read_log(self) -> list[dict]:
         "All complete lines of `log.jsonl`; a last line cut short by a crash is left out."
         if not (self/"log.jsonl").exists(): return []
-        return [json.loads(line) for line in (self/"log.jsonl").read_text().splitlines(True) if line.endswith("\n")]
+        lines = (self/"log.jsonl").read_text().splitlines(True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 # %% ../../nbs/base/core.ipynb #25509703
+def _check_config(run, config):
+    "Refuse a folder that holds a run with another configuration."
+    if not (run/"config.yaml").exists(): return
+    old = yaml.safe_load((run/"config.yaml").read_text())
+    changed = sorted(k for k in {*old, *config} if old.get(k) != config.get(k))
+    if changed:
+        reason = f"holds a run with another config (differs in {', '.join(changed)})"
+        raise MedVLM3DError(relative(run.path), reason, "Choose a new folder, or delete this one.")
+
 @contextmanager
-def open_run(path, config, **facts):
-    "Open (or continue) the run at `path`; a different config is refused, how it ended is written to the manifest."
+def open_run(path: Path | str, config: dict, **facts) -> Iterator[RunFolder]:
+    "Open (or continue) the run at `path`; `facts` and how it ended are written to its manifest."
     run = RunFolder(path)
-    old = yaml.safe_load((run/"config.yaml").read_text()) if (run/"config.yaml").exists() else config
-    if changed := sorted(k for k in {*old, *config} if old.get(k) != config.get(k)):
-        raise MedVLM3DError(relative(path), f"holds a run with another config (differs in {', '.join(changed)})",
-                            "Choose a new folder, or delete this one.")
+    _check_config(run, config)
     write_text(run/"config.yaml", yaml.safe_dump(config, sort_keys=False))
-    run.note(status="running", commit=git_commit(), versions=versions(), hardware=hardware(), started=time.time(), **facts)
+    run.note(status="running", commit=git_commit(), versions=versions(), hardware=hardware(),
+             started=time.time(), **facts)
     try: yield run
     except BaseException as e:
         with suppress(OSError):   # a full disk must not hide the first error

@@ -23,7 +23,8 @@ from ..method.encoder import SliceEncoder
 from ..method.selected_features import encode_selected
 from ..method.weights import interpolate_grid
 from ..scans.readers import read_volume
-from ..scans.volume import Preprocess, Volume
+from ..scans.prepare import Preprocess
+from ..scans.volume import Volume
 
 # %% ../../nbs/features/encode.ipynb #7f4a2360
 @torch.no_grad()

@@ -33,7 +33,7 @@ from medvlm3d.features.encode import (
 from ..method.encoder import SliceEncoder
 from ..method.encoders import load_encoder, quick_dtype
 from ..scans.readers import read_volume
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 
 # %% ../../nbs/features/store.ipynb #a6ed95c1
 FORMAT = "medvlm3d.features/3"

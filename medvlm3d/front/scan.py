@@ -212,7 +212,7 @@ def encode(
     from medvlm3d.base.core import MedVLM3DError, pick_device
     from medvlm3d.data.samples import Problem
     from medvlm3d.method.encoders import load_encoder
-    from medvlm3d.scans.volume import Preprocess
+    from medvlm3d.scans.prepare import Preprocess
     reading = dict(series=series, frame=frame, axis_order=axis_order, modality=modality, intensity=intensity,
                    suv=suv, non_finite=non_finite, max_voxels=max_voxels)
     network, problems = load_encoder(encoder, size=size, device=pick_device(device)), []

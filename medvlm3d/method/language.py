@@ -18,7 +18,8 @@ from ..base.core import MedVLM3DError, read_json, sha256_json, sha256_tensors, w
 from .encoders import quick_dtype
 from .packing import collate_prompts, padding_id
 from .tokens import IMAGE_PREFIX, INSTRUCTIONS, add_image_token, build_prompt
-from ..scans.volume import Preprocess, Volume
+from ..scans.prepare import Preprocess
+from ..scans.volume import Volume
 
 # %% ../../nbs/method/language.ipynb #4b58e059
 EMULATED = ("the weights are stored in bfloat16, which this processor only emulates, "

@@ -25,7 +25,7 @@ from .packing import packed_mask, padding_id
 from .selected_features import encode_selected, run_stage
 from .tokens import add_image_token, target_loss
 from .weights import interpolate_grid
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 
 # after medvlm3d, which lets torchvision stand beside a CPU torch
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig,

@@ -22,7 +22,7 @@ from ..data.samples import Sample
 from ..data.m3d import read_image
 from .raters import simulated_votes
 from ..scans.readers import read_volume
-from ..scans.resample import foreground_box
+from ..scans.prepare import foreground_box
 from ..scans.volume import Volume, reorient
 
 # %% ../../nbs/studies/crossmodal.ipynb #3477a4fc

@@ -28,7 +28,7 @@ from ..method.model import MedVLM3D
 from ..phantoms.layouts import is_generated, write_layout
 from ..report.figures import new_figure, save_figure
 from ..report.tables import Table, cell_text, comparison_table, published, published_value, write_table
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 from .crossmodal import (MODALITY_WORDS, QUESTIONS, Drafter, Review, collect_facts,
                                          load_phantom_studies, review, show_pair, simulated_raters,
                                          split_by_patient)

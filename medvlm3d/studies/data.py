@@ -29,7 +29,7 @@ from ..phantoms.scanner import MODES, draw_mode, spacing_of
 from ..report.figures import new_figure, save_figure
 from ..report.tables import Table, write_table
 from ..scans.readers import real_scans
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 
 # %% ../../nbs/studies/data.ipynb #eb3f3127
 REAL = {"CT": ("lung2", "lung1"), "MR": ("brain1", "brain2"), "PT": ("lung2",)}

@@ -40,7 +40,7 @@ from ..report.figures import overlay, save_figure, slice_strip
 from ..evaluation.scores import over_trainings
 from ..method.tokens import open_prompt, report_prompt
 from ..training.plan import Plan
-from ..scans.volume import Preprocess, lesion_slices, resample_mask
+from ..scans.prepare import Preprocess, lesion_slices, resample_mask
 
 # %% ../../nbs/studies/demo.ipynb #b730f0c4
 def coverage(store, truth):

@@ -24,7 +24,7 @@ from ..method.connector import Connector, MedVLM3DConfig
 from ..method.encoder import SliceEncoder
 from ..method.injection import halve
 from ..method.weights import Tower, timm_tokens
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 from ..training.cost import count_flops, saved_bytes
 
 # %% ../../nbs/studies/efficiency.ipynb #ee144fdd

@@ -28,7 +28,7 @@ from ..report.tables import Table, p_text, published, published_value, signed, w
 from ..report.figures import save_figure
 from .trials import Bench, Trial, images_of, run_trials
 from ..evaluation.uncertainty import compare_seeds, holm, mcnemar, over_seeds
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 
 # %% ../../nbs/studies/sweep.ipynb #72fd7ae7
 CORPORA = ("phantom", *PROBES)

@@ -22,7 +22,7 @@ from ..method.connector import MedVLM3DConfig
 from ..method.encoders import quick_dtype
 from ..method.language import load_llm, load_tokenizer
 from ..method.model import MedVLM3D, assemble
-from ..scans.volume import Preprocess
+from ..scans.prepare import Preprocess
 from .parts import missing_llm
 
 # %% ../../nbs/training/plan.ipynb #042a2acb
