@@ -46,6 +46,53 @@ def test_defaults_are_accepted(path):
     assert check_parameters(path, runner_parameters(path))
 
 
+def call_problems(sources, parameters):
+    """Calls of the library in a runner's cells in which two values could be swapped without an error.
+
+    Arguments are passed by keyword, at most the first by position; a keyword that is named like a parameter of the
+    runner gets that parameter."""
+    nodes = [n for source in sources for n in ast.walk(ast.parse(source))]
+    imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and (n.module or "").split(".")[0] == "medvlm3d"]
+    library = {alias.asname or alias.name for n in imports for alias in n.names}
+    problems = []
+    for call in (n for n in nodes if isinstance(n, ast.Call) and base_name(n.func) in library):
+        name = ast.unparse(call.func)
+        if len(call.args) > 1: problems.append(f"{name} gets {len(call.args)} arguments by position")
+        for keyword in call.keywords:
+            given = {n.id for n in ast.walk(keyword.value) if isinstance(n, ast.Name)} & {*parameters}
+            if keyword.arg in parameters and given and keyword.arg not in given:
+                problems.append(f"{name} gets {', '.join(sorted(given))} as {keyword.arg}")
+    return problems
+
+
+def base_name(node):
+    "The name that a called expression such as `a.b.c` begins with, or None."
+    while isinstance(node, ast.Attribute): node = node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.stem)
+def test_the_library_is_called_by_keyword(path):
+    sources = [c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+    assert not call_problems(sources, runner_parameters(path))
+
+
+@pytest.mark.parametrize("call, problem", [
+    ("train(out=out, lr=lr, volume_lr=volume_lr)", None),
+    ("train(out, lr=lr, volume_lr=volume_lr)", None),
+    ("train(root()/out, lr=lr, rate=volume_lr)", None),
+    ("train(out, lr, volume_lr=volume_lr)", "train gets 2 arguments by position"),
+    ("train(out=out, lr=volume_lr, volume_lr=lr)", "train gets volume_lr as lr"),
+    ("train(out=out, lr=2 * volume_lr)", "train gets volume_lr as lr"),
+    ("Plan.of(out=out, setup=Plan(lr=volume_lr))", "Plan gets volume_lr as lr"),
+    ("Plan.of(out, lr)", "Plan.of gets 2 arguments by position"),
+    ("print(out, lr)", None)])
+def test_a_swapped_call_is_noticed(call, problem):
+    sources = ["from medvlm3d.training.plan import Plan, train\nfrom pathlib import Path as root", f"result = {call}"]
+    found = call_problems(sources, {"out": "reports/tiny", "lr": .003, "volume_lr": .002})
+    assert problem in found if problem else not found
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_plan_is_valid_yaml(path):
     "Each plan is safe YAML; those that name runners pass the gate."
