@@ -128,7 +128,7 @@ def write_runner(path, parameters, *sources):
 
 
 def test_parameter_arrives(tmp_path):
-    "End to end through papermill: default, given value, injected cell, no path of this machine in the record."
+    "End to end through papermill: default, given value, injected cell; the record holds no path of this machine."
     source = write_runner(tmp_path/"95_arrive.ipynb", "depth = 3\nname = 'a'",
                           "import os\nprint(name * depth, os.getcwd())")
     record = run_notebook(source, {"depth": 5}, tmp_path/"out", show=False)

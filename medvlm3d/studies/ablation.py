@@ -78,6 +78,7 @@ def read_rows(folder: Path | str) -> dict[str, Row]:
                             "Add the row, or name another one.")
     return dict(sorted(rows.items(), key=lambda pair: pair[0] != "full"))
 
+# %% ../../nbs/studies/ablation.ipynb #166e7769
 def _read_row(path):
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return checked(Row, {"name": path.stem, **values})
@@ -123,10 +124,16 @@ def _is_dial(factors, names):
     if not isinstance(factors, dict) or not factors: return False
     return {*factors} <= {*names} and all(value > 0 for value in factors.values())
 
-# %% ../../nbs/studies/ablation.ipynb #beda3dbf
+# %% ../../nbs/studies/ablation.ipynb #f22a0a54
 def draw_corpora(data: Path, corpora: Corpora, *, workers: int = 2,
                  progress: bool = True) -> tuple[list[Sample], dict]:
-    "Draw the phantom and the probes below `data`; returns what `read_corpora` returns."
+    """Draw the phantom and the probes; returns what `read_corpora` returns.
+
+    Parameters
+    ----------
+    data : a folder; each corpus gets a folder of its own in it
+    corpora : what is drawn
+    workers : processes that draw"""
     check_dial(corpora.dial)
     common = dict(validation=0, shape=corpora.shape, seed=corpora.seed, workers=workers, progress=progress)
     for name in CORPORA:
@@ -135,6 +142,7 @@ def draw_corpora(data: Path, corpora: Corpora, *, workers: int = 2,
         else: make_probe(data/name, name, train=corpora.probe_train, test=corpora.probe_test, **settings)
     return read_corpora(data)
 
+# %% ../../nbs/studies/ablation.ipynb #2d2bf57b
 def read_corpora(data: Path) -> tuple[list[Sample], dict]:
     "(closed samples of all corpora below `data`, image → its cluster of cases)."
     samples, cluster = [], {}
@@ -171,6 +179,7 @@ def row_encoder(name: str, pixels: int, device: torch.device):
     encoder.name = name
     return encoder
 
+# %% ../../nbs/studies/ablation.ipynb #f1e06e08
 def slices_wanted(rows: Sequence[Row]) -> tuple[float, str]:
     "(rho, strategy) of an encoder's store: all slices, or those of the only rule if it looks at no features."
     rules = {(row.rho, row.selection) for row in rows}
@@ -314,6 +323,7 @@ def _run_encoder(out, rows, *, encoded, setup, name):
     for (row, _), trial in trials.items(): records[row.name].append(trial.record)
     return records
 
+# %% ../../nbs/studies/ablation.ipynb #c522b6ad
 def _with_slices(trials, slices):
     "The trials with the indices of the slices that their rows keep."
     kept, ready = cache(slices.kept), []

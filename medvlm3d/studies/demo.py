@@ -7,7 +7,7 @@ __all__ = ['QUESTIONS', 'ORGAN', 'ORGANS', 'coverage', 'prepare', 'training_plan
            'file_stem', 'load', 'predictions_of', 'Constant', 'answer_all', 'answer_again', 'trained_by', 'cost_of',
            'evaluate', 'score', 'read_scan', 'read_real_scans']
 
-# %% ../../nbs/studies/demo.ipynb #68dee739
+# %% ../../nbs/studies/demo.ipynb #d813a47f
 import json, re, shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +38,7 @@ from ..report.figures import overlay, save_figure, slice_strip
 from ..report.looking import look
 from ..report.study_tables import BESIDE, STATEMENT
 from ..scans.readers import real_scans
-from ..scans.volume import Preprocess, lesion_slices, resample_mask
+from ..scans.volume import Preprocess, Volume, lesion_slices, resample_mask
 from ..training.launch import launch, on_ranks
 from ..training.plan import Plan, training_features
 
@@ -52,7 +52,7 @@ def coverage(store: FeatureStore, truth: dict) -> dict:
     touched = float(np.mean([share > 0 for share in shares]))
     return {"lesions touched": round(touched, 4), "lesion slices kept": round(float(np.mean(shares)), 4)}
 
-# %% ../../nbs/studies/demo.ipynb #d813a47f
+# %% ../../nbs/studies/demo.ipynb #68dee739
 def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int, validation: int, test: int,
             depth: int, size: int, encoder: str, rho: float, selection: str, seed: int, workers: int = 2,
             progress: bool = True) -> dict:
@@ -72,20 +72,26 @@ def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int,
     make_phantom(data, train, validation=validation, test=test, shape=shape, seed=seed, workers=workers,
                  progress=progress)
     truth = read_truth(data)
-    preprocess = Preprocess(*shape, window=(-200, 400))
-    features = encode_images(store, data, images=list(truth), encoder=_fast_encoder(encoder, size), rho=rho,
-                             preprocess=preprocess, strategy=selection, progress=progress)
-    kept, patches, channels = features[next(iter(truth))][0].shape
+    features = _encode(data, store, list(truth), encoder=encoder, shape=shape, rho=rho, selection=selection,
+                       progress=progress)
     facts = {"cases": {"train": train, "validation": validation, "test": test}, "volume": list(shape),
-             "encoder": encoder, "kept slices": kept, "patches a slice": patches, "channels": channels,
-             "selection": f"{selection}, {rho} %", **coverage(features, truth), "seed": seed,
-             "truth sha256": sha256_file(data/"truth.jsonl")}
+             "encoder": encoder, **_sizes(features, next(iter(truth))), "selection": f"{selection}, {rho} %",
+             **coverage(features, truth), "seed": seed, "truth sha256": sha256_file(data/"truth.jsonl")}
     write_json(project_root()/out/"prepared.json", facts)
     return facts
 
-def _fast_encoder(name, size):
-    device = pick_device()
-    return load_encoder(name, size=size, device=device, dtype=quick_dtype(device))
+# %% ../../nbs/studies/demo.ipynb #003e14ac
+def _encode(data, store, images, *, encoder, shape, rho, selection, progress):
+    "The feature store of a phantom."
+    device, preprocess = pick_device(), Preprocess(*shape, window=(-200, 400))
+    network = load_encoder(encoder, size=shape[1], device=device, dtype=quick_dtype(device))
+    return encode_images(store, data, images=images, encoder=network, preprocess=preprocess, rho=rho,
+                         strategy=selection, progress=progress)
+
+def _sizes(features, image):
+    "Kept slices, patches of a slice and channels, as an image of the store has them."
+    kept, patches, channels = features[image][0].shape
+    return {"kept slices": kept, "patches a slice": patches, "channels": channels}
 
 # %% ../../nbs/studies/demo.ipynb #893cf6d2
 def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
@@ -162,15 +168,17 @@ def train_twins(out: Path | str, plan: Plan, *, blind: float = 1., seeds: int = 
     folder, plans = project_root()/out, trainings(plan, blind, seeds)
     options = dict(progress=progress, allow_changes=allow_changes, allow_shared=allow_shared)
     if ranks > 1: options["launcher"] = on_ranks(ranks)
-    for name, each in plans.items():
-        run = folder/"training"/name
-        if not RunFolder(run).is_done(each.to_dict()): launch(run, each, **options)
+    for name, each in plans.items(): _launch_once(folder/"training"/name, each, options)
     _copy_model(folder, blind)
     run = RunFolder(folder/"training"/"model")
     facts = {"seeds": list(range(plan.seed, plan.seed + seeds)),
              "blind": {"share": blind, "plan": plans["blind"].to_dict() if blind else None}}
     write_json(folder/"training.json", {"plan": plan.to_dict(), **run.manifest, **facts})
     return run
+
+# %% ../../nbs/studies/demo.ipynb #3948d9cb
+def _launch_once(folder, plan, options):
+    if not RunFolder(folder).is_done(plan.to_dict()): launch(folder, plan, **options)
 
 # %% ../../nbs/studies/demo.ipynb #f4a5c918
 def _copy_model(folder, blind):
@@ -180,19 +188,20 @@ def _copy_model(folder, blind):
     shutil.copy(folder/"training"/"model"/"log.jsonl", folder/"log.jsonl")
     if blind: shutil.copy(folder/"training"/"blind"/"log.jsonl", folder/"log-blind.jsonl")
 
-# %% ../../nbs/studies/demo.ipynb #97270fa9
+# %% ../../nbs/studies/demo.ipynb #a96480bf
 def file_stem(system: str) -> str:
     "The name of a system's files: `model, in words` → `model-in-words`."
     return "-".join(re.findall(r"\w+", system))
 
+# %% ../../nbs/studies/demo.ipynb #53927d0f
 def load(folder: Path | str) -> dict:
     "A saved `model` in float32 on the best device, with the path of its `weights`."
     model = MedVLM3D.from_pretrained(folder, dtype=torch.float32)
     return {"model": model.to(pick_device()), "weights": Path(folder)/"model.safetensors"}
 
-# %% ../../nbs/studies/demo.ipynb #66aff7dc
-def predictions_of(folder: Path, name: str, *, model: dict, samples: Sequence[Sample], store,
-                   batch_size: int = 96, **options) -> list[dict]:
+# %% ../../nbs/studies/demo.ipynb #057192c4
+def predictions_of(folder: Path, name: str, *, model: dict, samples: Sequence[Sample],
+                   store: FeatureStore | None, batch_size: int = 96, **options) -> list[dict]:
     """The lines of one system: those of `predictions/NAME.jsonl` if the same weights wrote it, else new ones.
 
     Parameters
@@ -291,6 +300,7 @@ def answer_again(folder: Path, asked: Sequence[Sample], store: FeatureStore, see
                                      store=store, **options)
     return lines
 
+# %% ../../nbs/studies/demo.ipynb #d920fa6e
 def trained_by(folder: Path) -> dict:
     "The `seeds` of a study's trainings, and its twin's share of the epochs (None where it is not recorded)."
     facts = read_json(folder/"training.json")
@@ -307,6 +317,7 @@ def _strata_and_findings(systems, truth, **bootstrap):
     return {"strata": by_system.pop("model"), "strata_beside": by_system,
             "clinical": {name: clinical(systems[name], **bootstrap) for name in beside}}
 
+# %% ../../nbs/studies/demo.ipynb #a91db73f
 def cost_of(folder: Path, lines: Sequence[dict]) -> dict:
     "Minutes of training, mean milliseconds that an item took, and the hardware."
     training, machine = read_json(folder/"training.json"), hardware()
@@ -343,15 +354,17 @@ def _weights(folder):
     "File of predictions → hash of the weights that wrote it."
     return {path.stem: read_json(path)["weights"] for path in sorted((folder/"predictions").glob("*.json"))}
 
-# %% ../../nbs/studies/demo.ipynb #bd84e98b
+# %% ../../nbs/studies/demo.ipynb #d69471ee
 def _answers(folder, data, features, *, split, seed, **options):
     "(system → lines, seed → lines of further trainings, facts for `results.json`)."
     samples, trained = load_samples(data), trained_by(folder)
-    asked, training = ([s for s in samples if s.split == side] for side in (split, "train"))
+    asked = [sample for sample in samples if sample.split == split]
+    training = [sample for sample in samples if sample.split == "train"]
     systems = answer_all(folder, asked, training=training, store=features, seed=seed, **options)
     first, *further = trained["seeds"]
     again = answer_again(folder, asked, features, further, **options)
-    count = {task: sum(sample.task == task for sample in asked) for task in ("closed", "open", "report")}
+    tasks = [sample.task for sample in asked]
+    count = {task: tasks.count(task) for task in ("closed", "open", "report")}
     facts = {"split": split, "data": relative(data), "asked": count,
              "trainings": {**trained, "seeds": [first, *again]}}
     return systems, again, facts
@@ -384,8 +397,8 @@ QUESTIONS = (("What is the imaging plane of this scan?", ("axial", "coronal", "s
              ("Where is the finding located?", ("right upper", "right lower", "left upper", "left lower")))
 ORGAN, ORGANS = QUESTIONS[1]
 
-# %% ../../nbs/studies/demo.ipynb #8c887056
-def read_scan(out: Path | str, model: MedVLM3D, *, name: str, volume, mask) -> dict:
+# %% ../../nbs/studies/demo.ipynb #96960f08
+def read_scan(out: Path | str, model: MedVLM3D, *, name: str, volume: Volume, mask: Volume) -> dict:
     """Trace, kept slices against lesion slices, attention and answers for one real scan.
 
     Two figures and a JSON file go to the study's folder; what the file holds is returned.
@@ -398,21 +411,21 @@ def read_scan(out: Path | str, model: MedVLM3D, *, name: str, volume, mask) -> d
     volume : the scan, a `Volume`
     mask : of the lesion, on the grid of `volume`"""
     folder, pixels = project_root()/out, model.processor.preprocess(volume)
-    lesion = _lesion(model, volume, mask)
     features, indices = model.encode(pixels[None])
-    trace, kept = model.trace(pixels, ORGAN, list(ORGANS)), indices[0].tolist()
-    answers = _answer_questions(model, features)
-    facts = {"name": name, "modality": volume.modality, "trace": trace.table(times=False), "kept": kept,
-             "lesion": lesion, "lesion slices kept": len({*kept} & {*lesion}),
+    trace, answers = model.trace(pixels, ORGAN, list(ORGANS)), _answer_questions(model, features)
+    lesion = _lesion(model, volume, mask)
+    facts = {"name": name, "modality": volume.modality, "trace": trace.table(times=False),
+             **_slices_facts(indices[0].tolist(), lesion),
              "report": model.say(features, report_prompt(0)), "answers": answers, "statement": STATEMENT}
-    organ = answers[ORGAN]["text"]
-    attention = look(model, features, [(open_prompt(ORGAN), organ)])[0].numpy()
-    for kind, figure in _figures(pixels.numpy(), attention, facts, organ).items():
-        save_figure(figure, folder/"figures", f"real-{name}-{kind}")
+    attention = look(model, features, [(open_prompt(ORGAN), answers[ORGAN]["text"])])[0].numpy()
+    _save_figures(folder/"figures", pixels.numpy(), attention, facts)
     write_json(folder/"real"/f"{name}.json", facts)
     return facts
 
-# %% ../../nbs/studies/demo.ipynb #6fd8de43
+# %% ../../nbs/studies/demo.ipynb #52243e3a
+def _slices_facts(kept, lesion):
+    return {"kept": kept, "lesion": lesion, "lesion slices kept": len({*kept} & {*lesion})}
+
 def _lesion(model, volume, mask):
     "Indices of the prepared slices that show the lesion."
     return lesion_slices(resample_mask(mask, model.processor.preprocess, volume)).tolist()
@@ -426,12 +439,13 @@ def _answer_questions(model, features):
         answers[question] = {"text": answer.text, "probabilities": probabilities}
     return answers
 
-def _figures(pixels, attention, facts, organ):
-    "The slices of a scan, and where the answer to the question for the organ looked."
-    name, kept = facts["name"], facts["kept"]
+# %% ../../nbs/studies/demo.ipynb #575a925a
+def _save_figures(folder, pixels, attention, facts):
+    name, kept, organ = facts["name"], facts["kept"], facts["answers"][ORGAN]["text"]
     strip = slice_strip(pixels, kept, lesion=facts["lesion"], title=f"{name} ({facts['modality']})")
     title = f"{name}: where the answer “{organ}” looked ({ORGAN})"
-    return {"slices": strip, "attention": overlay(pixels, attention, kept=kept, title=title)}
+    save_figure(strip, folder, f"real-{name}-slices")
+    save_figure(overlay(pixels, attention, kept=kept, title=title), folder, f"real-{name}-attention")
 
 def read_real_scans(out: Path | str, names: Sequence[str] = ("lung1", "lung2", "brain1", "brain2")) -> dict:
     "Name → what `read_scan` returns, for each of the real scans."

@@ -19,12 +19,13 @@ from ..report.tables import (PUBLISHED, RESEARCH, Table, cell_text, p_text, publ
 from .ablation import read_rows
 from .sweep import CURVE, ablation_table, dial_text, mean_cell
 
-# %% ../../nbs/studies/paper_tables.ipynb #9d624abd
+# %% ../../nbs/studies/paper_tables.ipynb #bb5e8e04
 def _read(folder, name):
     "A JSON file of a run folder; {} where there is no folder or no file."
     path = project_root()/folder/name if folder else None
     return read_json(path) if path and path.exists() else {}
 
+# %% ../../nbs/studies/paper_tables.ipynb #25048ecf
 def fact_table(title: str, task: str, *, facts: Sequence[str], ours: dict, note: str) -> Table:
     """Published facts beside ours.
 
@@ -42,7 +43,7 @@ def fact_table(title: str, task: str, *, facts: Sequence[str], ours: dict, note:
     note = f"{note} A dash: not stated in the sources. Research use only."
     return Table(title, ("", *PUBLISHED, "here"), tuple(rows), note)
 
-# %% ../../nbs/studies/paper_tables.ipynb #6250d75f
+# %% ../../nbs/studies/paper_tables.ipynb #9d624abd
 def architecture(study: Path | str | None) -> dict:
     "Fact → text of a study's model, from its folder; {} where nothing was trained."
     training, prepared = _read(study, "training.json"), _read(study, "prepared.json")
@@ -56,6 +57,7 @@ def architecture(study: Path | str | None) -> dict:
             "language model": "a small reader of this project" if llm else config["llm_reference"]["name"],
             "3D volumes to train on": prepared["cases"]["train"]}
 
+# %% ../../nbs/studies/paper_tables.ipynb #a16f9425
 def cost(study: Path | str | None) -> dict:
     "Fact → text of what training and answering took, from a study's `cost.json`."
     costs = _read(study, "cost.json")
@@ -63,7 +65,7 @@ def cost(study: Path | str | None) -> dict:
                "hardware": ("hardware", "{}")}
     return {name: form.format(costs[key]) for name, (key, form) in formats.items() if key in costs}
 
-# %% ../../nbs/studies/paper_tables.ipynb #25048ecf
+# %% ../../nbs/studies/paper_tables.ipynb #6250d75f
 TABLE_7_NOTE = ("m3d: the literature's test for the right letter; standard: strict parser. "
                 "The paper: BraTS 2023 and AutoPET, after fine-tuning. "
                 "Here: generated volumes, a model that has seen CT phantoms only, not fine-tuned: "
@@ -104,6 +106,7 @@ def paper_tables(study: Path | str | None = None, ablation: Path | str | None = 
               crossmodal_table(crossmodal), ablation_table(_read(ablation, "results.json"), listed)]
     return {f"table-{number}": _numbered(table, number) for number, table in enumerate(tables, 1)}
 
+# %% ../../nbs/studies/paper_tables.ipynb #f4b5f4f7
 def _numbered(table, number):
     "The table with its number in the title."
     if table.title.startswith("Table "): return table
@@ -190,6 +193,7 @@ def types_line(results: dict) -> str:
     scores = ", ".join(f"{type} {_interval(cells[type], key)}" for type in types)
     return f"**What does it read?** Same protocol, {trained}: {scores}.{_types_seen(results, types)}"
 
+# %% ../../nbs/studies/paper_tables.ipynb #b2f27fb0
 def _types_seen(results, types):
     "The types for which the model knows more than its blind twin."
     blind = _against_blind(results)
@@ -244,6 +248,7 @@ def _against_paper(results):
     rest = f"; not run here: {', '.join(absent)}" if absent else ""
     return ("; ".join(texts) or "no row in common") + rest
 
+# %% ../../nbs/studies/paper_tables.ipynb #98c686aa
 def _published_accuracy(known, metric):
     return float(published_value(known, "paper", task="closed", type="macro", metric=metric))
 
@@ -273,6 +278,7 @@ def _full_text(results):
         if baselines.get(key): levels.append(f"{name} {baselines[key]['phantom']['mean']['mean']:.1f}")
     return f"Full method {', '.join(levels)}. "
 
+# %% ../../nbs/studies/paper_tables.ipynb #30a8844c
 def _encoders(results):
     "The encoders that were run, against the one they stand for."
     rows, texts = results["rows"], []
@@ -311,6 +317,7 @@ def _at_share(curve, share):
     sides = ", ".join(f"{label} {_interval(curve[side][share], 'mean')}" for side, label in CURVE.items())
     return f"{share} % of the training cases: {sides}"
 
+# %% ../../nbs/studies/paper_tables.ipynb #f34152c5
 def _standing(cells):
     "At which shares a side is ahead of the other, behind, or not resolved, with the resolved differences."
     found = {share: cell for share, cell in cells.items() if is_found(cell)}

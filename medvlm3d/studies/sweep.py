@@ -42,6 +42,7 @@ def right_answers(records: Sequence[dict], items: Sequence[Sequence]) -> np.ndar
 def _equal(letters, right_letters):
     return [letter == right for letter, right in zip(letters, right_letters, strict=True)]
 
+# %% ../../nbs/studies/sweep.ipynb #fcfceccf
 def percent(stats: dict) -> dict:
     "Statistics of `over_seeds` × 100, to four digits. `p` stays; with it, the mean is a difference."
     scaled = {key: _times_100(value) for key, value in stats.items() if key != "p"}
@@ -63,6 +64,7 @@ def groups_within(items: Sequence[Sequence], corpus: str) -> dict:
     if not types: return {}
     return {**dict(sorted(types.items())), "mean": sorted(i for index in types.values() for i in index)}
 
+# %% ../../nbs/studies/sweep.ipynb #831a2164
 def over_groups(items: Sequence[Sequence], statistic: Callable) -> dict:
     "Corpus → group → `statistic(indices, clusters)` of its items."
     out = {}
@@ -75,7 +77,7 @@ def over_groups(items: Sequence[Sequence], statistic: Callable) -> dict:
             out[corpus][group] = statistic(index, clusters)
     return out
 
-# %% ../../nbs/studies/sweep.ipynb #7bfc6edb
+# %% ../../nbs/studies/sweep.ipynb #a8483c1a
 def pooled(p: Sequence[float]) -> float:
     """One p-value from one of each seed, valid however the seeds depend on each other (Rüger 1978).
 
@@ -83,6 +85,7 @@ def pooled(p: Sequence[float]) -> float:
     middle = -(-len(p) // 2)
     return min(1., sorted(p)[middle - 1] * len(p) / middle)
 
+# %% ../../nbs/studies/sweep.ipynb #3bcf6d41
 def versus(a: np.ndarray, b: np.ndarray, *, clusters: Sequence[str], seed: int = 0, n: int = 2000) -> dict:
     """Difference a − b in percent, with the p-value of `compare_seeds` and McNemar's of each seed and pooled.
 
@@ -134,13 +137,14 @@ def score_rows(records: dict, rows: dict[str, Row], *, items: Sequence[Sequence]
             entry["versus"] = _differences(right[name], right[other], items, seed=seed, n=n)
     return adjust(scored)
 
-# %% ../../nbs/studies/sweep.ipynb #ac25b81b
+# %% ../../nbs/studies/sweep.ipynb #0bbd6534
 def adjust_family(cells: Sequence[dict]) -> None:
     "Add `p_holm` and `mcnemar_holm` to `cells`, in place: adjusted by Holm for their number."
     for kind in ("p", "mcnemar"):
         adjusted = holm([cell[kind] for cell in cells])
         for cell, p in zip(cells, adjusted): cell[f"{kind}_holm"] = p
 
+# %% ../../nbs/studies/sweep.ipynb #aca4c72c
 def adjust(scored: dict) -> dict:
     "Holm for the means of scored rows, in place: over the rows on the phantom, over rows and probes there."
     compared = [entry["versus"] for entry in scored.values() if "versus" in entry]
@@ -182,6 +186,7 @@ def subset(images: Sequence[str], share: float, seed: int) -> list[str]:
     count = max(2, round(len(images) * share / 100))
     return [images[i] for i in sorted(order[:count])]
 
+# %% ../../nbs/studies/sweep.ipynb #1f44cef9
 def curve_reader(table: dict, side: str, size: tuple, channels: int) -> ProbeReader:
     """The probe reader of one side of the curve.
 
@@ -196,7 +201,7 @@ def curve_reader(table: dict, side: str, size: tuple, channels: int) -> ProbeRea
     if side == "3D": front = VolumeEncoder(size, channels)
     return ProbeReader(size, table, channels=channels, front=front)
 
-# %% ../../nbs/studies/sweep.ipynb #69649532
+# %% ../../nbs/studies/sweep.ipynb #ac25b81b
 def curve_trial(out: Path, side: str, *, share: float, seed: int, kept: np.ndarray, lesson: Lesson,
                 spec: dict, setup: Setup) -> Trial:
     """The trial of one side of the curve.
@@ -405,7 +410,7 @@ def dial_text(results: dict) -> str:
     if not parts: return ""
     return f"Findings, times those of notebooks 08 and 08c: {'; '.join(parts)}. "
 
-# %% ../../nbs/studies/sweep.ipynb #5b005a6f
+# %% ../../nbs/studies/sweep.ipynb #40b4862e
 def mean_cell(entry: dict, kind: str, corpus: str = "phantom") -> dict | None:
     "The cell over all types of a scored row: `kind` is `cells` or `versus`; None where there is none."
     return entry.get(kind, {}).get(corpus, {}).get("mean")
@@ -426,6 +431,7 @@ def _paper_text(known, metric, full):
     if "–" in (value, full) or value == full: return value
     return f"{value} ({float(value) - float(full):+.2f})"
 
+# %% ../../nbs/studies/sweep.ipynb #a354718b
 def _baseline_rows(results, corpora):
     "(name, a text for each of `corpora`) of the best constant and of chance; none where nothing was run."
     rows = []
@@ -455,6 +461,7 @@ def ablation_table(results: dict, rows: dict[str, Row] | None = None) -> Table:
     note = dial_text(results) + ABLATION_NOTE
     return Table("Table 8: ablation, closed accuracy", ABLATION_COLUMNS, tuple(lines), note)
 
+# %% ../../nbs/studies/sweep.ipynb #4341c706
 def _measured(entry, other):
     "Tokens, accuracy, and the difference from the row `other`, as texts."
     cell, difference = mean_cell(entry, "cells"), mean_cell(entry, "versus")
@@ -476,6 +483,7 @@ def probe_table(results: dict) -> Table:
     title = "Where a part helps: closed accuracy on the probes, and differences from it"
     return Table(title, columns, tuple(lines), note)
 
+# %% ../../nbs/studies/sweep.ipynb #d5a4b570
 def _probe_text(entry, corpus):
     cell, difference = mean_cell(entry, "cells", corpus), mean_cell(entry, "versus", corpus)
     if cell is None: return "–"
@@ -499,6 +507,7 @@ def curve_table(results: dict) -> Table:
     return Table("Data efficiency: closed accuracy against the share of the training cases",
                  CURVE_COLUMNS, tuple(lines), dial_text(results) + CURVE_NOTE)
 
+# %% ../../nbs/studies/sweep.ipynb #b18b65f0
 def _curve_line(curve, side, share):
     accuracy, loss = _spanned(curve[side][share]), curve["loss"][side][share]
     difference = curve["difference"].get(side, {}).get(share)
@@ -514,6 +523,7 @@ def differences_figure(results: dict, corpus: str = "phantom", title: str = ""):
         if difference: groups.setdefault(entry["group"], []).append((entry["label"], difference))
     return forest_figure(groups, "difference in accuracy (points)", title=title)
 
+# %% ../../nbs/studies/sweep.ipynb #1ae8b93c
 def data_figure(results: dict):
     "The curve of data of an ablation, with the best constant and chance."
     curves = {}
@@ -522,13 +532,14 @@ def data_figure(results: dict):
     chance = results["baselines"]["chance"]["phantom"]["mean"]["mean"]
     return curve_figure(curves, "closed accuracy (%)", chance, "phantom, mean over question types")
 
-# %% ../../nbs/studies/sweep.ipynb #e8cc38ff
+# %% ../../nbs/studies/sweep.ipynb #65833820
 def ablation_tables(results: dict) -> dict[str, Table]:
     "Name → table of an ablation's `results.json`."
     tables = {"ablation": ablation_table(results), "probes": probe_table(results)}
     if results["curve"]: tables["curve"] = curve_table(results)
     return tables
 
+# %% ../../nbs/studies/sweep.ipynb #8ae8e0be
 def render_ablation(out: Path | str) -> dict[str, Table]:
     "Write tables and figures of the ablation in the run folder `out`; returns the tables by name."
     folder = project_root()/out
