@@ -7,6 +7,7 @@ __all__ = ['BENCH', 'images_of', 'asked_in_order', 'Bench', 'Trial', 'run_trial'
 
 # %% ../../nbs/studies/trials.ipynb #381aab1c
 import os, pickle
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,82 +19,120 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..evaluation.answering import one_thread
 from ..base.core import read_json, write_json
-from .probe import Lesson, answer_table, fit_probe, probe_lines, target_matrix
+from ..data.samples import Sample
+from ..evaluation.answering import one_thread
 from ..evaluation.metrics import parse_choice
+from .probe import Lesson, answer_table, fit_probe, probe_lines, target_matrix
 
-# %% ../../nbs/studies/trials.ipynb #86343b82
-def images_of(samples, split, corpus=""):
+# %% ../../nbs/studies/trials.ipynb #09b1ffd7
+def images_of(samples: Sequence[Sample], split: str, corpus: str = "") -> list[str]:
     "Images of a split, of one corpus or of all, in order."
     return list(dict.fromkeys(s.image for s in samples if s.split == split and s.image.startswith(corpus)))
 
-def asked_in_order(samples): return sorted((s for s in samples if s.split == "test"), key=lambda s: s.id)
+def asked_in_order(samples: Sequence[Sample]) -> list[Sample]:
+    "The samples of the test split, in order of id."
+    return sorted((s for s in samples if s.split == "test"), key=lambda s: s.id)
 
+# %% ../../nbs/studies/trials.ipynb #bbc5a6f2
 @dataclass
 class Bench:
-    "What trials share: tensors (n, D, …) by name in the order of `images`, and the closed samples about those."
+    "What trials share: tensors (n, D, …) by name, in the order of `images`, and closed samples about those."
     sources: dict
     images: list
     samples: list
 
     @cached_property
-    def table(self):
+    def table(self) -> dict[str, tuple]:
         "Question type → its answers in training."
         return answer_table([s for s in self.samples if s.split == "train"])
 
+# %% ../../nbs/studies/trials.ipynb #86343b82
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """One training: `make(table)` is a reader of `source`, of which it sees the slices `kept` (n, D̂) (None: all) and learns from the images `use`
-    (None: all of the training split). Its record is at `path`; `key` says what that depends on."""
+    """One training. `make(table)` is a reader of `source`.
+
+    Its record is at `path`; `key` says what the record depends on."""
     path: Path
     key: str
-    make: object
+    make: Callable
     lesson: Lesson
     seed: int = 0
     source: str = "slices"
-    kept: np.ndarray = None
-    use: tuple = None
+    kept: np.ndarray = None     # (n, D̂) the slices that the reader sees; None: all
+    use: tuple = None           # the images it learns from; None: all of the training split
 
     @property
-    def record(self):
+    def record(self) -> dict | None:
         "What is at `path`, if it was made with the same key; else None."
-        return known if self.path.exists() and (known := read_json(self.path))["key"] == self.key else None
+        if not self.path.exists(): return None
+        record = read_json(self.path)
+        return record if record["key"] == self.key else None
 
-def run_trial(bench, trial):
+# %% ../../nbs/studies/trials.ipynb #671df70e
+def run_trial(bench: Bench, trial: Trial) -> None:
     "Train, answer the test questions, and write the record."
+    learned = list(trial.use or images_of(bench.samples, "train"))
+    targets = target_matrix(bench.samples, learned, bench.table)
+    reader, losses = fit_probe(lambda: trial.make(table=bench.table), _inputs(bench, trial, learned),
+                               targets=targets, lesson=trial.lesson, seed=trial.seed, name=trial.path.stem)
+    test = images_of(bench.samples, "test")
+    lines = probe_lines(reader, _inputs(bench, trial, test), images=test, table=bench.table,
+                        samples=asked_in_order(bench.samples))
+    write_json(trial.path, {"key": trial.key, "letters": _letters(lines), "parameters": _size(reader),
+                            "tokens": reader.count, "loss": round(float(np.mean(losses[-20:])), 4)})
+
+# %% ../../nbs/studies/trials.ipynb #e76da754
+def _letters(lines): return "".join(parse_choice(line["prediction"], line["choices"]) for line in lines)
+def _size(reader): return sum(parameter.numel() for parameter in reader.parameters())
+
+def _inputs(bench, trial, images):
+    "What the trial's reader sees of `images`."
     place = {image: i for i, image in enumerate(bench.images)}
-    def read(images):
-        rows = torch.tensor([place[i] for i in images])
-        return bench.sources[trial.source][rows if trial.kept is None else (rows[:, None], torch.from_numpy(trial.kept)[rows])]
-    test, learn = images_of(bench.samples, "test"), list(trial.use or images_of(bench.samples, "train"))
-    targets = target_matrix(bench.samples, learn, bench.table)
-    reader, losses = fit_probe(lambda: trial.make(table=bench.table), read(learn), targets=targets, lesson=trial.lesson, seed=trial.seed, name=trial.path.stem)
-    lines = probe_lines(reader, read(test), images=test, samples=asked_in_order(bench.samples), table=bench.table)
-    write_json(trial.path, {"key": trial.key, "letters": "".join(parse_choice(l["prediction"], l["choices"]) for l in lines),
-                            "parameters": sum(p.numel() for p in reader.parameters()), "tokens": reader.count,
-                            "loss": round(float(np.mean(losses[-20:])), 4)})
+    rows, source = torch.tensor([place[image] for image in images]), bench.sources[trial.source]
+    if trial.kept is None: return source[rows]
+    return source[rows[:, None], torch.from_numpy(trial.kept)[rows]]
 
 # %% ../../nbs/studies/trials.ipynb #c874ba5b
 BENCH = []       # of this process
 
-def begin(bench):
-    "First thing in a process that runs trials: keep the bench, use one thread, and end with the parent."
+def begin(bench: bytes) -> None:
+    "First step of a process that runs trials: keep the pickled bench, use one thread, end with the parent."
     BENCH.append(pickle.loads(bench))
     torch.set_num_threads(1)
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
 
-def run_here(trial): run_trial(BENCH[0], trial)
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
 
-def each_done(bench, trials, workers):
+def run_here(trial: Trial) -> None:
+    "Run a trial on the bench of this process."
+    run_trial(BENCH[0], trial)
+
+# %% ../../nbs/studies/trials.ipynb #ba63226d
+def each_done(bench: Bench, trials: Sequence[Trial], workers: int) -> Iterator:
     "Run `trials`, `workers` at a time, and yield as they are done; the first error stops what has not begun."
     if workers > 1:
-        with ProcessPoolExecutor(workers, get_context("spawn"), begin, (pickle.dumps(bench),)) as pool: yield from pool.map(run_here, trials)
+        content = (pickle.dumps(bench),)
+        with ProcessPoolExecutor(workers, get_context("spawn"), begin, content) as pool:
+            yield from pool.map(run_here, trials)
     else:
-        with one_thread(): yield from (run_trial(bench, trial) for trial in trials)
+        with one_thread():
+            for trial in trials: yield run_trial(bench, trial)
 
-def run_trials(bench, trials, *, workers=2, progress=True, name="trials"):
-    "The record of each of `trials`, after running those that have none."
-    todo = [t for t in trials if t.record is None]
-    for _ in tqdm(each_done(bench, todo, min(workers, len(todo))), desc=name, total=len(todo), unit="run", disable=not progress or not todo): pass
-    return [t.record for t in trials]
+# %% ../../nbs/studies/trials.ipynb #f60abc19
+def run_trials(bench: Bench, trials: Sequence[Trial], *, workers: int = 2, progress: bool = True,
+               name: str = "trials") -> list[dict]:
+    """The record of each of `trials`, after running those that have none.
+
+    Parameters
+    ----------
+    bench : what the trials share
+    trials : in any order
+    workers : processes side by side
+    progress, name : whether a bar is shown, and under which name"""
+    todo = [trial for trial in trials if trial.record is None]
+    done = each_done(bench, todo, min(workers, len(todo)))
+    for _ in tqdm(done, desc=name, total=len(todo), unit="run", disable=not progress or not todo): pass
+    return [trial.record for trial in trials]
