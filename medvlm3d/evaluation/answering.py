@@ -4,129 +4,222 @@
 
 # %% auto #0
 __all__ = ['NEAR', 'Prefix', 'nearness', 'one_thread', 'read_alone', 'generate_rows', 'score_rows', 'score_alone',
-           'option_scores', 'sample_prompt', 'way_of', 'chosen_option', 'answers']
+           'option_scores', 'sample_prompt', 'answer_mode', 'chosen_option', 'answers']
 
 # %% ../../nbs/evaluation/answering.ipynb #3887ec3a
 import copy
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from ..data.samples import Sample
 from .metrics import offered
 from ..method.model import CACHE
 from ..method.tokens import closed_prompt, image_prefix, open_prompt, prompt_ids, report_prompt
 
 # %% ../../nbs/evaluation/answering.ipynb #3213601d
 class Prefix:
-    "The prefixes of V volumes' kept features, each (D̂, N, C), inside a model: keys and values, computed once. None: the prefix without an image."
+    "The prefixes of V volumes inside a model: keys and values of their visual tokens, computed once."
     @torch.no_grad()
-    def __init__(self, model, processor, features):
-        self.model, self.tokenizer, self.features = model, processor.tokenizer, features
-        places, batch = (0, None) if features[0] is None else (model.config.visual_tokens, torch.stack(features))
-        self.ids = image_prefix(self.tokenizer, places)
-        ids = torch.tensor([self.ids] * len(features), device=model.device)
-        self.cache, self.length = model(input_ids=ids, features=batch, use_cache=True, logits_to_keep=1)[CACHE], ids.shape[1]
+    def __init__(self, model, processor, features: list):
+        """Run the model on the prefix of each volume.
 
-    def start(self, rows, volumes, left=True):
-        "Ids, mask (B, prefix + T), positions (B, T) of `rows` of ids padded at one side, and a copy of the cache for them; `volumes` names each row's volume."
-        pad, width = self.tokenizer.eos_token_id, max(map(len, rows))
-        place = lambda row, fill, value: [fill] * (width - len(row)) + value if left else value + [fill] * (width - len(row))
-        ids, mask = (torch.tensor(x, device=self.model.device) for x in ([place(r, pad, list(r)) for r in rows], [place(r, 0, [1] * len(r)) for r in rows]))
+        `features` holds kept features (D̂, N, C), one per volume; [None] is the prefix without an image."""
+        self.model, self.tokenizer, self.features = model, processor.tokenizer, features
+        blind = features[0] is None
+        self.ids = image_prefix(self.tokenizer, 0 if blind else model.config.visual_tokens)
+        ids = torch.tensor([self.ids] * len(features), device=model.device)
+        batch = None if blind else torch.stack(features)
+        output = model(input_ids=ids, features=batch, use_cache=True, logits_to_keep=1)
+        self.cache, self.length = output[CACHE], ids.shape[1]
+
+    def start(self, rows: list, volumes: Sequence[int], left: bool = True) -> tuple:
+        """Ids (B, T), mask (B, prefix + T), positions (B, T) and a copy of the cache for B rows of ids.
+
+        `volumes` names each row's volume; the rows are padded at the left, or at the right."""
+        ids, mask = _padded(rows, self.tokenizer.eos_token_id, left, self.model.device)
+        positions = self.length + (mask.cumsum(1) - 1).clamp_min(0)
+        mask = torch.cat([mask.new_ones(len(rows), self.length), mask], 1)
         cache = copy.deepcopy(self.cache)
         cache.batch_select_indices(torch.tensor(volumes, device=ids.device))
-        return ids, torch.cat([mask.new_ones(len(rows), self.length), mask], 1), self.length + (mask.cumsum(1) - 1).clamp_min(0), cache
+        return ids, mask, positions, cache
+
+# %% ../../nbs/evaluation/answering.ipynb #9d3be2fc
+def _padded(rows, fill, left, device):
+    "Rows of ids filled up with `fill` to equal length, and a mask that is 1 at their own ids: two (B, T)."
+    width = max(map(len, rows))
+    ids, mask = [], []
+    for row in rows:
+        pad, zeros, ones = [fill] * (width - len(row)), [0] * (width - len(row)), [1] * len(row)
+        ids.append([*pad, *row] if left else [*row, *pad])
+        mask.append(zeros + ones if left else ones + zeros)
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 # %% ../../nbs/evaluation/answering.ipynb #3d8ba75e
 NEAR = {torch.float32: 1e-3, torch.float16: .1, torch.bfloat16: .5}
 
-def nearness(model):
-    "The distance of two logits or log-likelihoods below which a batch might turn them round, for the float type of the model."
+def nearness(model) -> float:
+    "The distance of two scores below which a batch might change their order, by the model's float type."
     return NEAR[next(model.llm.parameters()).dtype]
 
 @contextmanager
 def one_thread():
-    "One thread on the CPU: sums are added in one order however many cores there are."
+    "One thread on the CPU: sums are added in one order, however many cores there are."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try: yield
     finally: torch.set_num_threads(threads)
 
 @torch.no_grad()
-def read_alone(prefix, volume, ids):
+def read_alone(prefix: Prefix, volume: int, ids: Sequence[int]) -> Tensor:
     "Logits (T, vocabulary) behind each of `ids` about one volume, computed from the start and by itself."
     features = prefix.features[volume]
+    if features is not None: features = features[None]
+    whole = torch.tensor([prefix.ids + list(ids)], device=prefix.model.device)
     with one_thread():
-        return prefix.model(input_ids=torch.tensor([prefix.ids + list(ids)], device=prefix.model.device), features=None if features is None else features[None],
-                            use_cache=False, logits_to_keep=len(ids)).logits[0].float()
+        output = prefix.model(input_ids=whole, features=features, use_cache=False, logits_to_keep=len(ids))
+    return output.logits[0].float()
 
 # %% ../../nbs/evaluation/answering.ipynb #1a2863d1
+def _room(prefix, rows, most):
+    "How many tokens each row may still get."
+    positions = prefix.model.llm.config.max_position_embeddings - prefix.length
+    return [min(most, positions - len(row)) for row in rows]
+
+def _next_tokens(logits, near):
+    "The likeliest token of each row of logits (B, vocabulary), and whether another is nearer than `near`."
+    best = logits.argmax(-1).tolist()
+    first_minus_second = -logits.topk(2).values.diff(dim=-1)[:, 0]
+    return best, (first_minus_second < near).tolist()
+
+# %% ../../nbs/evaluation/answering.ipynb #2edf2228
 @torch.no_grad()
-def generate_rows(prefix, rows, *, volumes, max_new_tokens=256, near=None):
-    "New token ids of each row of prompt ids about its volume, greedy, up to the end token (left out)."
-    end, near = prefix.tokenizer.eos_token_id, nearness(prefix.model) if near is None else near
-    ids, mask, position, cache = prefix.start(rows, volumes)
-    room = [min(max_new_tokens, prefix.model.llm.config.max_position_embeddings - prefix.length - len(row)) for row in rows]
-    said, going = [[] for _ in rows], {i for i, n in enumerate(room) if n > 0}
-    while going:
-        logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
-        best, close = logits.argmax(-1).tolist(), (logits.topk(2).values.diff(dim=-1)[:, 0] > -near).tolist()
-        for i in sorted(going):
-            token = read_alone(prefix, volumes[i], [*rows[i], *said[i]])[-1].argmax().item() if close[i] else best[i]
-            if token != end: said[i].append(token)
-            if token == end or len(said[i]) == room[i]: going.remove(i)
-        ids = torch.tensor([[said[i][-1] if i in going else end] for i in range(len(rows))], device=ids.device)
-        mask, position = torch.cat([mask, mask.new_ones(len(rows), 1)], 1), position[:, -1:] + 1
-    return said
+def generate_rows(prefix: Prefix, rows: list, *, volumes: Sequence[int], max_new_tokens: int = 256,
+                  near: float | None = None) -> list[list[int]]:
+    """New token ids of each row, greedy, up to the end token (left out).
+
+    Parameters
+    ----------
+    prefix : the volumes that were read
+    rows : prompt ids of each row
+    volumes : the volume of `prefix` that each row is about
+    max_new_tokens : the longest answer
+    near : distance of two logits below which a token is computed again, alone; None: `nearness` of the model
+    """
+    model, end = prefix.model, prefix.tokenizer.eos_token_id
+    if near is None: near = nearness(model)
+    ids, mask, positions, cache = prefix.start(rows, volumes)
+    room = _room(prefix, rows, max_new_tokens)
+    answers = [[] for _ in rows]
+    active = {i for i, n in enumerate(room) if n > 0}
+    while active:
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        best, close = _next_tokens(logits, near)
+        for i in sorted(active):
+            token = best[i]
+            if close[i]: token = read_alone(prefix, volumes[i], [*rows[i], *answers[i]])[-1].argmax().item()
+            if token != end: answers[i].append(token)
+            if token == end or len(answers[i]) == room[i]: active.remove(i)
+        last = [[answers[i][-1] if i in active else end] for i in range(len(rows))]
+        ids = torch.tensor(last, device=ids.device)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        positions = positions[:, -1:] + 1
+    return answers
 
 # %% ../../nbs/evaluation/answering.ipynb #88cda535
 @torch.no_grad()
-def score_rows(prefix, rows, volumes):
+def score_rows(prefix: Prefix, rows: list, volumes: Sequence[int]) -> list[float]:
     "Log-likelihood of the target in each (prompt ids, target ids) about its volume."
-    ids, mask, position, cache = prefix.start([[*p, *t] for p, t in rows], volumes, left=False)
-    logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=position, cache=cache, use_cache=True).logits
+    whole = [[*prompt, *target] for prompt, target in rows]
+    ids, mask, positions, cache = prefix.start(whole, volumes, left=False)
+    logits = prefix.model(input_ids=ids, attention_mask=mask, position_ids=positions,
+                          cache=cache, use_cache=True).logits
     logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return [logp[i, len(p) - 1:len(p) + len(t) - 1].sum().item() for i, (p, t) in enumerate(rows)]
+    scores = []
+    for of_row, (prompt, target) in zip(logp, rows):
+        first = len(prompt) - 1
+        scores.append(of_row[first:first + len(target)].sum().item())
+    return scores
 
-def score_alone(prefix, volume, prompt, target):
-    "As `score_rows`, of one pair by itself."
+def score_alone(prefix: Prefix, volume: int, prompt: Sequence[int], target: Sequence[int]) -> float:
+    """As `score_rows`, of one pair by itself.
+
+    Parameters
+    ----------
+    prefix, volume : the volumes that were read, and the number of the one in question
+    prompt, target : token ids
+    """
     logp = read_alone(prefix, volume, [*prompt, *target])[len(prompt) - 1:-1].log_softmax(-1)
     return logp.gather(-1, torch.tensor(target, device=logp.device)[:, None]).sum().item()
 
-def option_scores(prefix, asked, near=None):
+# %% ../../nbs/evaluation/answering.ipynb #e29cca8d
+def option_scores(prefix: Prefix, asked: list[tuple[int, Sample]], near: float | None = None) -> dict:
     "Sample id → log-likelihoods of the options of a closed question, for pairs (volume, sample)."
-    near = nearness(prefix.model) if near is None else near
-    segments = {s.id: (v, prefix.model.option_segments(s.question, s.choices)) for v, s in asked}
-    rows = [(row, v) for v, options in segments.values() for row in options]
-    scores, found = iter(score_rows(prefix, *zip(*rows)) if rows else ()), {}
-    for i, (v, options) in segments.items():
+    if near is None: near = nearness(prefix.model)
+    segments, rows, volumes = {}, [], []
+    for volume, sample in asked:
+        options = prefix.model.option_segments(sample.question, sample.choices)
+        segments[sample.id] = options
+        rows += options
+        volumes += [volume] * len(options)
+    scores = iter(score_rows(prefix, rows, volumes) if rows else ())
+    found = {}
+    for volume, sample in asked:
+        options = segments[sample.id]
         values = [next(scores) for _ in options]
         first, *rest = sorted(values, reverse=True)
-        if rest and first - rest[0] < near: values = [score_alone(prefix, v, *option) for option in options]
-        found[i] = [round(value, 5) for value in values]
+        if rest and first - rest[0] < near:
+            values = [score_alone(prefix, volume, *option) for option in options]
+        found[sample.id] = [round(value, 5) for value in values]
     return found
 
 # %% ../../nbs/evaluation/answering.ipynb #ca1672a0
-def sample_prompt(sample):
+def sample_prompt(sample: Sample) -> str:
     "The text put to the model for a sample."
     if sample.task == "closed": return closed_prompt(sample.question, sample.choices)
     return open_prompt(sample.question) if sample.task == "open" else report_prompt(0)
 
-def way_of(model, by=None):
-    "`by`, or for None the way in which the model was trained to answer a closed question: 'words' or 'options'."
+def answer_mode(model, by: str | None = None) -> str:
+    "`by`, or for None the way the model was trained to answer a closed question: 'words' or 'options'."
     return by or ("options" if model.config.answer_style == "text" else "words")
 
-def chosen_option(choices, logprobs):
+def chosen_option(choices: Sequence[str], logprobs: Sequence[float]) -> str:
     "The likeliest option as `letter. text`; of equals the first."
-    letter, text = max(zip(logprobs, offered(choices).items()), key=lambda pair: pair[0])[1]
+    options = list(offered(choices).items())
+    best = max(range(len(options)), key=lambda i: logprobs[i])
+    letter, text = options[best]
     return f"{letter}. {text}"
 
-def answers(prefix, processor, *, asked, by=None, max_new_tokens=256):
-    "Sample id → (text, tokens, option log-probabilities or None) for `asked`, pairs (volume of `prefix`, sample)."
-    logprobs, said = option_scores(prefix, [(v, s) for v, s in asked if s.task == "closed"]), {}
-    by_likelihood = way_of(prefix.model, by) == "options"
-    for task in ("closed", "open", "report")[by_likelihood:]:
-        if not (mine := [(v, s) for v, s in asked if s.task == task]): continue
-        rows = generate_rows(prefix, [prompt_ids(processor.tokenizer, sample_prompt(s)) for _, s in mine], volumes=[v for v, _ in mine], max_new_tokens=max_new_tokens)
-        said |= {s.id: (processor.decode(row), len(row), logprobs.get(s.id)) for (_, s), row in zip(mine, rows)}
-    if by_likelihood: said |= {s.id: (chosen_option(s.choices, logprobs[s.id]), 0, logprobs[s.id]) for _, s in asked if s.task == "closed"}
-    return said
+# %% ../../nbs/evaluation/answering.ipynb #c9f7135b
+def _spoken(prefix, processor, asked, max_new_tokens):
+    "Sample id → (text, number of tokens) for generated answers to `asked`, pairs (volume, sample)."
+    rows = [prompt_ids(processor.tokenizer, sample_prompt(sample)) for _, sample in asked]
+    new = generate_rows(prefix, rows, volumes=[volume for volume, _ in asked], max_new_tokens=max_new_tokens)
+    return {sample.id: (processor.decode(ids), len(ids)) for (_, sample), ids in zip(asked, new)}
+
+def answers(prefix: Prefix, processor, *, asked: list[tuple[int, Sample]], by: str | None = None,
+            max_new_tokens: int = 256) -> dict:
+    """Sample id → (text, number of tokens, option log-probabilities or None).
+
+    Parameters
+    ----------
+    prefix, processor : the volumes that were read, and the model's processor
+    asked : pairs (volume of `prefix`, sample)
+    by : how closed questions are answered: words, options, or None for the way the model was trained
+    max_new_tokens : the longest answer in words
+    """
+    by_task = {"closed": [], "open": [], "report": []}
+    for volume, sample in asked: by_task[sample.task].append((volume, sample))
+    logprobs = option_scores(prefix, by_task["closed"])
+    found = {}
+    if answer_mode(prefix.model, by) == "options":
+        for _, sample in by_task.pop("closed"):
+            scores = logprobs[sample.id]
+            found[sample.id] = chosen_option(sample.choices, scores), 0, scores
+    for pairs in by_task.values():
+        spoken = _spoken(prefix, processor, pairs, max_new_tokens) if pairs else {}
+        for name, (text, tokens) in spoken.items(): found[name] = text, tokens, logprobs.get(name)
+    return found

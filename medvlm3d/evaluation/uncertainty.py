@@ -8,83 +8,149 @@ __all__ = ['cluster_sums', 'bootstrap_sums', 'percentile_interval', 'cluster_boo
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #15642157
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..base.core import MedVLM3DError
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #1728c568
-def cluster_sums(values, clusters):
+def cluster_sums(values, clusters: Sequence) -> np.ndarray:
     "Sums of `values` (N, K) per distinct cluster, in sorted order: (clusters, K)."
     values = np.asarray(values, float).reshape(len(values), -1)
     if len(values) != len(clusters) or not len(values):
-        raise MedVLM3DError("these values", f"are {len(values)} for {len(clusters)} clusters", "Give one case per item, and at least one item.")
+        raise MedVLM3DError("these values", f"are {len(values)} for {len(clusters)} clusters",
+                            "Give one case per item, and at least one item.")
     names, index = np.unique(np.asarray(clusters, str), return_inverse=True)
     sums = np.zeros((len(names), values.shape[1]))
     np.add.at(sums, index, values)
     return sums
 
-def bootstrap_sums(values, clusters, *, seed=0, n=2000, chunk=500):
-    "Totals (n, K) of `n` resamples of whole clusters."
+def bootstrap_sums(values, clusters: Sequence, *, seed: int = 0, n: int = 2000, chunk: int = 500) -> np.ndarray:
+    """Totals (n, K) of resamples of whole clusters.
+
+    Parameters
+    ----------
+    values : (N, K), one row of summands per item
+    clusters : the case of each item
+    seed, n : seed and number of resamples
+    chunk : how many resamples are drawn at once
+    """
     sums, rng = cluster_sums(values, clusters), np.random.default_rng(seed)
     even = np.full(len(sums), 1 / len(sums))
-    return np.concatenate([rng.multinomial(len(sums), even, size=min(chunk, n - start)) @ sums for start in range(0, n, chunk)])
+    totals = []
+    for start in range(0, n, chunk):
+        counts = rng.multinomial(len(sums), even, size=min(chunk, n - start))
+        totals.append(counts @ sums)
+    return np.concatenate(totals)
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #4f9c1db2
-def percentile_interval(replicates, level=.95):
+def percentile_interval(replicates: np.ndarray, level: float = .95) -> tuple:
     "The central `level` of replicates (n, ...), leaving NaN out: (low, high)."
     tail = 50 * (1 - level)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a column without any value has no interval: NaN
         return tuple(np.nanpercentile(replicates, [tail, 100 - tail], axis=0))
 
-def cluster_bootstrap(values, clusters, *, seed=0, n=2000, level=.95):
-    "Mean of `values` (N,) and its percentile interval, clustered: (mean, low, high); no interval (None) from one cluster."
+def cluster_bootstrap(values, clusters: Sequence, *, seed: int = 0, n: int = 2000, level: float = .95) -> tuple:
+    """Mean of the values and its percentile interval: (mean, low, high); no interval (None) from one cluster.
+
+    Parameters
+    ----------
+    values : (N,), one number per item
+    clusters : the case of each item
+    seed, n : seed and number of resamples
+    level : the share of the resamples within the interval
+    """
     columns = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
-    few = len(cluster_sums(columns, clusters)) < 2
-    mean = columns[:, 0].mean()
-    if few: return float(mean), None, None
+    one_cluster = len(cluster_sums(columns, clusters)) < 2
+    mean = float(columns[:, 0].mean())
+    if one_cluster: return mean, None, None
     sums = bootstrap_sums(columns, clusters, seed=seed, n=n)
-    return float(mean), *map(float, percentile_interval(sums[:, 0] / sums[:, 1], level))
+    low, high = percentile_interval(sums[:, 0] / sums[:, 1], level)
+    return mean, float(low), float(high)
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #694ce177
-def paired_permutation(a, b, *, clusters=None, seed=0, n=10000, chunk=500):
-    "Two-sided p of the mean difference of paired values: signs flipped per cluster (per pair without), (k+1)/(n+1)."
+def paired_permutation(a, b, *, clusters: Sequence | None = None, seed: int = 0, n: int = 10000,
+                       chunk: int = 500) -> float:
+    """Two-sided p of the mean difference of paired values, (k+1)/(n+1).
+
+    Parameters
+    ----------
+    a, b : (N,), the values of two systems on the same items
+    clusters : the case of each item, whose signs are flipped together; None: each pair by itself
+    seed, n : seed and number of permutations
+    chunk : how many permutations are drawn at once
+    """
     difference = np.subtract(a, b, dtype=float)
-    sums = cluster_sums(difference, range(len(difference)) if clusters is None else clusters)[:, 0]
+    if clusters is None: clusters = range(len(difference))
+    sums = cluster_sums(difference, clusters)[:, 0]
     rng, observed = np.random.default_rng(seed), abs(sums.sum()) - 1e-9
-    k = sum(int((abs(rng.choice([-1., 1.], (min(chunk, n - start), len(sums))) @ sums) >= observed).sum()) for start in range(0, n, chunk))
+    k = 0
+    for start in range(0, n, chunk):
+        signs = rng.choice([-1., 1.], (min(chunk, n - start), len(sums)))
+        k += int((abs(signs @ sums) >= observed).sum())
     return (k + 1) / (n + 1)
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #9a930933
-def mcnemar(a, b):
-    "Exact two-sided p of McNemar's test on paired right/wrong values."
+def mcnemar(a, b) -> float:
+    "Exact two-sided p of McNemar's test on paired right/wrong values, both (N,)."
     from scipy.stats import binom
     a, b = np.asarray(a, bool), np.asarray(b, bool)
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     return min(1., 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, .5)))
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #c3b227b7
-def over_seeds(values, clusters, *, seed=0, n=2000, level=.95):
-    "Mean of `values` (S seeds, N items), its interval over seeds and clusters, the seeds' own means and their standard deviation (None for one seed)."
-    values = np.atleast_2d(np.asarray(values, float))
-    s, means = len(values), values.mean(1)
-    sums = bootstrap_sums(np.concatenate([values.T, np.ones((values.shape[1], 1))], 1), clusters, seed=seed, n=n)
-    each = sums[:, :-1] / sums[:, -1:]
-    drawn = np.random.default_rng((seed, 1)).integers(s, size=each.shape)
-    shift = (np.take_along_axis(each, drawn, 1).mean(1) - each.mean(1)) * (s / (s - 1))**.5 if s > 1 else 0
-    low, high = percentile_interval(each.mean(1) + shift, level)
-    return {"mean": float(means.mean()), "low": float(low), "high": float(high), "seeds": means.tolist(), "sd": float(means.std(ddof=1)) if s > 1 else None}
+def _seed_means(values, clusters, seed, n):
+    "Mean (n, S) of each seed's values (S, N) in each of n resamples of clusters."
+    columns = np.concatenate([values.T, np.ones((values.shape[1], 1))], 1)
+    sums = bootstrap_sums(columns, clusters, seed=seed, n=n)
+    return sums[:, :-1] / sums[:, -1:]
 
-def compare_seeds(a, b, *, clusters, seed=0, n=2000):
-    "`over_seeds` of a − b, both (S, N) on the same items, with p by permutation of clusters on the mean over seeds."
-    a, b = (np.atleast_2d(np.asarray(x, float)) for x in (a, b))
+def _seed_shift(means, seed):
+    "What S seeds drawn with replacement add to the mean over seeds of each resample (n, S), stretched: (n,)."
+    s = means.shape[1]
+    if s == 1: return 0
+    drawn = np.random.default_rng((seed, 1)).integers(s, size=means.shape)
+    deviation = np.take_along_axis(means, drawn, 1).mean(1) - means.mean(1)
+    return deviation * (s / (s - 1))**.5
+
+# %% ../../nbs/evaluation/uncertainty.ipynb #38c6b6e5
+def over_seeds(values, clusters: Sequence, *, seed: int = 0, n: int = 2000, level: float = .95) -> dict:
+    """Mean over seeds and items, its interval, the seeds' own means and their standard deviation (None for one).
+
+    Parameters
+    ----------
+    values : (S, N), S trainings on the same N items
+    clusters : the case of each item
+    seed, n : seed and number of resamples
+    level : the share of the resamples within the interval
+    """
+    values = np.atleast_2d(np.asarray(values, float))
+    own = values.mean(1)
+    means = _seed_means(values, clusters, seed, n)
+    low, high = percentile_interval(means.mean(1) + _seed_shift(means, seed), level)
+    sd = float(own.std(ddof=1)) if len(own) > 1 else None
+    return {"mean": float(own.mean()), "low": float(low), "high": float(high), "seeds": own.tolist(), "sd": sd}
+
+def compare_seeds(a, b, *, clusters: Sequence, seed: int = 0, n: int = 2000) -> dict:
+    """`over_seeds` of a − b, with p by permutation of clusters on the mean over seeds.
+
+    Parameters
+    ----------
+    a, b : (S, N), two systems with the same seeds on the same items
+    clusters : the case of each item
+    seed, n : seed of bootstrap and permutation, number of resamples
+    """
+    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
     if a.shape != b.shape:
-        raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items", "Run both with the same seeds on the same items.")
-    return {**over_seeds(a - b, clusters, seed=seed, n=n), "p": paired_permutation(a.mean(0), b.mean(0), clusters=clusters, seed=seed)}
+        raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items",
+                            "Run both with the same seeds on the same items.")
+    p = paired_permutation(a.mean(0), b.mean(0), clusters=clusters, seed=seed)
+    return {**over_seeds(a - b, clusters, seed=seed, n=n), "p": p}
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #1ebe2124
-def holm(p):
+def holm(p: Sequence[float]) -> list[float]:
     "Holm-adjusted p-values in the order given."
     p = np.asarray(p, float)
     order = np.argsort(p, kind="stable")
