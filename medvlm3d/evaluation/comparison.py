@@ -6,28 +6,39 @@
 __all__ = ['SCHEMA', 'COMPARED', 'chance_scores', 'central', 'constant_predictions', 'item_values', 'paired_lines', 'compare',
            'holm_table', 'evaluate_systems', 'lookup', 'correctness', 'seed_cells', 'over_trainings']
 
-# %% ../../nbs/evaluation/comparison.ipynb #189f7842
+# %% ../../nbs/evaluation/comparison.ipynb #e42bde94
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..base.core import MedVLM3DError
 from .metrics import offered, rouge1, text_scores
+from .prediction import column
 from .scores import (
     accuracy_values, cell, grouped_cells, ordered, percent, score_predictions)
 from .uncertainty import holm, mcnemar, over_seeds, paired_permutation
 
 # %% ../../nbs/evaluation/comparison.ipynb #a127179d
-def chance_scores(lines: list[dict]) -> dict:
-    "Accuracy of guessing uniformly among the options, in the form of `score_predictions`; exact: no intervals."
+def _chances(lines):
+    "Question type → one over the number of options, for each closed line."
     by_type = {}
-    for line in (line for line in lines if line["task"] == "closed"):
+    for line in lines:
+        if line["task"] != "closed": continue
         by_type.setdefault(line["type"], []).append(1 / len(offered(line["choices"])))
-    cells = {name: cell(np.mean(by_type[name]), n=len(by_type[name])) for name in ordered(by_type)}
-    values = [value for name in ordered(by_type) for value in by_type[name]]
+    return by_type
+
+def _mean_cell(values): return cell(np.mean(values), n=len(values))
+
+# %% ../../nbs/evaluation/comparison.ipynb #1bfdb4d3
+def chance_scores(lines: list[dict]) -> dict:
+    "Accuracy of a uniform guess among the options, in the form of `score_predictions`; exact: no intervals."
+    by_type = _chances(lines)
+    values = sum(by_type.values(), [])
+    cells = {name: _mean_cell(by_type[name]) for name in ordered(by_type)}
     if values:
-        cells["macro"] = cell(np.mean([np.mean(of_type) for of_type in by_type.values()]), n=len(values))
-        cells["micro"] = cell(np.mean(values), n=len(values))
+        cells["macro"] = cell(np.mean(list(map(np.mean, by_type.values()))), n=len(values))
+        cells["micro"] = _mean_cell(values)
     return {"items": {"closed": len(values)},
             "m3d": {"closed": {"accuracy": cells}}, "standard": {"closed": {"accuracy": cells}}}
 
@@ -40,10 +51,8 @@ def central(texts: Sequence[str], most: int = 100) -> str:
 def _ranked_answers(training):
     "(task, type) → the answers of the training samples, most frequent first (ties: by name)."
     counts = {}
-    for sample in training:
-        of_type = counts.setdefault((sample.task, sample.type), {})
-        of_type[sample.answer] = of_type.get(sample.answer, 0) + 1
-    return {key: sorted(of_type, key=lambda answer: (-of_type[answer], answer))
+    for sample in training: counts.setdefault((sample.task, sample.type), Counter())[sample.answer] += 1
+    return {key: [answer for answer, _ in Counter(sorted(of_type.elements())).most_common()]
             for key, of_type in counts.items()}
 
 def _best_option(options, ranking):
@@ -52,7 +61,7 @@ def _best_option(options, ranking):
     letter = min(options, key=lambda option: (rank(option), option))
     return f"{letter}. {options[letter]}"
 
-# %% ../../nbs/evaluation/comparison.ipynb #82fad8c3
+# %% ../../nbs/evaluation/comparison.ipynb #e2ca5d6a
 def constant_predictions(lines: list[dict], training: Sequence) -> list[dict]:
     "`lines` answered without looking: per task and type the answer most frequent in the `training` samples."
     ranked = _ranked_answers(training)
@@ -82,40 +91,52 @@ def item_values(lines: list[dict], task: str = "closed", *, protocol: str = "sta
     meteor, bertscore : loaded text scores, if `metric` is one of them
     """
     if metric == "accuracy": return accuracy_values(lines, protocol)
-    predictions, references = [line["prediction"] for line in lines], [line["answer"] for line in lines]
-    scores = text_scores(predictions, references, meteor, bertscore)
+    scores = text_scores(column(lines, "prediction"), column(lines, "answer"), meteor, bertscore)
     if metric not in scores:
         raise MedVLM3DError(metric, "is not a score of single items",
                             f"Choose accuracy or one of {', '.join(scores)}.")
     return scores[metric]
 
-# %% ../../nbs/evaluation/comparison.ipynb #795788e8
+# %% ../../nbs/evaluation/comparison.ipynb #b335ab64
+def _by_id(lines, task): return {line["id"]: line for line in lines if line["task"] == task}
+
+def _same_items(a, b):
+    "Whether two systems' lines by id are about the same items, with the same truth."
+    return a.keys() == b.keys() and all(a[i]["answer"] == b[i]["answer"] for i in a)
+
+# %% ../../nbs/evaluation/comparison.ipynb #48327619
 def paired_lines(a: list[dict], b: list[dict], task: str) -> tuple[list[dict], list[dict]]:
     "Lines of `task` of two systems in one order; refused unless both answered the same items."
-    a = {line["id"]: line for line in a if line["task"] == task}
-    b = {line["id"]: line for line in b if line["task"] == task}
-    if a.keys() != b.keys() or any(a[i]["answer"] != b[i]["answer"] for i in a):
+    a, b = _by_id(a, task), _by_id(b, task)
+    if not _same_items(a, b):
         only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
         why = f"was answered on different items ({only_a} only by the first, {only_b} only by the second)"
         raise MedVLM3DError(task, why, "Predict both systems on the same samples.")
     return [a[i] for i in sorted(a)], [b[i] for i in sorted(b)]
 
 # %% ../../nbs/evaluation/comparison.ipynb #c61457aa
-def _group_weights(types, names):
+def _group_weights(types):
     "Group → weights (N,) of the items, so that a weighted sum is the group's mean (`all`: the plain sum)."
-    member = {name: types == name for name in names}
-    weights = {name: member[name] / member[name].sum() for name in names}
-    weights["macro"] = sum(weights[name] for name in names) / len(names)
-    weights["micro"] = np.ones(len(types)) / len(types)
-    weights["all"] = np.ones(len(types))
-    return weights
+    weights = {}
+    for name in ordered(types):
+        member = np.array(types) == name
+        weights[name] = member / member.sum()
+    weights["macro"] = sum(weights.values()) / len(weights)
+    ones = np.ones(len(types))
+    return weights | {"micro": ones / len(types), "all": ones}
+
+def _tests(x, y, w, *, cases, metric, seed):
+    "p-values of the mean of x − y with weights w: by permutation of cases, and McNemar's for accuracies."
+    tests = {"p": paired_permutation(x * w, y * w, clusters=cases, seed=seed)}
+    if metric == "accuracy": tests["mcnemar"] = mcnemar(x[w > 0], y[w > 0])
+    return tests
 
 def _adjust(rows, key):
     "Write `{key}_holm`, the Holm-adjusted p-values, into those `rows` that have the p-value `key`."
     tested = [row for row in rows if key in row]
     for row, p in zip(tested, holm([row[key] for row in tested])): row[f"{key}_holm"] = p
 
-# %% ../../nbs/evaluation/comparison.ipynb #7032e51b
+# %% ../../nbs/evaluation/comparison.ipynb #159ac62e
 def compare(a: list[dict], b: list[dict], *, task: str = "closed", protocol: str = "standard",
             metric: str = "accuracy", seed: int = 0, n: int = 2000,
             meteor: Callable | None = None, bertscore: Callable | None = None) -> dict:
@@ -131,27 +152,21 @@ def compare(a: list[dict], b: list[dict], *, task: str = "closed", protocol: str
     a, b = paired_lines(a, b, task)
     options = dict(protocol=protocol, metric=metric, meteor=meteor, bertscore=bertscore)
     x, y = item_values(a, task, **options), item_values(b, task, **options)
-    types, cases = np.array([line["type"] for line in a]), np.array([line["case"] for line in a])
-    names = ordered(types)
-    rows = np.stack([x - y, np.ones(len(x))], 1)
-    cells = grouped_cells(rows, types.tolist(), cases=cases.tolist(), seed=seed, n=n)
-    weights = _group_weights(types, names)
-    differences = {}
-    for group, c in cells.items():
-        w = weights[group]
-        row = {"difference": c["value"], "low": c["low"], "high": c["high"], "n": c["n"],
-               "p": paired_permutation(x * w, y * w, clusters=cases, seed=seed)}
-        if metric == "accuracy": row["mcnemar"] = mcnemar(x[w > 0], y[w > 0])
-        differences[group] = row
-    _adjust([differences[name] for name in names if name in differences], "p")
-    return differences
+    types, cases = column(a, "type"), column(a, "case")
+    cells = grouped_cells(np.stack([x - y, np.ones(len(x))], 1), types, cases=cases, seed=seed, n=n)
+    weights = _group_weights(types)
+    rows = {group: {"difference": c["value"], "low": c["low"], "high": c["high"], "n": c["n"],
+                    **_tests(x, y, weights[group], cases=cases, metric=metric, seed=seed)}
+            for group, c in cells.items()}
+    _adjust([rows[name] for name in ordered(types) if name in rows], "p")
+    return rows
 
 # %% ../../nbs/evaluation/comparison.ipynb #c7ca53f5
 SCHEMA = "medvlm3d.results/1"
 COMPARED = {"closed": "accuracy", "open": "ROUGE-1", "report": "ROUGE-1"}
 
 def holm_table(versus: dict) -> dict:
-    "Add `p_holm` and `mcnemar_holm` to `comparisons`, in place: adjusted over all systems, types and `macro`."
+    "Add `p_holm`, `mcnemar_holm` to `comparisons`, in place: adjusted over all systems, types and `macro`."
     for task, metric in COMPARED.items():
         rows = []
         for tasks in versus.values():
@@ -161,13 +176,14 @@ def holm_table(versus: dict) -> dict:
         _adjust(rows, "mcnemar")
     return versus
 
+# %% ../../nbs/evaluation/comparison.ipynb #aba1a240
 def _compare_tasks(a, b, **boot):
     "Task → metric → `compare` of a and b, for the tasks that both answered."
     both = {line["task"] for line in a} & {line["task"] for line in b}
     return {task: {metric: compare(a, b, task=task, metric=metric, **boot)}
             for task, metric in COMPARED.items() if task in both}
 
-# %% ../../nbs/evaluation/comparison.ipynb #becbd9f8
+# %% ../../nbs/evaluation/comparison.ipynb #1a8bce3c
 def evaluate_systems(systems: dict, training: Sequence = (), *, truth: dict | None = None,
                      lexicon: dict | None = None, meteor: Callable | None = None,
                      bertscore: Callable | None = None, seed: int = 0, n: int = 2000, **facts) -> dict:
@@ -188,12 +204,12 @@ def evaluate_systems(systems: dict, training: Sequence = (), *, truth: dict | No
     if training: systems = {**systems, "constant": constant_predictions(model, training)}
     options = dict(lexicon=lexicon, meteor=meteor, bertscore=bertscore, seed=seed, n=n)
     scores = {name: score_predictions(lines, truth, **options) for name, lines in systems.items()}
+    scores["chance"] = chance_scores(model)
     versus = {name: _compare_tasks(model, lines, seed=seed, n=n)
               for name, lines in systems.items() if name != "model"}
-    return {"schema": SCHEMA, **facts, "systems": {**scores, "chance": chance_scores(model)},
-            "comparisons": holm_table(versus)}
+    return {"schema": SCHEMA, **facts, "systems": scores, "comparisons": holm_table(versus)}
 
-# %% ../../nbs/evaluation/comparison.ipynb #f3d83d1b
+# %% ../../nbs/evaluation/comparison.ipynb #056f2334
 def lookup(results: dict, system: str, *, protocol: str, task: str, metric: str, group: str) -> dict | None:
     """The cell at one place of `results`, or None where nothing was run.
 
@@ -217,7 +233,7 @@ def correctness(trainings: list[list[dict]], minus: list[dict] | None = None) ->
     lines = [paired_lines(first, training, "closed")[1] for training in trainings]
     right = np.stack([accuracy_values(of_training) for of_training in lines])
     if minus: right = right - accuracy_values(paired_lines(first, minus, "closed")[1])
-    return right, np.array([line["type"] for line in lines[0]]), np.array([line["case"] for line in lines[0]])
+    return right, np.array(column(lines[0], "type")), np.array(column(lines[0], "case"))
 
 def _seed_cell(found, least=0.):
     "`over_seeds`' result as a cell, × 100; its interval is cut at `least` (0, or −1 for a difference) and 1."
@@ -225,7 +241,13 @@ def _seed_cell(found, least=0.):
     return {"mean": percent(found["mean"]), "low": percent(low), "high": percent(high),
             "sd": percent(found["sd"]), "values": [percent(value) for value in found["seeds"]]}
 
-# %% ../../nbs/evaluation/comparison.ipynb #19b4978d
+# %% ../../nbs/evaluation/comparison.ipynb #bb9e858b
+def _even_weights(types):
+    "Weights (N,) with which the mean over all items is the mean over their T types."
+    _, index, counts = np.unique(types, return_inverse=True, return_counts=True)
+    return len(types) / (len(counts) * counts[index])
+
+# %% ../../nbs/evaluation/comparison.ipynb #582d816b
 def seed_cells(trainings: list[list[dict]], minus: list[dict] | None = None,
                seed: int = 0, n: int = 2000) -> dict:
     """Type → cell over trainings, and `macro`, their mean.
@@ -237,17 +259,15 @@ def seed_cells(trainings: list[list[dict]], minus: list[dict] | None = None,
     seed, n : seed and number of the bootstrap's resamples of cases
     """
     right, types, cases = correctness(trainings, minus)
-    names = ordered(types.tolist())
-    least = -1. if minus else 0.
-    weights = np.zeros(len(types))
-    cells = {}
-    for name in names:
+    least, cells = -1. if minus else 0., {}
+    for name in ordered(types.tolist()):
         member = types == name
-        weights[member] = len(types) / (len(names) * member.sum())
         cells[name] = _seed_cell(over_seeds(right[:, member], cases[member], seed=seed, n=n), least)
-    cells["macro"] = _seed_cell(over_seeds(right * weights, cases, seed=seed, n=n), least)
+    even = right * _even_weights(types)
+    cells["macro"] = _seed_cell(over_seeds(even, cases, seed=seed, n=n), least)
     return cells
 
+# %% ../../nbs/evaluation/comparison.ipynb #44549a10
 def over_trainings(trainings: list[list[dict]], blind: list[dict] | None = None,
                    seed: int = 0, n: int = 2000) -> dict:
     """The block `seeds` of `results.json`.

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['TYPE_ORDER', 'JUDGES', 'M3D_TEXT', 'TASKS', 'ordered', 'percent', 'cell', 'ratio', 'with_groups', 'grouped_cells',
-           'likeliest', 'accuracy_values', 'answering_note', 'closed_scores', 'free_text_scores', 'fact_report',
-           'score_predictions']
+           'likeliest', 'accuracy_values', 'answering_note', 'closed_scores', 'free_text_scores', 'report_cell',
+           'fact_report', 'score_predictions']
 
 # %% ../../nbs/evaluation/scores.ipynb #95342594
 from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..base.core import MedVLM3DError
 from .calibration import calibration
@@ -18,6 +20,7 @@ from .findings import extract_facts, fact_scores
 from medvlm3d.evaluation.metrics import (
     bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, normalise, offered, parse_choice,
     text_scores)
+from .prediction import column, task_lines
 from .uncertainty import bootstrap_sums, percentile_interval
 
 # %% ../../nbs/evaluation/scores.ipynb #8679f88b
@@ -33,6 +36,7 @@ def percent(value: float | None) -> float | None:
     if value is None or not np.isfinite(value): return None
     return round(100 * float(value), 4)
 
+# %% ../../nbs/evaluation/scores.ipynb #de382f01
 def cell(value: float | None, low: float | None = None, high: float | None = None, n: int = 0) -> dict:
     """One number of a table, × 100, with its 95 % interval.
 
@@ -44,7 +48,7 @@ def cell(value: float | None, low: float | None = None, high: float | None = Non
     """
     return {"value": percent(value), "low": percent(low), "high": percent(high), "n": int(n)}
 
-# %% ../../nbs/evaluation/scores.ipynb #a07cd43c
+# %% ../../nbs/evaluation/scores.ipynb #b01ba26d
 def ratio(sums: np.ndarray) -> np.ndarray:
     "First over last of the summed columns (..., K); NaN where nothing was counted."
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -58,8 +62,19 @@ def with_groups(blocks: np.ndarray, statistic: Callable) -> np.ndarray:
     micro = statistic(blocks.sum(-2))
     return np.concatenate([by_type, macro[..., None], micro[..., None]], -1)
 
+# %% ../../nbs/evaluation/scores.ipynb #85ef8fc3
+def _per_type(rows, types, names):
+    "Each row (N, K) in the columns of its own type, zeros elsewhere: (N, T · K)."
+    member = np.array(types)[:, None] == np.array(names)
+    return (member[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
+
+def _interval(scores, columns, *, cases, seed, n):
+    "The interval of `scores` (a function of sums) over resampled cases; (None, None) from one case."
+    if len({*cases}) < 2: return None, None
+    return percentile_interval(scores(bootstrap_sums(columns, cases, seed=seed, n=n)))
+
 # %% ../../nbs/evaluation/scores.ipynb #9325a1aa
-def grouped_cells(rows, types: Sequence[str], *, cases: Sequence[str], statistic: Callable = ratio,
+def grouped_cells(rows: ArrayLike, types: Sequence[str], *, cases: Sequence[str], statistic: Callable = ratio,
                   seed: int = 0, n: int = 2000) -> dict:
     """Group → cell of summable rows: each type, `macro` and `micro`; only `all` where every type is `Report`.
 
@@ -72,17 +87,14 @@ def grouped_cells(rows, types: Sequence[str], *, cases: Sequence[str], statistic
     """
     rows = np.asarray(rows, float).reshape(len(types), -1)
     names = ordered(types)
-    member = (np.array(types)[:, None] == np.array(names)).astype(float)
-    columns = (member[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
+    columns = _per_type(rows, types, names)
 
     def scores(sums): return with_groups(sums.reshape(-1, len(names), rows.shape[1]), statistic)
 
     values = scores(columns.sum(0))[0]
-    low = high = [None] * len(values)
-    if len({*cases}) > 1:
-        resampled = bootstrap_sums(columns, cases, seed=seed, n=n)
-        low, high = percentile_interval(scores(resampled))
-    counts = [*member.sum(0), len(rows), len(rows)]
+    low, high = _interval(scores, columns, cases=cases, seed=seed, n=n)
+    if low is None: low = high = [None] * len(values)
+    counts = [*map(list(types).count, names), len(rows), len(rows)]
     cells = dict(zip([*names, "macro", "micro"], map(cell, values, low, high, counts)))
     return {"all": cells["micro"]} if names == ["Report"] else cells
 
@@ -101,11 +113,11 @@ def _right_options(line): return bool(line.get("option_logprobs")) and likeliest
 JUDGES = {"m3d": _right_m3d, "standard": _right_standard, "options": _right_options}
 
 def accuracy_values(lines: list[dict], protocol: str = "standard") -> np.ndarray:
-    "1 for right, 0 for wrong, per closed line; `protocol` is m3d, standard or options (the likeliest option)."
+    "1 for right, 0 for wrong, per closed line; `protocol` is m3d, standard or options (the likeliest one)."
     judge = JUDGES[protocol]
     return np.array([not line.get("error") and judge(line) for line in lines], float)
 
-# %% ../../nbs/evaluation/scores.ipynb #037f0df7
+# %% ../../nbs/evaluation/scores.ipynb #93e78189
 def answering_note(lines: list[dict]) -> str:
     "How closed lines were answered: by likelihood (log-probabilities and no token), or in words."
     answered = [line for line in lines if not line.get("error")]
@@ -115,13 +127,13 @@ def answering_note(lines: list[dict]) -> str:
                 "and no answer is unparsed, by construction")
     return "text, read by each protocol's parser"
 
-# %% ../../nbs/evaluation/scores.ipynb #0f47f09a
+# %% ../../nbs/evaluation/scores.ipynb #fb959b78
 def _mean_cells(values, lines, **boot):
     "Cells of a score that is a mean of one value per line; `boot` holds seed and n of the bootstrap."
     rows = np.stack([values, np.ones(len(lines))], 1)
-    types = [line["type"] for line in lines]
-    return grouped_cells(rows, types, cases=[line["case"] for line in lines], **boot)
+    return grouped_cells(rows, column(lines, "type"), cases=column(lines, "case"), **boot)
 
+# %% ../../nbs/evaluation/scores.ipynb #c2fc98f9
 def closed_scores(lines: list[dict], **boot) -> dict:
     "Protocol → metric → cells of closed lines; `boot` holds seed and n of the bootstrap."
     unparsed = [parse_choice(line["prediction"], line["choices"]) is None for line in lines]
@@ -135,38 +147,48 @@ def closed_scores(lines: list[dict], **boot) -> dict:
 # %% ../../nbs/evaluation/scores.ipynb #84d006ec
 M3D_TEXT = ("BLEU-1", "ROUGE-1", "METEOR", "BERTScore")
 
+def _exact(predictions, references):
+    "1 where prediction and reference have the same words, else 0: (N,)."
+    pairs = zip(map(normalise, predictions), map(normalise, references))
+    return np.array([p == r for p, r in pairs], float)
+
+# %% ../../nbs/evaluation/scores.ipynb #8645728f
 def free_text_scores(lines: list[dict], meteor: Callable | None = None, bertscore: Callable | None = None,
                      **boot) -> dict:
     "Protocol → metric → cells of open or report lines; `boot` holds seed and n of the bootstrap."
-    predictions = [line["prediction"] for line in lines]
-    references = [line["answer"] for line in lines]
+    predictions, references = column(lines, "prediction"), column(lines, "answer")
     scores = text_scores(predictions, references, meteor, bertscore)
     m3d = {name: _mean_cells(values, lines, **boot)
            for name, values in scores.items() if name.startswith(M3D_TEXT)}
-    exact = [normalise(p) == normalise(r) for p, r in zip(predictions, references)]
-    bleu4 = grouped_cells(bleu4_statistics(predictions, references), [line["type"] for line in lines],
-                          cases=[line["case"] for line in lines], statistic=bleu4_from_sums, **boot)
+    bleu4 = grouped_cells(bleu4_statistics(predictions, references), column(lines, "type"),
+                          cases=column(lines, "case"), statistic=bleu4_from_sums, **boot)
     standard = {"BLEU-4": bleu4, "ROUGE-L": _mean_cells(scores["ROUGE-L"], lines, **boot),
-                "exact match": _mean_cells(np.array(exact, float), lines, **boot)}
+                "exact match": _mean_cells(_exact(predictions, references), lines, **boot)}
     return {"m3d": m3d, "standard": standard}
 
-# %% ../../nbs/evaluation/scores.ipynb #1f3ffd8d
+# %% ../../nbs/evaluation/scores.ipynb #a4d3bac7
+def _only(facts, name):
+    "The fact `name` of `facts`; all of them for `all`."
+    return facts if name == "all" else {f: v for f, v in facts.items() if f == name}
+
 def _fact_counts(predicted, true, name):
     "tp, fp and fn, each (N,), of the fact `name` in N reports; of all facts for `all`."
-    def only(facts): return facts if name == "all" else {f: v for f, v in facts.items() if f == name}
-    counts = []
-    for p, t in zip(predicted, true):
-        scores = fact_scores(only(p), only(t))
-        counts.append([scores["tp"], scores["fp"], scores["fn"]])
-    return np.array(counts, float).T
+    scores = [fact_scores(_only(p, name), _only(t, name)) for p, t in zip(predicted, true)]
+    return [np.array(column(scores, key), float) for key in ("tp", "fp", "fn")]
 
+# %% ../../nbs/evaluation/scores.ipynb #129c8352
 def _fact_rows(tp, fp, fn):
     "Score → summable rows (N, 2), numerator and denominator, from counts (N,)."
     pairs = {"F1": (2*tp, 2*tp + fp + fn), "precision": (tp, tp + fp), "recall": (tp, tp + fn),
              "omitted": (fn, tp + fn), "hallucinated": (fp, tp + fp)}
     return {score: np.stack(pair, 1) for score, pair in pairs.items()}
 
-# %% ../../nbs/evaluation/scores.ipynb #599797d5
+# %% ../../nbs/evaluation/scores.ipynb #3a4a9b37
+def report_cell(rows: np.ndarray, cases: Sequence[str], **boot) -> dict:
+    "The cell of summable rows (N, 2) of N reports; `boot` holds seed and n of the bootstrap."
+    return grouped_cells(rows, ["Report"] * len(cases), cases=cases, **boot)["all"]
+
+# %% ../../nbs/evaluation/scores.ipynb #11855ede
 def fact_report(lines: list[dict], truth: dict, lexicon: dict, **boot) -> dict:
     """Fact → score → cell of report lines, and the same of `all` facts together.
 
@@ -177,17 +199,16 @@ def fact_report(lines: list[dict], truth: dict, lexicon: dict, **boot) -> dict:
     lexicon : fact → {value: synonyms}; only these facts are scored
     boot : seed and n of the bootstrap
     """
-    cases = [line["case"] for line in lines]
+    cases = column(lines, "case")
     if missing := sorted({*cases} - {*truth}):
         raise MedVLM3DError(", ".join(missing[:3]), "has a report but no truth",
                             "Give the facts of every case that is scored.")
-    predicted = [extract_facts(line["prediction"], lexicon) for line in lines]
+    predicted = [extract_facts(text, lexicon) for text in column(lines, "prediction")]
     true = [{f: v for f, v in truth[case].items() if f in lexicon} for case in cases]
     report = {}
     for name in ("all", *lexicon):
         rows = _fact_rows(*_fact_counts(predicted, true, name))
-        report[name] = {score: grouped_cells(values, ["Report"] * len(lines), cases=cases, **boot)["all"]
-                        for score, values in rows.items()}
+        report[name] = {score: report_cell(values, cases, **boot) for score, values in rows.items()}
     return report
 
 # %% ../../nbs/evaluation/scores.ipynb #87fc022e
@@ -203,6 +224,7 @@ def _signatures(by_task, meteor, bertscore, boot):
         if bertscore: signatures[bertscore.name] = f"layer {bertscore.layer}, no idf, no rescaling"
     return signatures
 
+# %% ../../nbs/evaluation/scores.ipynb #c94e74d7
 def _task_scores(by_task, meteor, bertscore, boot):
     "Protocol → task → metric → cells, for the tasks that have lines."
     scores = {"m3d": {}, "standard": {}}
@@ -213,7 +235,19 @@ def _task_scores(by_task, meteor, bertscore, boot):
         for protocol in scores: scores[protocol][task] = of_task[protocol]
     return scores
 
-# %% ../../nbs/evaluation/scores.ipynb #fdc2297e
+def _item_counts(lines, by_task):
+    "The block `items`: how many of each task, answered and failed, and how many cases."
+    failed = sum(bool(line.get("error")) for line in lines)
+    counts = {task: len(members) for task, members in by_task.items()}
+    cases = {*column(lines, "case")}
+    return {**counts, "answered": len(lines) - failed, "failed": failed, "cases": len(cases)}
+
+# %% ../../nbs/evaluation/scores.ipynb #6e74a837
+def _fact_cells(facts):
+    "The scores of all facts together, as scores of reports."
+    return {f"fact {name}": {"all": facts[name]} for name in ("F1", "precision", "recall")}
+
+# %% ../../nbs/evaluation/scores.ipynb #ca029bec
 def score_predictions(lines: list[dict], truth: dict | None = None, *, lexicon: dict | None = None,
                       meteor: Callable | None = None, bertscore: Callable | None = None,
                       seed: int = 0, n: int = 2000) -> dict:
@@ -226,18 +260,13 @@ def score_predictions(lines: list[dict], truth: dict | None = None, *, lexicon: 
     meteor, bertscore : loaded text scores; None leaves them out
     seed, n : seed and number of the bootstrap's resamples of cases
     """
-    lines = sorted(lines, key=lambda line: line["id"])
-    boot = {"seed": seed, "n": n}
-    by_task = {task: [line for line in lines if line["task"] == task] for task in TASKS}
+    lines, boot = sorted(lines, key=itemgetter("id")), {"seed": seed, "n": n}
+    by_task = {task: task_lines(lines, task) for task in TASKS}
     failed = [{"id": line["id"], "error": line["error"]} for line in lines if line.get("error")]
-    items = {task: len(members) for task, members in by_task.items()}
-    items |= {"answered": len(lines) - len(failed), "failed": len(failed),
-              "cases": len({line["case"] for line in lines})}
-    scores = {"items": items, **_task_scores(by_task, meteor, bertscore, boot), "failed": failed,
-              "signatures": _signatures(by_task, meteor, bertscore, boot)}
+    scores = {"items": _item_counts(lines, by_task), **_task_scores(by_task, meteor, bertscore, boot),
+              "failed": failed, "signatures": _signatures(by_task, meteor, bertscore, boot)}
     if truth and lexicon and by_task["report"]:
         scores["facts"] = fact_report(by_task["report"], truth, lexicon, **boot)
-        for name in ("F1", "precision", "recall"):
-            scores["standard"]["report"][f"fact {name}"] = {"all": scores["facts"]["all"][name]}
+        scores["standard"]["report"] |= _fact_cells(scores["facts"]["all"])
     if calibrated := calibration(lines, **boot): scores["calibration"] = calibrated
     return scores

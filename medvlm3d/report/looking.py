@@ -13,11 +13,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..method.model import MedVLM3D
 from ..method.tokens import (
     collate, image_prefix, pack_examples, padding_id, prompt_ids, report_prompt, target_ids)
 from .figures import overlay
 
 # %% ../../nbs/report/looking.ipynb #ab5e5684
+def _packed(model, segments):
+    "One batch that holds the image's prefix and all segments, on the model's device."
+    tokenizer, config = model.need_processor().tokenizer, model.config
+    packed = pack_examples(image_prefix(tokenizer, config.visual_tokens), segments, context=config.context)
+    batch = collate([packed], padding_id(tokenizer))
+    return {key: value.to(model.device) for key, value in batch.items()}
+
 def _mean_attention(model, batch, features):
     "Attention (T, T) of one packed sequence, averaged over layers and heads."
     usual = model.llm.config._attn_implementation
@@ -27,16 +35,14 @@ def _mean_attention(model, batch, features):
     finally: model.llm.set_attn_implementation(usual)
     return torch.stack(layers).float().mean((0, 2))[0]
 
+# %% ../../nbs/report/looking.ipynb #805cfa81
 @torch.no_grad()
-def words_attention(model, features: Tensor, segments: Sequence[tuple]) -> Tensor:
+def words_attention(model: MedVLM3D, features: Tensor, segments: Sequence[tuple]) -> Tensor:
     """Share of attention (K, M′) that K answers pay to each visual token of one volume; rows sum to 1.
 
     `features` are those of the volume, (1, D′, N, C); `segments` are K pairs (prompt ids, target ids)."""
-    tokenizer, config = model.need_processor().tokenizer, model.config
-    prefix = image_prefix(tokenizer, config.visual_tokens)
-    packed = pack_examples(prefix, segments, context=config.context)
-    batch = {key: value.to(model.device) for key, value in collate([packed], padding_id(tokenizer)).items()}
-    visual = batch["input_ids"][0] == config.image_token_id
+    batch = _packed(model, segments)
+    visual = batch["input_ids"][0] == model.config.image_token_id
     attention = _mean_attention(model, batch, features)[:-1, visual]
     answered = batch["labels"][0, 1:] != -100
     segment = batch["segments"][0, 1:]
@@ -51,8 +57,9 @@ def spread(query: Sequence[int], low: Sequence[int], high: Sequence[int]) -> Ten
     block = (d[:, None, None] & h[:, None] & w).float()
     return block / block.sum()
 
+# %% ../../nbs/report/looking.ipynb #9078b1b9
 @torch.no_grad()
-def over_voxels(model, features: Tensor, weights: Tensor) -> Tensor:
+def over_voxels(model: MedVLM3D, features: Tensor, weights: Tensor) -> Tensor:
     """Weights (K, M′) of the visual tokens, carried to the voxels of the kept slices: (K, D′, H′, W′).
 
     `features` are those of one volume, (1, D′, N, C)."""
@@ -66,7 +73,7 @@ def over_voxels(model, features: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("km,mdhw->kdhw", weights.cpu(), torch.stack(maps))
 
 # %% ../../nbs/report/looking.ipynb #f19a9a66
-def look(model, features: Tensor, asked: Sequence[tuple]) -> Tensor:
+def look(model: MedVLM3D, features: Tensor, asked: Sequence[tuple]) -> Tensor:
     "Maps (K, D′, H′, W′) for K (question, answer) pairs about one volume's features (1, D′, N, C)."
     tokenizer = model.need_processor().tokenizer
     segments = []
@@ -76,7 +83,7 @@ def look(model, features: Tensor, asked: Sequence[tuple]) -> Tensor:
     return over_voxels(model, features, words_attention(model, features, segments))
 
 # %% ../../nbs/report/looking.ipynb #e6ce7865
-def look_figure(model, pixels: Tensor, *, features: Tensor, indices: Tensor, question: str | None,
+def look_figure(model: MedVLM3D, pixels: Tensor, *, features: Tensor, indices: Tensor, question: str | None,
                 answer: str, title: str = "") -> Figure:
     """A picture of where the words of an answer looked.
 
