@@ -115,10 +115,13 @@ class _Generation:
                                    cache=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
 
+    def ids_of(self, i: int) -> list[int]:
+        "Prompt and answer of row i so far."
+        return [*self.rows[i], *self.answers[i]]
+
     def token_alone(self, i: int) -> int:
         "The next token of row i, computed by itself."
-        ids = [*self.rows[i], *self.answers[i]]
-        return read_alone(self.prefix, self.volumes[i], ids)[-1].argmax().item()
+        return read_alone(self.prefix, self.volumes[i], self.ids_of(i))[-1].argmax().item()
 
     def add(self, i: int, token: int):
         "Give row i a token; the row ends at the end token, or when it is full."

@@ -92,7 +92,7 @@ def ratio_intervals(top: np.ndarray, bottom: np.ndarray, *, clusters: Sequence[s
 def _ratios(brier, right, shares):
     "Numerators and denominators (N, 1 + K) of the Brier score and of the risk in each of K surest shares."
     wrong = (1 - right)[:, None]
-    return np.column_stack([brier, wrong * shares]), np.column_stack([np.ones(len(brier)), shares])
+    return np.column_stack([brier, wrong * shares]), np.column_stack([np.ones_like(brier), shares])
 
 def _risk_rows(risks):
     "The rows of `risk_coverage`, from (value, low, high) of each coverage."

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.core import MedVLM3DError
 from .metrics import offered, rouge1, text_scores
-from .prediction import column
+from .prediction import column, task_lines
 from .scores import (
     accuracy_values, cell, grouped_cells, ordered, percent, score_predictions)
 from .uncertainty import holm, mcnemar, over_seeds, paired_permutation
@@ -23,8 +23,7 @@ from .uncertainty import holm, mcnemar, over_seeds, paired_permutation
 def _chances(lines):
     "Question type → one over the number of options, for each closed line."
     by_type = {}
-    for line in lines:
-        if line["task"] != "closed": continue
+    for line in task_lines(lines, "closed"):
         by_type.setdefault(line["type"], []).append(1 / len(offered(line["choices"])))
     return by_type
 
@@ -134,7 +133,7 @@ def _tests(x, y, w, *, cases, metric, seed):
 def _adjust(rows, key):
     "Write `{key}_holm`, the Holm-adjusted p-values, into those `rows` that have the p-value `key`."
     tested = [row for row in rows if key in row]
-    for row, p in zip(tested, holm([row[key] for row in tested])): row[f"{key}_holm"] = p
+    for row, p in zip(tested, holm(column(tested, key))): row[f"{key}_holm"] = p
 
 # %% ../../nbs/evaluation/comparison.ipynb #159ac62e
 def compare(a: list[dict], b: list[dict], *, task: str = "closed", protocol: str = "standard",
@@ -179,7 +178,7 @@ def holm_table(versus: dict) -> dict:
 # %% ../../nbs/evaluation/comparison.ipynb #aba1a240
 def _compare_tasks(a, b, **boot):
     "Task → metric → `compare` of a and b, for the tasks that both answered."
-    both = {line["task"] for line in a} & {line["task"] for line in b}
+    both = {*column(a, "task")} & {*column(b, "task")}
     return {task: {metric: compare(a, b, task=task, metric=metric, **boot)}
             for task, metric in COMPARED.items() if task in both}
 
@@ -219,8 +218,8 @@ def lookup(results: dict, system: str, *, protocol: str, task: str, metric: str,
     system : name of the system
     protocol, task, metric, group : the place below the system's scores
     """
-    found = results.get("systems", {}).get(system, {})
-    for key in (protocol, task, metric, group):
+    found = results
+    for key in ("systems", system, protocol, task, metric, group):
         found = found.get(key, {}) if isinstance(found, dict) else {}
     return found or None
 

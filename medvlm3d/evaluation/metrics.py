@@ -13,6 +13,7 @@ import math, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +32,13 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 # %% ../../nbs/evaluation/metrics.ipynb #563b3113
+def _is_missing(choice): return choice is None or str(choice).strip() in ("", "NA", "nan")
+
 def offered(choices: Sequence) -> dict[str, str]:
     "Letter → option text, without the options that are missing (empty, 'NA' or None)."
     options = {}
     for i, choice in enumerate(choices):
-        if choice is None or str(choice).strip() in ("", "NA", "nan"): continue
-        options[chr(65 + i)] = str(choice)
+        if not _is_missing(choice): options[chr(65 + i)] = str(choice)
     return options
 
 def _named_options(text, options):
@@ -72,12 +74,15 @@ def common(a: Iterable, b: Iterable) -> int:
     return (Counter(a) & Counter(b)).total()
 
 # %% ../../nbs/evaluation/metrics.ipynb #27e55e3e
+def _brevity(hyp, ref):
+    "BLEU's penalty of a prediction that is shorter than the reference."
+    return min(1., math.exp(1 - len(ref) / len(hyp)))
+
 def bleu1(prediction: str, reference: str) -> float:
     "BLEU-1 of one pair: 13a words, case-sensitive, brevity penalty, no smoothing. In [0, 1]."
     hyp, ref = tokens_13a(prediction), tokens_13a(reference)
     if not hyp or not ref: return 0.
-    brevity = min(1., math.exp(1 - len(ref) / len(hyp)))
-    return brevity * common(hyp, ref) / len(hyp)
+    return _brevity(hyp, ref) * common(hyp, ref) / len(hyp)
 
 # %% ../../nbs/evaluation/metrics.ipynb #39d4fef8
 def words(text: str) -> list[str]:
@@ -177,7 +182,7 @@ ROBERTA_LARGE = ("roberta", 24, 1024, 50265)   # model type, layers, width, voca
 
 def bertscore_name(config: object, name: str, layer: int) -> str:
     "`BERTScore` for the literature's row, roberta-large at layer 17; `BERTScore(NAME)` for all others."
-    shape = (config.model_type, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    shape = attrgetter("model_type", "num_hidden_layers", "hidden_size", "vocab_size")(config)
     published = name == "roberta-large" and layer == 17 and shape == ROBERTA_LARGE
     return "BERTScore" if published else f"BERTScore({name})"
 
@@ -221,9 +226,13 @@ class BERTScore:
             embedded += self._embed(texts[start:start+self.batch_size])
         return embedded
 
+    def _stripped(self, text):
+        "The text as the encoder expects it; an empty text stays empty."
+        return text.strip() and self.blank + text.strip()
+
     def _tokenize(self, texts):
-        "Token ids and mask of one batch; an empty text stays empty."
-        texts = [text.strip() and self.blank + text.strip() for text in texts]
+        "Token ids and mask of one batch."
+        texts = list(map(self._stripped, texts))
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.limit,
                                return_tensors="pt")
         return batch.to(self.model.device)
@@ -251,15 +260,15 @@ def _sacrebleu4():
 
 def _ngrams(tokens, n): return list(zip(*(tokens[i:] for i in range(n))))
 
-def _bleu4_row(hyp, ref):
-    "The ten sums of one pair of lists of words."
+def _bleu4_row(prediction, reference):
+    "The ten sums of one pair of texts."
+    hyp, ref = tokens_13a(prediction), tokens_13a(reference)
     grams = [(_ngrams(hyp, n), _ngrams(ref, n)) for n in (1, 2, 3, 4)]
     return [len(hyp), len(ref), *(common(a, b) for a, b in grams), *(len(a) for a, _ in grams)]
 
 def bleu4_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
     "Sums (N, 10) behind BLEU-4: predicted length, reference length, four counts of matches, four of n-grams."
-    pairs = zip(predictions, references, strict=True)
-    rows = [_bleu4_row(tokens_13a(prediction), tokens_13a(reference)) for prediction, reference in pairs]
+    rows = [_bleu4_row(*pair) for pair in zip(predictions, references, strict=True)]
     return np.array(rows, float).reshape(-1, 10)
 
 def _smoothed(matches):

@@ -20,7 +20,7 @@ from .comparison import evaluate_systems
 from .findings import finding_rows, load_ratescore
 from .metrics import METEOR, BERTScore, bleu1, closed_m3d, offered, rouge1
 from .prediction import column, task_lines
-from .scores import TYPE_ORDER, report_cell
+from .scores import TYPE_ORDER, interval_text, report_cell
 from ..method.weights import quietly
 
 # %% ../../nbs/evaluation/outputs.ipynb #dc61a94c
@@ -236,8 +236,7 @@ def clinical(lines: list[dict], seed: int = 0, n: int = 2000, ratescore: Callabl
 def _cell_text(cell):
     "`82.90 [80.10, 85.30]`, or a dash."
     if not cell or cell["value"] is None: return "–"
-    interval = "" if cell.get("low") is None else f" [{cell['low']:.2f}, {cell['high']:.2f}]"
-    return f"{cell['value']:.2f}{interval}"
+    return f"{cell['value']:.2f}{interval_text(cell['low'], cell['high'], 2)}"
 
 def _task_block(model, task):
     "Rows of one task: a heading with its groups, then one row per score and protocol."

@@ -11,7 +11,7 @@ __all__ = ['GIVEN', 'REQUIRED', 'prediction_line', 'anonymous_error', 'failed_li
 import argparse, json, os, re, shutil, sys, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ def read_predictions(path: Path | str) -> list[dict]:
 def _images_by_case(samples):
     "Case → its images, both in the order of the images' names."
     by_case = {}
-    for sample in sorted(samples, key=lambda s: s.image):
+    for sample in sorted(samples, key=attrgetter("image")):
         by_case.setdefault(sample.case, {})[sample.image] = None
     return {case: list(images) for case, images in by_case.items()}
 
@@ -253,7 +253,7 @@ def write_whole(out: Path | str, samples: Sequence[Sample], by: str):
 def _by_image(samples, known):
     "(image, samples) of the samples that are not in `known`, in an order that does not depend on theirs."
     todo = {}
-    for sample in sorted(samples, key=lambda s: (s.image, s.task, s.id)):
+    for sample in sorted(samples, key=attrgetter("image", "task", "id")):
         if sample.id not in known: todo.setdefault(sample.image, []).append(sample)
     return todo.items()
 
@@ -267,6 +267,15 @@ def _features_of(features, images):
     return find
 
 # %% ../../nbs/evaluation/prediction.ipynb #d8dba597
+def _part_of(out, name, ranks):
+    "The part of this rank, in a run of so many ranks."
+    return parts_of(out)/f"{name}-{ranks.rank}-of-{ranks.world}.jsonl"
+
+def _bar(ranks, share, known, show):
+    "A progress bar over what is answered already and this rank's share."
+    total = len(known) + sum(len(asked) for _, asked in share)
+    return ranks.bar(total, len(known), what="predict", unit="items", show=show)
+
 def _begin(stack, out, samples, name):
     "Lock the folder of parts until `stack` closes; returns the fingerprint `name` and the ids answered."
     parts = parts_of(out)
@@ -280,12 +289,16 @@ def _batches(model, processor, share, *, batch_size, **options):
         yield from predict_bundle(model, processor, bundle=bundle, batch_size=batch_size, **options)
 
 # %% ../../nbs/evaluation/prediction.ipynb #10ac137c
+def _append(f, lines, name):
+    "Write lines with the fingerprint `name` to an open file, at once."
+    f.writelines(json.dumps({**line, "by": name}, ensure_ascii=False) + "\n" for line in lines)
+    f.flush()
+
 def _write_share(path, name, batches, bar):
     "Append the lines of `batches` to the part `path`, marked with the fingerprint `name`, batch by batch."
     with open(path, "a", encoding="utf-8") as f:
         for lines in batches:
-            f.writelines(json.dumps({**line, "by": name}, ensure_ascii=False) + "\n" for line in lines)
-            f.flush()
+            _append(f, lines, name)
             bar.update(len(lines))
         os.fsync(f.fileno())
 
@@ -318,12 +331,10 @@ def predict_items(model: MedVLM3D, processor: MedVLM3DProcessor, *, samples: Seq
             return _begin(stack, out_path, samples, name)
         name, known = ranks.lead(begin)
         share = ranks.share(_by_image(samples, known))
-        total = len(known) + sum(len(asked) for _, asked in share)
         batches = _batches(model, processor, share, batch_size=batch_size,
                            features=_features_of(features, images), **options)
-        part = parts_of(out_path)/f"{name}-{ranks.rank}-of-{ranks.world}.jsonl"
-        with ranks.bar(total, len(known), what="predict", unit="items", show=progress) as bar:
-            _write_share(part, name, batches, bar)
+        with _bar(ranks, share, known, progress) as bar:
+            _write_share(_part_of(out_path, name, ranks), name, batches, bar)
         ranks.gather(None)
         ranks.lead(lambda: write_whole(out_path, samples, name))
     model.train(was_training)

@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_text
-from ..evaluation.scores import TYPE_ORDER
+from ..evaluation.scores import TYPE_ORDER, interval_text
 from .figures import loss_figure, reliability_figure, save_figure
 from .tables import (
     RESEARCH, AnyRun, Table, accuracy_figure, cell_text, comparison_table, examples_table, report_table,
-    results_of, vqa_table, write_table)
+    results_of, system_label, vqa_table, write_table)
 
 HERE = RESEARCH.split(" Published")[0] + " Research use only."
 BESIDE = ("model", "blind", "other image")
@@ -25,8 +25,8 @@ BESIDE = ("model", "blind", "other image")
 # %% ../../nbs/report/study_tables.ipynb #92747a60
 def _between(value, low, high, *, digits=3, scale=1):
     "`0.123 [0.100, 0.150]`, or without an interval where there is none."
-    interval = "" if low is None else f" [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
-    return f"{scale * value:.{digits}f}{interval}"
+    if low is not None: low, high = scale * low, scale * high
+    return f"{scale * value:.{digits}f}{interval_text(low, high, digits)}"
 
 def _calibration_row(c):
     "The cells of one system's calibration."
@@ -41,8 +41,7 @@ def calibration_table(runs: dict) -> Table:
     for name, run in runs.items():
         for system, scores in results_of(run).get("systems", {}).items():
             if "calibration" not in scores: continue
-            label = name if system == "model" else f"{name}: {system}"
-            rows.append((label, *_calibration_row(scores["calibration"])))
+            rows.append((system_label(name, system), *_calibration_row(scores["calibration"])))
     shares = [f"wrong, surest {share} %" for share in (10, 25, 50, 75, 100)]
     return Table("Calibration of closed answers",
                  ("system", "questions", "left out", "Brier", "calibration error", *shares), tuple(rows),

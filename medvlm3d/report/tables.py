@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LATEX', 'AnyRun', 'PUBLISHED', 'RESEARCH', 'PROTOCOLS', 'SHORT', 'MEANS', 'TEXT_METRICS', 'SYSTEM_ORDER',
            'escape_html', 'escape_latex', 'escape_markdown', 'escape_csv', 'Table', 'write_table', 'published',
-           'published_value', 'results_of', 'cell_text', 'score_text', 'metric_names', 'groups_of', 'system_columns',
-           'report_table', 'closed_note', 'vqa_table', 'p_text', 'signed', 'comparison_table', 'pick', 'shorten',
-           'examples_table', 'accuracy_figure']
+           'published_value', 'results_of', 'cell_text', 'score_text', 'metric_names', 'groups_of', 'system_label',
+           'system_columns', 'report_table', 'closed_note', 'vqa_table', 'p_text', 'signed', 'comparison_table', 'pick',
+           'shorten', 'examples_table', 'accuracy_figure']
 
 # %% ../../nbs/report/tables.ipynb #fc028b1b
 import csv, io, re
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from html import escape
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from ..base.core import MedVLM3DError, RunFolder, project_root, write_text
 from ..evaluation.comparison import lookup
 from ..evaluation.prediction import column, read_predictions
-from ..evaluation.scores import TYPE_ORDER, accuracy_values
+from ..evaluation.scores import TYPE_ORDER, accuracy_values, interval_text
 from .figures import legend_beside, new_figure
 
 # %% ../../nbs/report/tables.ipynb #43bb0d47
@@ -53,6 +54,11 @@ def escape_csv(value: object) -> str:
 
 # %% ../../nbs/report/tables.ipynb #48960bc0
 def _markdown_row(cells): return f"| {' | '.join(map(escape_markdown, cells))} |"
+
+def _csv_text(rows):
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(map(escape_csv, row) for row in rows)
+    return out.getvalue()
 
 def _latex_row(cells): return " & ".join(map(escape_latex, cells)) + r" \\"
 
@@ -87,10 +93,7 @@ class Table:
 
     def csv(self) -> str:
         "Columns and rows as CSV, without title and note."
-        out = io.StringIO()
-        rows = [map(escape_csv, row) for row in (self.columns, *self.rows)]
-        csv.writer(out, lineterminator="\n").writerows(rows)
-        return out.getvalue()
+        return _csv_text([self.columns, *self.rows])
 
     def latex(self) -> str:
         "A LaTeX table; title and note are its caption."
@@ -132,9 +135,9 @@ def published_value(rows: list[dict], model: str, *, task: str, type: str, metri
     rows : the rows of `published`
     model, task, type, metric : what the number is of
     """
+    place = itemgetter("model", "task", "type", "metric")
     for row in rows:
-        place = row["model"], row["task"], row["type"], row["metric"]
-        if place == (model, task, type, metric): return row["value"]
+        if place(row) == (model, task, type, metric): return row["value"]
     return "–"
 
 # %% ../../nbs/report/tables.ipynb #055e4ada
@@ -148,7 +151,7 @@ def results_of(run: AnyRun) -> dict:
 def cell_text(c: dict | None, absent: str = "–") -> str:
     "A cell as text, `82.9 [80.1, 85.3]`; `absent` where there is none."
     if not c or c["value"] is None: return absent
-    return f"{c['value']:.1f}" + (f" [{c['low']:.1f}, {c['high']:.1f}]" if c["low"] is not None else "")
+    return f"{c['value']:.1f}{interval_text(c['low'], c['high'])}"
 
 # %% ../../nbs/report/tables.ipynb #9ba95f2d
 def score_text(results: dict, system: str, *, protocol: str, task: str, metric: str, group: str) -> str:
@@ -186,12 +189,16 @@ def groups_of(results: Iterable[dict], task: str) -> list[str]:
     return [group for group in groups if group not in ("macro", "micro", "all")] or list(TYPE_ORDER)
 
 # %% ../../nbs/report/tables.ipynb #84d85c1a
+def system_label(run: str, system: str) -> str:
+    "The heading of a system: the label of its run; other systems than the model add their name."
+    return run if system == "model" else f"{run}: {system}"
+
 def system_columns(results: dict[str, dict], systems: Sequence[str] | None) -> list[tuple]:
     "(heading, results, system) of each column: the `systems` asked for, or all that a run holds."
     columns = []
     for name, of_run in results.items():
         for system in systems or of_run.get("systems") or ["model"]:
-            columns.append((name if system == "model" else f"{name}: {system}", of_run, system))
+            columns.append((system_label(name, system), of_run, system))
     return columns
 
 # %% ../../nbs/report/tables.ipynb #824dc505
@@ -271,7 +278,7 @@ def p_text(p: float) -> str:
 
 def signed(c: dict) -> str:
     "A difference as text, `+1.2 [-0.3, 2.7]`."
-    return f"{c['difference']:+.1f}" + ("" if c["low"] is None else f" [{c['low']:.1f}, {c['high']:.1f}]")
+    return f"{c['difference']:+.1f}{interval_text(c['low'], c['high'])}"
 
 def _adjusted_text(c, test):
     "The p-value of a test, Holm-adjusted where it is."
@@ -297,11 +304,13 @@ def comparison_table(run: AnyRun, task: str = "closed", metric: str = "accuracy"
     return Table(f"Differences in {task} {metric}", columns, tuple(rows), note)
 
 # %% ../../nbs/report/tables.ipynb #02e62ad6
+def _hash(seed, name): return sha256(f"{seed} {name}".encode()).hexdigest()
+
 def pick(lines: list[dict], n: int, seed: int = 0) -> list[dict]:
     "Of each task and type the `n` lines with the smallest hash of seed and id."
-    def rank(line): return sha256(f"{seed} {line['id']}".encode()).hexdigest()
     chosen = {}
-    for line in sorted(lines, key=rank): chosen.setdefault((line["task"], line["type"]), []).append(line)
+    for line in sorted(lines, key=lambda line: _hash(seed, line["id"])):
+        chosen.setdefault((line["task"], line["type"]), []).append(line)
     return [line for key in sorted(chosen) for line in chosen[key][:n]]
 
 def shorten(text: str, length: int = 160) -> str:
@@ -356,6 +365,14 @@ def _draw_bars(ax, x, cells, *, width, colour, label):
         ax.errorbar(x, value, [value - low, high - value], fmt="none", ecolor=".2", elinewidth=.8,
                     capsize=0 if width < .2 else 2)
 
+def _draw_systems(ax, systems):
+    "The bars of all systems, {name: cells}, side by side in each group."
+    import seaborn as sns
+    n = len(systems)
+    offsets = .8 / n * (np.arange(n) - (n - 1) / 2)
+    for offset, colour, (name, cells) in zip(offsets, sns.color_palette("colorblind", n), systems.items()):
+        _draw_bars(ax, np.arange(len(cells)) + offset, cells, width=.8 / n, colour=colour, label=name)
+
 def _draw_chance(ax, cells):
     "Chance as a dashed line across each group that has one."
     for k, c in enumerate(cells):
@@ -372,7 +389,6 @@ def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "stand
     task, protocol, metric : the score
     title : above the figure
     """
-    import seaborn as sns
     results = results_of(run)
     names = _systems_with(results, protocol, task, metric)
     if not names:
@@ -383,13 +399,10 @@ def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "stand
     def cells(system): return [lookup(results, system, **place, group=group) for group in groups]
 
     figure, ax = new_figure(6 + .3 * len(names), 2.9)
-    width, x = .8 / len(names), np.arange(len(groups))
-    offsets = width * (np.arange(len(names)) - (len(names) - 1) / 2)
-    colours = sns.color_palette("colorblind", len(names))
-    for name, offset, colour in zip(names, offsets, colours):
-        _draw_bars(ax, x + offset, cells(name), width=width, colour=colour, label=name)
+    _draw_systems(ax, {name: cells(name) for name in names})
     _draw_chance(ax, cells("chance"))
-    ax.set(xticks=x, xticklabels=[*groups[:-1], "mean"], ylabel=f"{metric} (%)", ylim=(0, 100))
+    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "mean"], ylabel=f"{metric} (%)",
+           ylim=(0, 100))
     ax.set_title(title or "")
     legend_beside(figure, ax)
     return figure
