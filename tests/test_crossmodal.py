@@ -25,7 +25,7 @@ from medvlm3d.studies.crossmodal_study import (accuracy_table, agreement_figure,
                                                by_modality, contact_sheet, difference_table, open_corpora,
                                                run, score, scores, source_table)
 from medvlm3d.data.m3d import read_image
-from medvlm3d.evaluation.scores import evaluate_systems
+from medvlm3d.evaluation.comparison import evaluate_systems
 from medvlm3d.phantoms.layouts import sample_brains, write_layout
 from medvlm3d.studies.judging import keeping, open_review, read_round, review_widget
 from medvlm3d.data.manifest import read_manifest, write_manifest

@@ -2,45 +2,53 @@
 import pytest
 import torch
 
-from medvlm3d.evaluation.baselines import Blank, Reversed, lend, nearest_lines, neighbours
 from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.data.samples import Sample
-from medvlm3d.evaluation.scores import compare, evaluate_systems
+from medvlm3d.evaluation.baselines import Blank, Reversed, first_offered, nearest_lines, neighbours
+from medvlm3d.evaluation.comparison import compare, evaluate_systems
 from medvlm3d.evaluation.prediction import prediction_line
 from medvlm3d.evaluation.uncertainty import compare_seeds, holm
 
-# --- tests over a table ---------------------------------------------------------------------------------------------
+# --- tests over a table -------------------------------------------------------------------------------------
 
 def answers(skill, n=40):
     lines = []
     for i in range(n):
         right = i % 10 < 10 * skill
-        sample = Sample(f"{i:03d}", f"c{i // 2}", image=f"i{i}", split="test", task="closed", type="Organ" if i % 2 else "Plane", question="?", choices=("a", "b", "NA", "NA"), answer="a", letter="A")
+        sample = Sample(f"{i:03d}", f"c{i // 2}", image=f"i{i}", split="test", task="closed",
+                        type="Organ" if i % 2 else "Plane", question="?", choices=("a", "b", "NA", "NA"),
+                        answer="a", letter="A")
         lines.append(prediction_line(sample, "A. a" if right else "B. b"))
     return lines
 
 
 def test_holm_covers_the_whole_table():
-    systems = {"model": answers(.9), "blind": answers(.5), "other image": answers(.6), "no image": answers(.3)}
+    skills = {"model": .9, "blind": .5, "other image": .6, "no image": .3}
+    systems = {name: answers(skill) for name, skill in skills.items()}
     versus = evaluate_systems(systems, n=50)["comparisons"]
     rows = [c for system in versus.values() for g, c in system["closed"]["accuracy"].items() if g != "micro"]
     assert len(rows) == 3 * 3
-    assert [c["p_holm"] for c in rows] == holm([c["p"] for c in rows]) and [c["mcnemar_holm"] for c in rows] == holm([c["mcnemar"] for c in rows])
-    alone = compare(systems["model"], systems["blind"], n=50)
-    assert versus["blind"]["closed"]["accuracy"]["Organ"]["p_holm"] > alone["Organ"]["p_holm"], "three systems cost more than one"
+    for test in ("p", "mcnemar"): assert [c[f"{test}_holm"] for c in rows] == holm([c[test] for c in rows])
+    alone = compare(systems["model"], systems["blind"], n=50)["Organ"]
+    among_three = versus["blind"]["closed"]["accuracy"]["Organ"]
+    assert among_three["p_holm"] > alone["p_holm"], "three systems cost more than one"
 
 
 def test_seeds_must_be_paired():
-    with pytest.raises(MedVLM3DError, match=r"compare_seeds: has \(2, 4\) against \(3, 4\).*Run both with the same seeds"):
+    message = r"compare_seeds: has \(2, 4\) against \(3, 4\).*Run both with the same seeds"
+    with pytest.raises(MedVLM3DError, match=message):
         compare_seeds(torch.zeros(2, 4).numpy(), torch.zeros(3, 4).numpy(), clusters=list("abcd"))
 
 
-# --- baselines ------------------------------------------------------------------------------------------------------
+# --- baselines ----------------------------------------------------------------------------------------------
 
 class Kept:
     "A store in memory."
     spec = {"weights": "w", "encoder": "e", "rho": 50, "preprocess": {"depth": 4, "height": 8, "width": 8}}
-    def __init__(self, n=6): self.all = {f"i{i}": (torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 3])) for i in range(n)}
+    def __init__(self, n=6):
+        def features(seed): return torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(seed))
+        self.all = {f"i{i}": (features(i), torch.tensor([0, 3])) for i in range(n)}
+
     def __getitem__(self, image): return self.all[image]
 
 
@@ -53,7 +61,8 @@ def test_reversal_changes_the_order_and_nothing_else():
 
 def test_a_blank_image_needs_the_stores_encoder():
     class Other: name, weights_hash = "another", "x"
-    with pytest.raises(MedVLM3DError, match="another: is not the encoder of this store. Load e."): Blank(Kept(), Other())
+    with pytest.raises(MedVLM3DError, match="another: is not the encoder of this store. Load e."):
+        Blank(Kept(), Other())
 
 
 def test_the_nearest_case_is_found_whatever_its_scale():
@@ -64,8 +73,10 @@ def test_the_nearest_case_is_found_whatever_its_scale():
 
 def test_the_nearest_offered_answer_is_lent():
     def sample(i, answer, split="train", choices=("liver", "spleen", "NA", "NA"), letter="A"):
-        return Sample(f"{i}/1", str(i), image=f"i{i}", split=split, task="closed", type="Organ", question="?", choices=choices, answer=answer, letter=letter)
+        return Sample(f"{i}/1", str(i), image=f"i{i}", split=split, task="closed", type="Organ", question="?",
+                      choices=choices, answer=answer, letter=letter)
     training = [sample(0, "lung", choices=("lung", "spleen", "NA", "NA")), sample(1, "spleen", letter="B")]
     asked = [sample(2, "liver", "test")]
-    assert nearest_lines(asked, training, {"i2": ["i0", "i1"]})[0]["prediction"] == "B. spleen"    # a lung is not offered
-    assert lend(asked[0], ["lung"]) == "" and lend(asked[0], []) == ""
+    lines = nearest_lines(asked, training, {"i2": ["i0", "i1"]})
+    assert lines[0]["prediction"] == "B. spleen", "a lung is not offered"
+    assert first_offered(asked[0], ["lung"]) == "" and first_offered(asked[0], []) == ""

@@ -16,7 +16,7 @@ from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.studies.crossmodal import Drafter
 from medvlm3d.data.samples import by_image
 from medvlm3d.data.m3d import load_m3d
-from medvlm3d.evaluation.scores import constant_predictions, evaluate_systems
+from medvlm3d.evaluation.comparison import constant_predictions, evaluate_systems
 from medvlm3d.base.fetch import fetch
 from medvlm3d.evaluation.findings import LEXICON
 from medvlm3d.evaluation.metrics import METEOR, BERTScore, tokens_13a

@@ -25,7 +25,7 @@ from ..data.m3d import load_m3d
 from ..data.samples import Sample
 from ..evaluation.metrics import offered, parse_choice
 from ..evaluation.prediction import prediction_line
-from ..evaluation.scores import constant_predictions
+from ..evaluation.comparison import constant_predictions
 from ..features.store import FeatureStore, encode_images
 from ..method.connector import Whitening
 from ..method.encoders import load_encoder, quick_dtype

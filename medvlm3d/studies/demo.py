@@ -21,13 +21,13 @@ from ..base.core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_de
 from ..base.fetch import fetch
 from ..data.manifest import load_samples
 from ..data.samples import Sample, by_image
-from ..evaluation.answering import way_of
+from ..evaluation.answering import answer_mode
 from ..evaluation.baselines import Blank, Reversed, case_facts, nearest_lines, neighbours, strata
 from ..evaluation.findings import LEXICON
 from ..evaluation.metrics import METEOR, BERTScore
 from ..evaluation.outputs import clinical
 from ..evaluation.prediction import other_images, predict_items
-from ..evaluation.scores import constant_predictions, evaluate_systems, over_trainings
+from ..evaluation.comparison import constant_predictions, evaluate_systems, over_trainings
 from ..features.store import FeatureStore, encode_images
 from ..method.encoders import load_encoder, quick_dtype
 from ..method.model import MedVLM3D, demo_config
@@ -243,7 +243,7 @@ def answer_all(folder: Path, asked: Sequence[Sample], *, training: Sequence[Samp
     options : of `predict_items`"""
     model, twin = load(folder/"model"), folder/"training"/"blind"/"model"
     variants = _variants(asked, store, seed)
-    if way_of(model["model"]) != "options": del variants["model, in words"]
+    if answer_mode(model["model"]) != "options": del variants["model, in words"]
     systems = {name: predictions_of(folder, name, model=model, **variant, **options)
                for name, variant in variants.items()}
     if twin.exists():

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import RunFolder, project_root, read_json
-from ..evaluation.scores import lookup
+from ..evaluation.comparison import lookup
 from ..report.tables import (PUBLISHED, RESEARCH, Table, cell_text, p_text, published, published_value,
                                     report_table, signed, vqa_table, write_table)
 from .ablation import read_rows
