@@ -77,3 +77,11 @@ def torchrun(*words, ranks=2):
     "Run a module under torchrun."
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", *map(str, words)],
                           capture_output=True, text=True, timeout=300)
+
+
+def command(*words):
+    "Run a verb of the command line in this process; what its function returns, and its errors as they are."
+    from typer.main import get_command
+
+    from medvlm3d.front.cli import app
+    return get_command(app).main([str(word) for word in words], standalone_mode=False)

@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
+from processes import command
 from corpora import make_plan
 from PIL import Image
 from scan_files import nrrd_bytes, patient, save_dicom, save_enhanced
@@ -29,7 +30,6 @@ from medvlm3d.front.data import data_app
 from medvlm3d.data.m3d import COLUMNS, image_reader, load_m3d, read_image, read_m3d
 from medvlm3d.data.samples import Sample
 from medvlm3d.method.encoders import load_encoder
-from medvlm3d.features.store import main as encode
 from medvlm3d.data.ties import audit, find_ties, take_census
 from medvlm3d.data.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root
 from medvlm3d.data.manifest import scan_manifest, with_hashes, write_manifest
@@ -512,10 +512,10 @@ def test_what_a_path_does_not_determine_is_listed(tmp_path):
     assert [read(s.image).shape for s in rows] == [(4, 8, 9), (7, 8, 9), (7, 8, 9)]
     assert audit(root/"told.jsonl", **QUIET)["problems"] == 0
     assert np.allclose(np.sort(read("times.nii.gz").array, None), np.sort(smooth(6, (9, 8, 7)), None))
-    store = encode([str(root/"told.jsonl"), str(tmp_path/"store"), *TYPED])
+    store = command("features", root/"told.jsonl", tmp_path/"store", *TYPED)
     assert [store.key(s.image)[64:] for s in rows] == [":series=1", ":frame=1", ":axis_order=HWD"]
     write_manifest(root/"other.jsonl", [replace(s, frame=0) if s.frame else s for s in rows])
-    assert (encode([str(root/"other.jsonl"), str(tmp_path/"store"), *TYPED])["times.nii.gz"][0]
+    assert (command("features", root/"other.jsonl", tmp_path/"store", *TYPED)["times.nii.gz"][0]
             != store["times.nii.gz"][0]).any()
 
 
@@ -596,7 +596,7 @@ def test_a_volume_replaced_between_listing_and_training(tmp_path):
     ])
     write_manifest(root/"m.jsonl", samples)
     args = [str(root/"m.jsonl"), str(tmp_path/"store"), *TYPED]
-    assert len(encode(args)) == 8
+    assert len(command("features", *args)) == 8
     pin_data(tmp_path/"begun.json", root, samples)
     np.save(root/samples[1].image, smooth(999, (8, 24, 24))[None])
     Image.fromarray(np.zeros((16, 16), np.uint8)).save(root/"series"/"3.png")
@@ -606,12 +606,12 @@ def test_a_volume_replaced_between_listing_and_training(tmp_path):
     samples = read_manifest(root/"m.jsonl")
     other = ("its volume is not the one that was listed (sha256). "
              "Restore the volume, or make the manifest again.")
-    for act in (lambda: pin_data(tmp_path/"run"/"data.json", root, samples), lambda: encode(args),
-                lambda: encode([args[0], str(tmp_path/"fresh"), *TYPED])):
+    for act in (lambda: pin_data(tmp_path/"run"/"data.json", root, samples), lambda: command("features", *args),
+                lambda: command("features", args[0], str(tmp_path/"fresh"), *TYPED)):
         assert "m.jsonl:1: " not in refused(act, "has 3 problems",
                                             *(f"m.jsonl:{n}: {other}" for n in (2, 7, 8)))
     assert not (tmp_path/"run").exists()
-    encode([args[0], str(tmp_path/"fresh"), *TYPED, "--rejects", str(tmp_path/"rejects.jsonl")])
+    command("features", args[0], str(tmp_path/"fresh"), *TYPED, "--rejects", str(tmp_path/"rejects.jsonl"))
     assert [json.loads(line)["where"] for line in (tmp_path/"rejects.jsonl").read_text().splitlines()
             ] == ["m.jsonl:2", "m.jsonl:7", "m.jsonl:8"]
 
@@ -821,9 +821,9 @@ def test_a_planted_name_does_not_pass_from_a_folder_into_a_run(tmp_path, capfd):
     assert ask("folder", root)[0] == ask("split", root, "--workers", 1, "--shares", "75,0,25")[0] == 0
     (root/f"{NAME}_folder"/f"{NAME}.nii.gz").write_bytes(b"torn")
     listed, store = root/"manifest-by-case.jsonl", tmp_path/"store"
-    said = refused(lambda: encode([str(listed), str(store), *TYPED]),
+    said = refused(lambda: command("features", listed, store, *TYPED),
                    "its volume is not the one that was listed")
-    encode([str(listed), str(store), *TYPED, "--rejects", str(tmp_path/"rejects.jsonl")])
+    command("features", listed, store, *TYPED, "--rejects", tmp_path/"rejects.jsonl")
     listed.write_text("".join(line for line in listed.read_text().splitlines(True) if NAME not in line))
     tokenizer = reader_tokenizer()
     make_reader(tokenizer, hidden=16, layers=1, heads=2).save_pretrained(tmp_path/"reader")

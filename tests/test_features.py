@@ -8,14 +8,14 @@ import sys
 
 import pytest
 import torch
-from processes import torchrun, two_ranks
+from processes import command, torchrun, two_ranks
 
 from medvlm3d.data.samples import alias
 from medvlm3d.base.core import MedVLM3DError, write_json
 from medvlm3d.data.m3d import load_m3d, read_image, series_facts
 from medvlm3d.method.encoders import load_encoder
 from medvlm3d.features.encode import StoreSpec
-from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, main, write_shard
+from medvlm3d.features.store import FORMAT, FeatureStore, encode_images, write_shard
 from medvlm3d.features.encode import encode_volume
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.base.ranks import only_writer
@@ -33,7 +33,9 @@ def dies(*args, **options):
     if count > 3 and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
     return encode_volume(*args, **options)
 features.encode_volume = dies
-or_one_line(lambda: features.main(sys.argv[1:]))
+from typer.main import get_command
+from medvlm3d.front.cli import app
+or_one_line(lambda: get_command(app).main(["features", *sys.argv[1:]], standalone_mode=False))
 """
 
 
@@ -45,7 +47,7 @@ def corpus(tmp_path_factory):
     images = list(dict.fromkeys(s.image for s in load_m3d(root/"data")))
     twin = next(image for image in images[1:] if series_facts(image)[0] == series_facts(images[0])[0])
     shutil.copy(root/"data"/images[0], root/"data"/twin)
-    return root, images, main([str(root/"data"), str(root/"alone"), *TYPED])
+    return root, images, command("features", root/"data", root/"alone", *TYPED)
 
 
 def same(store, other, images):
@@ -60,7 +62,7 @@ def test_two_ranks_write_what_one_writes_though_one_of_them_is_killed(corpus, tm
     kept = {file for file, _ in left.rows.values()}
     assert 2 <= len(left.rows) < 12 and same(left, alone, [i for i in images if i in left])
     done = torchrun(
-        "medvlm3d.features.store", root/"data", tmp_path/"store", "--shard-size", "2", *TYPED[:-1]
+        "medvlm3d", "features", root/"data", tmp_path/"store", "--shard-size", "2", *TYPED[:-1]
     )
     assert done.returncode == 0 and re.search(r"encode \(rank 0 of 2\): 100%.* volumes/s", done.stderr), (
         done.stderr
@@ -101,7 +103,7 @@ def test_what_a_killed_writer_left_does_not_count_and_is_removed(corpus, tmp_pat
         card.unlink()  # killed between a shard and its card
     (tmp_path/"store"/".shard-0.safetensors.1.part").write_bytes(b"half")        # killed within a shard
     assert len(FeatureStore(tmp_path/"store")) == 0
-    assert same(main([str(root/"data"), str(tmp_path/"store"), *TYPED]), alone, images)
+    assert same(command("features", root/"data", tmp_path/"store", *TYPED), alone, images)
     assert not list((tmp_path/"store").glob(".*.part"))
 
 
@@ -109,7 +111,7 @@ def test_a_second_writer_and_other_settings_are_refused(corpus, tmp_path):
     root, images, _ = corpus
     message = "alone: is being written by another process. Wait"
     with only_writer(root/"alone"), pytest.raises(MedVLM3DError, match=message):
-        main([str(root/"data"), str(root/"alone"), *TYPED])
+        command("features", root/"data", root/"alone", *TYPED)
     others = {
         "--rho": ("25", "rho (50 → 25)"),
         "--strategy": ("uniform", "strategy (cosine → uniform)"),
@@ -117,7 +119,7 @@ def test_a_second_writer_and_other_settings_are_refused(corpus, tmp_path):
     }
     for option, (value, told) in others.items():
         with pytest.raises(MedVLM3DError) as error:
-            main([str(root/"data"), str(root/"alone"), *TYPED, option, value])
+            command("features", root/"data", root/"alone", *TYPED, option, value)
         assert (
             error.value.what.endswith("alone")
             and told in error.value.why

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from medvlm3d.features import store as features
+from processes import command
+
 from medvlm3d.front.cli import app
 from medvlm3d.base.core import MedVLM3DError, read_json, seed_everything
 from medvlm3d.method.encoders import load_encoder
@@ -456,7 +457,7 @@ def test_the_plan_as_a_command(nothing, llama, monkeypatch):
     assert shown.exit_code == 0 and "12 × 2 × 2 volumes a step" in shown.output
     for line in (f"torchrun --standalone --nproc-per-node 2 -m medvlm3d.training.stages {nothing/'run'}",
                  f"--module medvlm3d.training.stages {nothing/'run'}", f"runs/slurm.sbatch {nothing/'run'}",
-                 "-m medvlm3d.features.store",
+                 "-m medvlm3d features",
                  "--encoder biomedclip --depth 50 --size 224 --rho 28 --strategy cosine --grid 14 14",
                  "Missing:", "M3D_Cap.json", "store.json"):
         assert line in shown.output, line
@@ -496,20 +497,7 @@ def test_the_plan_runs_shrunk_from_data_to_model(nothing, llama, monkeypatch):
         [replace(s, epochs=1, batch=2, accumulation=1) for s in paper_stages()],
         **sizes,
     )
-    features.main(
-        [
-            plan.data,
-            plan.store,
-            "--encoder",
-            str(tower),
-            "--depth",
-            "8",
-            "--rho",
-            "25",
-            "--quiet",
-            "--float32",
-        ]
-    )
+    command("features", plan.data, plan.store, "--encoder", tower, "--depth", 8, "--rho", 25, "--quiet", "--float32")
     run = start(nothing/"run", replace(plan, workers=0), progress=False)
     trained, conditions = run.manifest["trained"], read_json(run/"conditions.json")
     assert (

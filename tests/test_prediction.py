@@ -4,14 +4,14 @@ import signal
 
 import pytest
 import torch
-from processes import torchrun, two_ranks
+from processes import command, torchrun, two_ranks
 
 from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.data.m3d import load_m3d
 from medvlm3d.features.store import FeatureStore, encode_images
 from medvlm3d.method.model import MedVLM3D, tiny
 from medvlm3d.phantoms.phantom import make_phantom
-from medvlm3d.evaluation.prediction import main, parts_of, predict_items, read_predictions
+from medvlm3d.evaluation.prediction import parts_of, predict_items, read_predictions
 
 KILLED = """
 import os, signal, sys
@@ -24,7 +24,9 @@ def dies(*args, **how):
     if count > 2 and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
     return answer_batch(*args, **how)
 prediction.answer_batch = dies
-or_one_line(lambda: prediction.main(sys.argv[1:]))
+from typer.main import get_command
+from medvlm3d.front.cli import app
+or_one_line(lambda: get_command(app).main(["answer", *sys.argv[1:]], standalone_mode=False))
 """
 
 
@@ -55,7 +57,7 @@ def test_neither_ranks_nor_batches_nor_order_change_an_answer(corpus, tmp_path):
     parts = parts_of(tmp_path/"two.jsonl")
     left = [line for part in parts.glob("*-of-2.jsonl") for line in read_predictions(part)]
     assert 0 < len(left) < len(samples) and not (tmp_path/"two.jsonl").exists()
-    done = torchrun("medvlm3d.evaluation.prediction", *typed, "--batch-size", "7")
+    done = torchrun("medvlm3d", "answer", *typed, "--batch-size", "7")
     assert done.returncode == 0, done.stderr
     lines = read_predictions(tmp_path/"two.jsonl")
     assert [line["id"] for line in lines] == [s.id for s in samples] and not parts.exists()
@@ -76,15 +78,15 @@ def test_answers_of_another_model_or_split_are_refused(corpus, tmp_path):
     root, samples = corpus
     folders = [str(root/name) for name in ("model", "data", "store")]
     typed = [*folders, str(tmp_path/"a.jsonl"), "--quiet", "--max-new-tokens", "2", "--by"]
-    first = main([*typed, "options"])
+    first = command("answer", *typed, "options")
     assert len(first) == len(samples)
     assert all(line["option_logprobs"] for line in first if line["task"] == "closed")
     other = r"a.jsonl: was answered by another model or with other settings \(\w{16} → \w{16}\). Delete"
-    with pytest.raises(MedVLM3DError, match=other): main([*typed, "words"])
+    with pytest.raises(MedVLM3DError, match=other): command("answer", *typed, "words")
     with pytest.raises(MedVLM3DError, match="a.jsonl: holds an answer to another question"):
-        main([*typed, "options", "--split", "train"])
+        command("answer", *typed, "options", "--split", "train")
     with pytest.raises(MedVLM3DError, match="nowhere: has no samples. Choose a split"):
-        main([*typed, "options", "--split", "nowhere"])
+        command("answer", *typed, "options", "--split", "nowhere")
     assert not parts_of(tmp_path/"a.jsonl").exists()
 
 

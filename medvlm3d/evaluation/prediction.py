@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GIVEN', 'REQUIRED', 'prediction_line', 'anonymous_error', 'failed_line', 'column', 'task_lines', 'read_predictions',
            'other_images', 'answer_batch', 'attempt', 'bundles', 'predict_bundle', 'fingerprint', 'parts_of',
-           'cut_to_whole_lines', 'check_lines', 'collected', 'write_whole', 'predict_items', 'answer_split', 'main']
+           'cut_to_whole_lines', 'check_lines', 'collected', 'write_whole', 'predict_items', 'answer_split']
 
 # %% ../../nbs/evaluation/prediction.ipynb #3da6cb70
-import argparse, json, os, re, shutil, sys, time
+import json, os, re, shutil, time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from operator import attrgetter, itemgetter
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from ..base.core import MedVLM3DError, relative, sha256_json, sha256_tensors, write_text
-from ..base.ranks import Ranks, only_writer, or_one_line, rank_device
+from ..base.ranks import Ranks, only_writer, rank_device
 from ..data.manifest import load_samples
 from ..data.samples import Sample
 from .answering import Prefix, answer_mode, answers
@@ -366,30 +366,3 @@ def answer_split(model: Path | str, data: Path | str, *, store: Path | str, out:
     return predict_items(loaded, loaded.need_processor(), samples=samples, features=FeatureStore(store),
                          batch_size=batch_size, out_path=out, by=by, max_new_tokens=max_new_tokens,
                          progress=progress)
-
-# %% ../../nbs/evaluation/prediction.ipynb #d44a14fc
-def _parser():
-    "The options of the command line."
-    parser = argparse.ArgumentParser(prog="python -m medvlm3d.evaluation.prediction",
-                                     description="Answer a split; torchrun starts several processes.")
-    parser.add_argument("model", type=Path, help="a model folder")
-    parser.add_argument("data", type=Path, help="a folder in M3D's layout, or a manifest (.jsonl)")
-    parser.add_argument("store", type=Path, help="its feature store")
-    parser.add_argument("out", type=Path, help="the file of predictions")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--by", choices=("words", "options"),
-                        help="how closed questions are answered; by default as the model was trained")
-    parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
-    return parser
-
-# %% ../../nbs/evaluation/prediction.ipynb #e4f4c14b
-def main(arguments: list[str] | None = None) -> list[dict]:
-    "`python -m medvlm3d.evaluation.prediction MODEL DATA STORE OUT`: see `answer_split`."
-    options = vars(_parser().parse_args(arguments))
-    return answer_split(progress=not options.pop("quiet"), **options)
-
-if __name__ == "__main__" and "ipykernel" not in sys.modules: or_one_line(main)

@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['FORMAT', 'KINDS', 'REENCODE', 'FIELDS', 'write_shard', 'check_shard', 'drop_damaged', 'ShardMaps', 'read_spec',
            'check_spec', 'FeatureStore', 'places_of', 'volume_keys', 'encode_missing', 'count_remarks',
-           'open_or_create', 'update_keys', 'missing_volumes', 'encode_images', 'bytes_per_volume', 'encode_corpus',
-           'main']
+           'open_or_create', 'update_keys', 'missing_volumes', 'encode_images', 'bytes_per_volume', 'encode_corpus']
 
 # %% ../../nbs/features/store.ipynb #706cf295
-import argparse, sys
+import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from ..base.core import (
     MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, sha256_tensors, write_json)
-from ..base.ranks import Ranks, only_writer, or_one_line, rank_device
+from ..base.ranks import Ranks, only_writer, rank_device
 from ..data.m3d import read_image
 from ..data.manifest import load_samples
 from ..data.samples import OTHER_VOLUME, Problem, Sample, alias, by_image, reading, reason, settle
@@ -120,7 +119,7 @@ def read_spec(path: Path) -> dict:
     "The settings of the store at `path`."
     if not (path/"store.json").exists():
         raise MedVLM3DError(relative(path), "is no feature store",
-                            "Make it with `python -m medvlm3d.features.store`.")
+                            "Make it with `medvlm3d features`.")
     spec = read_json(path/"store.json")
     form = spec.pop("format", "medvlm3d.features/1")
     if form != FORMAT:
@@ -402,26 +401,3 @@ def encode_corpus(data: Path | str, store: Path | str, *, encoder: str = "dinov2
                          rho=rho, strategy=strategy, seed=seed, grid=grid, shard_size=shard_size,
                          verify=verify, progress=not quiet, read=read_image, samples=samples,
                          workers=workers, rejects=rejects)
-
-# %% ../../nbs/features/store.ipynb #b3662654
-def main(arguments: list[str] | None = None) -> FeatureStore:
-    "`python -m medvlm3d.features.store DATA STORE`: `encode_corpus`, alone or under torchrun."
-    parser = argparse.ArgumentParser(prog="python -m medvlm3d.features.store",
-                                     description="Encode the volumes of a corpus into a feature store; "
-                                                 "start it with torchrun to use several processes.")
-    parser.add_argument("data", type=Path, help="a folder in M3D's layout, or a manifest (.jsonl)")
-    parser.add_argument("store", type=Path)
-    parser.add_argument("--encoder", default="dinov2-s",
-                        help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder")
-    for name, value in dict(depth=50, size=224, rho=28, shard_size=40, workers=1, seed=0).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
-    parser.add_argument("--window", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                        help="in HU; without it the volume's own range")
-    parser.add_argument("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"),
-                        help="resample the patches of a slice to this grid")
-    for name, value in dict(strategy="cosine", device="auto", rejects=None).items():
-        parser.add_argument("--" + name, default=value)
-    for name in ("verify", "float32", "quiet"): parser.add_argument("--" + name, action="store_true")
-    return encode_corpus(**vars(parser.parse_args(arguments)))
-
-if __name__ == "__main__" and "ipykernel" not in sys.modules: or_one_line(main)

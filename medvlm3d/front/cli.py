@@ -7,8 +7,8 @@ __all__ = ['app', 'Out', 'Config', 'Changes', 'frame', 'is_user_error', 'main', 
            'run_step', 'demo', 'planned', 'begin_preset', 'train', 'evaluate', 'report', 'ablate', 'efficiency',
            'crossmodal', 'data_report', 'features', 'answer']
 
-# %% ../../nbs/front/cli.ipynb #77c5fa94
-import json, os, sys
+# %% ../../nbs/front/cli.ipynb #c5ac7bb5
+import json, os, signal, sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -31,14 +31,18 @@ def frame(debug: Annotated[bool, typer.Option("--debug", help="Show the tracebac
     if debug:
         os.environ["MEDVLM3D_DEBUG"] = "1"
 
-# %% ../../nbs/front/cli.ipynb #741dcba8
+# %% ../../nbs/front/cli.ipynb #34459140
 def is_user_error(error: Exception) -> bool:
     "Whether `error` is the library's MedVLM3DError; asks without importing torch."
     core = sys.modules.get("medvlm3d.base.core")
     return core is not None and isinstance(error, core.MedVLM3DError)
 
 def main() -> None:
-    "The console script: `app`, with the library's own errors as one line and exit status 1."
+    """The console script: `app`, with the library's own errors as one line and exit status 1.
+
+    A request to stop (SIGTERM) ends it in good order, with exit status 143.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except Exception as e:
@@ -270,7 +274,7 @@ def data_report(config: Config = "data", out: Out = None, p: Changes = None):
     "Contact sheets of the phantom, chance without looking, an audit, and the cost of auditing."
     run_step("96", config, out=out, pairs=p)
 
-# %% ../../nbs/front/cli.ipynb #b84772fb
+# %% ../../nbs/front/cli.ipynb #604f127c
 @app.command()
 def features(
     data: Annotated[Path, typer.Argument(help="A folder in M3D's layout, or a manifest (.jsonl).")],
@@ -290,14 +294,13 @@ def features(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ):
     "Store the features of a corpus: the frozen part of the method, once a volume."
-    from medvlm3d.base.ranks import or_one_line
     from medvlm3d.features.store import encode_corpus
-    or_one_line(lambda: encode_corpus(
+    return encode_corpus(
         data, store, encoder=encoder, depth=depth, size=size, window=window, rho=rho, strategy=strategy,
         seed=seed, grid=grid, float32=float32, device=device, shard_size=shard_size, workers=workers,
-        rejects=rejects, verify=verify, quiet=quiet))
+        rejects=rejects, verify=verify, quiet=quiet)
 
-# %% ../../nbs/front/cli.ipynb #51363a87
+# %% ../../nbs/front/cli.ipynb #83525e56
 @app.command()
 def answer(
     model: Annotated[Path, typer.Argument(help="A model folder.")],
@@ -312,10 +315,9 @@ def answer(
 ):
     "Answer the questions of a split from stored features; score the file with `evaluate --predictions`."
     from medvlm3d.base.core import MedVLM3DError
-    from medvlm3d.base.ranks import or_one_line
     from medvlm3d.evaluation.prediction import answer_split
     if by not in (None, "words", "options"):
         raise MedVLM3DError(f"--by {by}", "is not known", "Choose words or options.")
-    or_one_line(lambda: answer_split(
+    return answer_split(
         model, data, store=store, out=out, split=split, by=by, batch_size=batch_size,
-        max_new_tokens=max_new_tokens, device=device, dtype=dtype, progress=not quiet))
+        max_new_tokens=max_new_tokens, device=device, dtype=dtype, progress=not quiet)

@@ -343,7 +343,7 @@ def commands(folder: Path | str, plan: Plan, gpus: int = 4) -> dict[str, str]:
     start = "python -m" if gpus == 1 else f"torchrun --standalone --nproc-per-node {gpus} -m"
     folder = shlex.quote(str(folder))
     stages = f"medvlm3d.training.stages {folder}"
-    return {"encode the volumes, once": f"{start} medvlm3d.features.store {_encoding_options(plan)}",
+    return {"encode the volumes, once": f"{start} medvlm3d features {_encoding_options(plan)}",
             "train on this machine": f"{start} {stages}",
             "or on the machines of a hostfile":
                 f"deepspeed --hostfile runs/hostfile --no_local_rank --module {stages}",

@@ -240,7 +240,7 @@ def _missing_data(plan):
         missing.append(f"{plan.data}: the data, a folder in M3D's layout or a manifest")
     if not (root/plan.store/"store.json").exists():
         missing.append(f"{plan.store}: the features of its volumes, "
-                       "which `python -m medvlm3d.features.store` or runner 90 writes")
+                       "which `medvlm3d features` or runner 90 writes")
     return missing
 
 # %% ../../nbs/training/plan.ipynb #03f6618a
