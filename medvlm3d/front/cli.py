@@ -21,9 +21,9 @@ from .data import data_app, say
 from .scan import NOTICE, demo_model, encode, predict
 
 # %% ../../nbs/front/cli.ipynb #493dbe91
-app = typer.Typer(
-    name="medvlm3d", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
-    rich_markup_mode="rich", help=f"3D medical vision-language modelling with a 2D encoder. [bold]{NOTICE}[/bold]")
+app = typer.Typer(name="medvlm3d", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+                  rich_markup_mode="rich",
+                  help=f"3D medical vision-language modelling with a 2D encoder. [bold]{NOTICE}[/bold]")
 app.add_typer(data_app, name="data")
 
 @app.callback()
@@ -162,7 +162,14 @@ def planned(preset: str, as_json: bool = False, **options):
     return json.dumps(estimate.to_dict(), indent=1) if as_json else estimate
 
 def begin_preset(
-    preset: str, out: Path | None, *, ranks: int | None, start: bool, gpus: int, permissions: dict, places: dict,
+    preset: str,
+    out: Path | None,
+    *,
+    ranks: int | None,
+    start: bool,
+    gpus: int,
+    permissions: dict,
+    places: dict,
 ) -> None:
     """Write a preset's plan and say what to type; start its ranks if wanted.
 
@@ -189,18 +196,31 @@ def begin_preset(
 # %% ../../nbs/front/cli.ipynb #ff6f9cd3
 @app.command()
 def train(
-    config: Config = "demo", out: Out = None, *, p: Changes = None,
-    ranks: Annotated[Optional[int], typer.Option(help="Processes that train together on this machine.")] = None,
-    allow_changes: Annotated[bool, typer.Option(
-        "--allow-changes", help="Continue a run under another plan; what changed is recorded.")] = False,
-    allow_shared: Annotated[bool, typer.Option(
-        "--allow-shared", help="Train although cases or reports stand in two splits; that is recorded.")] = False,
-    preset: Annotated[Optional[str], typer.Option(
-        help="A preset (paper): write its plan to --out, say what is missing and what to type.")] = None,
+    config: Config = "demo",
+    out: Out = None,
+    *,
+    p: Changes = None,
+    ranks: Annotated[Optional[int],
+                     typer.Option(help="Processes that train together on this machine.")] = None,
+    allow_changes: Annotated[
+        bool,
+        typer.Option("--allow-changes", help="Continue a run under another plan; what changed is recorded."
+                     )] = False,
+    allow_shared: Annotated[
+        bool,
+        typer.Option("--allow-shared",
+                     help="Train although cases or reports stand in two splits; that is recorded.")] = False,
+    preset: Annotated[
+        Optional[str],
+        typer.Option(
+            help="A preset (paper): write its plan to --out, say what is missing and what to type.")] = None,
     start: Annotated[bool, typer.Option("--start", help="With --preset: start the ranks at once.")] = False,
-    dry_run: Annotated[bool, typer.Option(
-        "--dry-run", help="Only say what the preset would take; nothing is loaded or written.")] = False,
-    gpus: int = 4, rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250.,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what the preset would take; nothing is loaded or written."
+                     )] = False,
+    gpus: int = 4,
+    rate: Annotated[float, typer.Option(help="TFLOP/s of one GPU.")] = 250.,
     share: Annotated[float, typer.Option(help="The part of it that a training loop reaches.")] = .45,
     data: Annotated[Optional[Path], typer.Option(help="A preset's corpus, in M3D's layout.")] = None,
     store: Annotated[Optional[Path], typer.Option(help="A preset's features.")] = None,
@@ -222,16 +242,27 @@ def train(
 # %% ../../nbs/front/cli.ipynb #a7f747d9
 @app.command()
 def evaluate(
-    config: Config = "demo", out: Out = None, *, p: Changes = None,
-    predictions: Annotated[Optional[Path], typer.Option(
-        help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts.")] = None,
-    questions: Annotated[Optional[Path], typer.Option(
-        help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
-    encoder: Annotated[Optional[Path], typer.Option(
-        help="Folder of another encoder for BERTScore; published numbers use roberta-large, --layer 17.")] = None,
+    config: Config = "demo",
+    out: Out = None,
+    *,
+    p: Changes = None,
+    predictions: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts."
+        )] = None,
+    questions: Annotated[
+        Optional[Path],
+        typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
+    encoder: Annotated[
+        Optional[Path],
+        typer.Option(
+            help="Folder of another encoder for BERTScore; published numbers use roberta-large, --layer 17."
+        )] = None,
     layer: Annotated[Optional[int], typer.Option(help="Its layer; 5 where none is given.")] = None,
-    ratescore: Annotated[Optional[Path], typer.Option(
-        help="Folder with ner/ and encoder/: adds RaTEScore to reports.")] = None,
+    ratescore: Annotated[Optional[Path],
+                         typer.Option(
+                             help="Folder with ner/ and encoder/: adds RaTEScore to reports.")] = None,
 ):
     "Predict the test set and score it; or score a file of answers."
     from medvlm3d.base.core import MedVLM3DError
@@ -279,18 +310,28 @@ def data_report(config: Config = "data", out: Out = None, p: Changes = None):
 def features(
     data: Annotated[Path, typer.Argument(help="A folder in M3D's layout, or a manifest (.jsonl).")],
     store: Annotated[Path, typer.Argument(help="The store's folder, made or continued.")],
-    *, encoder: Annotated[str, typer.Option(
-        help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder.")] = "dinov2-s",
-    depth: int = 50, size: int = 224, rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
+    *,
+    encoder: Annotated[str,
+                       typer.Option(help="biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder."
+                                    )] = "dinov2-s",
+    depth: int = 50,
+    size: int = 224,
+    rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
     strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine",
-    window: Annotated[Optional[tuple[float, float]], typer.Option(
-        help="LOW HIGH in HU; without it the volume's own range.")] = None,
-    grid: Annotated[Optional[tuple[int, int]], typer.Option(
-        help="ROWS COLUMNS to which the patches of a slice are resampled.")] = None,
-    seed: int = 0, shard_size: int = 40, workers: int = 1, device: str = "auto",
-    rejects: Annotated[Optional[Path], typer.Option(help="Where volumes that cannot be read are listed.")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read everything again; make anew what is damaged.")] = False,
-    float32: Annotated[bool, typer.Option("--float32", help="Not in bf16, also where that is faster.")] = False,
+    window: Annotated[Optional[tuple[float, float]],
+                      typer.Option(help="LOW HIGH in HU; without it the volume's own range.")] = None,
+    grid: Annotated[Optional[tuple[int, int]],
+                    typer.Option(help="ROWS COLUMNS to which the patches of a slice are resampled.")] = None,
+    seed: int = 0,
+    shard_size: int = 40,
+    workers: int = 1,
+    device: str = "auto",
+    rejects: Annotated[Optional[Path],
+                       typer.Option(help="Where volumes that cannot be read are listed.")] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read everything again; make anew what is damaged.")] = False,
+    float32: Annotated[bool,
+                       typer.Option("--float32", help="Not in bf16, also where that is faster.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
 ):
     "Store the features of a corpus: the frozen part of the method, once a volume."

@@ -26,7 +26,8 @@ Count = Annotated[int, _option("How many are drawn.", min=0)]
 Root = Annotated[Path, typer.Argument(help="The folder of the corpus.")]
 Listing = Annotated[Optional[Path], _option(
     "The manifest to write, in the folder of the corpus. [default: manifest.jsonl there]", "--out")]
-Rejects = Annotated[Optional[Path], _option("Write what is wrong to this file and list the rest.", "--rejects")]
+Rejects = Annotated[Optional[Path],
+                    _option("Write what is wrong to this file and list the rest.", "--rejects")]
 Source = Annotated[str, _option("Name of the corpus, written into each line.")]
 Licence = Annotated[str, _option("Its licence, written into each line.")]
 Corpus = Annotated[Path, typer.Argument(help="A manifest (.jsonl), or a folder in M3D's layout.")]
@@ -74,17 +75,27 @@ def numbers(text: str, option: str, example: str) -> list[float]:
     except ValueError:
         values = []
     if len(values) != expected or min(values) < 0 or sum(values) <= 0:
-        raise MedVLM3DError(f"{option} {text}", f"is not {expected} numbers", f"Write for instance {option} {example}.")
+        raise MedVLM3DError(f"{option} {text}", f"is not {expected} numbers",
+                            f"Write for instance {option} {example}.")
     return values
 
 # %% ../../nbs/front/data.ipynb #6627b0b4
 @data_app.command()
 def phantom(
-    out: To = Path("data/phantom"), train: Count = 840, *, validation: Count = 120, test: Count = 240,
-    depth: int = 32, size: int = 112, seed: int = 0, workers: Workers = 2,
-    modality: Annotated[Optional[str], _option("CT, MR or PT.")] = None, contrast: Contrast = None,
+    out: To = Path("data/phantom"),
+    train: Count = 840,
+    *,
+    validation: Count = 120,
+    test: Count = 240,
+    depth: int = 32,
+    size: int = 112,
+    seed: int = 0,
+    workers: Workers = 2,
+    modality: Annotated[Optional[str], _option("CT, MR or PT.")] = None,
+    contrast: Contrast = None,
     radius: Annotated[Optional[str], _option("Of the finding in mm, such as 22,42.")] = None,
-    kind: Annotated[Optional[list[str]], _option("A kind of finding, such as nodule; may be repeated.")] = None,
+    kind: Annotated[Optional[list[str]],
+                    _option("A kind of finding, such as nodule; may be repeated.")] = None,
 ):
     """Draw a benchmark with known truth, in M3D's layout: the demonstration's CT, or another one."""
     from medvlm3d.base.core import relative
@@ -93,7 +104,8 @@ def phantom(
     radii = numbers(radius, "--radius", "22,42") if radius else None
     asked = {"modality": modality, "contrast": contrast, "radius": radii, "kinds": kind}
     changes = {name: value for name, value in asked.items() if value is not None}
-    sizes = dict(train=train, validation=validation, test=test, shape=(depth, size, size), seed=seed, workers=workers)
+    sizes = dict(train=train, validation=validation, test=test, shape=(depth, size, size), seed=seed,
+                 workers=workers)
     rows = make_benchmark(out, **changes, **sizes) if changes else make_phantom(out, **sizes)
     say(f"done: {len(rows)} volumes in {relative(out)}")
 
@@ -131,7 +143,13 @@ def layout(
 
 # %% ../../nbs/front/data.ipynb #2890b4eb
 def write_listing(
-    root: Path, samples: list, *, out: Path | None, source: str = "", licence: str = "", rejects: Path | None = None,
+    root: Path,
+    samples: list,
+    *,
+    out: Path | None,
+    source: str = "",
+    licence: str = "",
+    rejects: Path | None = None,
 ) -> None:
     """Write a manifest of a corpus and print how many lines it has; exit status 1 if something was set aside.
 
@@ -172,7 +190,12 @@ def _report_rejects(rejects: Path | None) -> None:
 # %% ../../nbs/front/data.ipynb #9d2f107b
 @data_app.command()
 def m3d(
-    root: Root, out: Listing = None, *, rejects: Rejects = None, source: Source = "M3D", licence: Licence = "",
+    root: Root,
+    out: Listing = None,
+    *,
+    rejects: Rejects = None,
+    source: Source = "M3D",
+    licence: Licence = "",
 ):
     "List M3D: M3D_Cap.json, the M3D_VQA tables, or raw folders of slices."
     from medvlm3d.data.m3d import load_m3d
@@ -210,7 +233,8 @@ def folder(
             say(f"{len(others)} files are left out: in no format that is read, or links to folders")
         return write_listing(root, samples, out=out, rejects=rejects)
     if not 0 < show <= len(scans):
-        raise MedVLM3DError(f"scan {show}", f"is not one of {len(scans)}", "Numbers count from 1, in order of path.")
+        raise MedVLM3DError(f"scan {show}", f"is not one of {len(scans)}",
+                            "Numbers count from 1, in order of path.")
     print(scans[show - 1].relative_to(root))
 
 # %% ../../nbs/front/data.ipynb #41929a12

@@ -130,14 +130,15 @@ def _scrub_output(output, out) -> None:
 HELD = "The notebook holds what ran before. "
 AGAIN = " and start again: what is done is kept."
 
-def _execute(papermill, path: Path, part: Path, *, parameters: dict, show: bool, out) -> tuple[str, str] | None:
+def _execute(papermill, path: Path, part: Path, *, parameters: dict, show: bool,
+             out) -> tuple[str, str] | None:
     "Execute the runner at `path` into `part`; None, or reason and remedy of the failure."
     from nbclient.exceptions import DeadKernelError
     try:
         with _live(show):
-            papermill.execute_notebook(
-                str(path), str(part), parameters, kernel_name="python3", cwd=str(project_root()/"nbs"/"runners"),
-                progress_bar=False, log_output=show, extra_arguments=QUIET)
+            papermill.execute_notebook(str(path), str(part), parameters, kernel_name="python3",
+                                       cwd=str(project_root()/"nbs"/"runners"), progress_bar=False,
+                                       log_output=show, extra_arguments=QUIET)
     except papermill.PapermillExecutionError as e:
         return f"stopped with {e.ename}: {scrub(e.evalue, out)}", HELD + "Remove the cause" + AGAIN
     except DeadKernelError:

@@ -29,9 +29,11 @@ def _option(help, **kwargs):
 
 Series = Annotated[Optional[int], _option("Of several DICOM series: which, from 0.")]
 Frame = Annotated[Optional[int], _option("Of several volumes in one file: which, from 0.")]
-AxisOrder = Annotated[Optional[str], _option("Axes of an array (DHW), or the orientation a header lacks (RAS).")]
+AxisOrder = Annotated[Optional[str],
+                      _option("Axes of an array (DHW), or the orientation a header lacks (RAS).")]
 Modality = Annotated[Optional[str], _option("CT, MR or PT, where the file does not say.")]
-Intensity = Annotated[Optional[str], _option("HU, SUV, arbitrary, grey8 or unit, where the file does not say.")]
+Intensity = Annotated[Optional[str],
+                      _option("HU, SUV, arbitrary, grey8 or unit, where the file does not say.")]
 Suv = Annotated[bool, _option("PET in SUV; --no-suv reads a series without its tags, as relative numbers.")]
 NonFinite = Annotated[str, _option("NaN and infinite voxels: error, or replace.")]
 MaxVoxels = Annotated[Optional[int], _option("The most voxels a scan may have (01_volume).", min=1)]
@@ -120,17 +122,27 @@ def draw_overlay(
 # %% ../../nbs/front/scan.ipynb #02ab007e
 @scan_app.command()
 def predict(
-    scan: Annotated[Path, typer.Argument(
-        help="NIfTI, MHA, NRRD, DICOM file, folder or zip, NPY, or a folder of slices.")],
-    question: Annotated[Optional[list[str]], typer.Option(
-        "-q", "--question", help="A question; may be repeated. None: a report.")] = None,
-    *, choices: Annotated[Optional[str], _option("Options of a closed question, separated by commas.")] = None,
-    model: Annotated[Optional[Path], _option("A model folder; the demo model when not given.")] = None,
-    overlay: Annotated[Optional[Path], _option(
-        "Write a picture of where the words of the (first) answer looked.")] = None,
+    scan: Annotated[Path,
+                    typer.Argument(
+                        help="NIfTI, MHA, NRRD, DICOM file, folder or zip, NPY, or a folder of slices.")],
+    question: Annotated[
+        Optional[list[str]],
+        typer.Option("-q", "--question", help="A question; may be repeated. None: a report.")] = None,
+    *,
+    choices: Annotated[Optional[str],
+                       _option("Options of a closed question, separated by commas.")] = None,
+    model: Annotated[Optional[Path],
+                     _option("A model folder; the demo model when not given.")] = None,
+    overlay: Annotated[Optional[Path],
+                       _option("Write a picture of where the words of the (first) answer looked.")] = None,
     device: Annotated[str, _option("auto, cpu or cuda.")] = "auto",
-    series: Series = None, frame: Frame = None, axis_order: AxisOrder = None, modality: Modality = None,
-    intensity: Intensity = None, suv: Suv = True, non_finite: NonFinite = "error",
+    series: Series = None,
+    frame: Frame = None,
+    axis_order: AxisOrder = None,
+    modality: Modality = None,
+    intensity: Intensity = None,
+    suv: Suv = True,
+    non_finite: NonFinite = "error",
     max_voxels: MaxVoxels = None,
     as_json: Json = False,
 ):
