@@ -34,9 +34,9 @@ from medvlm3d.evaluation.answering import Prefix, score_rows
 from medvlm3d.features.store import FeatureStore, encode_images
 from medvlm3d.method.fusion import even_odd_path, fourier_path
 from medvlm3d.method.model import tiny
-from medvlm3d.method.tokens import (collate, image_prefix, pack_examples, packed_mask, padding_id, prompt_ids,
-                                    target_ids, target_loss)
-from medvlm3d.scans.volume import Preprocess
+from medvlm3d.method.packing import collate, pack_examples, packed_mask, padding_id
+from medvlm3d.method.tokens import image_prefix, prompt_ids, target_ids, target_loss
+from medvlm3d.scans.prepare import Preprocess
 from medvlm3d.studies.efficiency import (Finding, Tower3D, interleave, measured, peak_memory,
                                          random_connector,
                                          random_encoder)

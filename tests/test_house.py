@@ -103,7 +103,8 @@ def test_import_is_cheap():
 def test_library_needs_no_development_tools():
     "No exported module imports what only development installs."
     # imported inside functions, with an error that names the extra
-    allowed = {"papermill": {"runners"}, "nbformat": {"runners"}, "nbclient": {"runners"}, "ipywidgets": {"judging", "planes"}}
+    allowed = {"papermill": {"runners"}, "nbformat": {"runners", "pages"},
+               "nbclient": {"runners", "pages"}, "psutil": {"pages"}, "ipywidgets": {"judging", "planes"}}
     for path in MODULES:
         top = {n.split(".")[0] for n in imported(path.read_text())}
         assert not top & {"fastcore", "nbdev", "execnb", "pytest"}, path.name
@@ -136,11 +137,12 @@ def imported(source):
 def test_imports_point_down():
     """A notebook imports from its own wing and the wings before it, and inside a wing no exported imports go round in a circle.
 
-    The other cells of a notebook may use a later notebook of the same wing, to show at work what it defines."""
+    The other cells of a notebook may use a later notebook of the same wing, to show at work what it defines.
+    The index of a wing is a page about it, and may use all."""
     home = {module_of(p): p for p in NOTEBOOKS if module_of(p)}
     wrong, beside = [], {}
     for path in COMPONENTS:
-        if path.parent.name not in WINGS: continue
+        if path.parent.name not in WINGS or path.stem == "index": continue
         uses = {name for name in imports_of(path) if name in home} - {module_of(path)}
         wrong += [f"{place(path)} imports {name}" for name in uses if WINGS.index(home[name].parent.name) > WINGS.index(path.parent.name)]
         exported = {*imports_of(path, exported=True)} - {module_of(path)}
@@ -263,17 +265,24 @@ def test_research_use_only_is_said():
 
 def test_links_lead_somewhere():
     "What a notebook links to is there in the clone; what is outside nbs/ the site sends to the repository."
-    on_page_content = runpy.run_path(ROOT/".ci"/"site.py")["on_page_content"]
+    site = runpy.run_path(ROOT/".ci"/"site.py")
     settings = configparser.ConfigParser()
     settings.read(ROOT/"settings.ini")
     assert f"repo_url: {(repo := settings['DEFAULT']['git_url'])}\n" in (ROOT/"mkdocs.yml").read_text()
-    links = [(path, m) for path in NOTEBOOKS for c in cells(path, "markdown") for m in re.findall(r"\]\((?!https?:|#|attachment:)([^)#, ]*[./][^)#, ]*)", c.source)]
-    outside = [(m, (path.parent/m).resolve().relative_to(ROOT)) for path, m in links if not (path.parent/m).resolve().is_relative_to(ROOT/"nbs")]
-    wrong = [f"{place(path)}: {m}" for path, m in links if not (path.parent/m).exists()]
-    assert not wrong
-    for link, target in outside:
-        assert on_page_content(f'<a href="{link}">', None, {"repo_url": repo}, None) == f'<a href="{repo}/blob/main/{target}">'
-    assert outside and on_page_content('<a href="../base/core/">', None, {"repo_url": repo}, None) == '<a href="../base/core/">'
+    pattern = r"\]\((?!https?:|#|attachment:)([^)#, ]*[./][^)#, ]*)"
+    links = [(path, m) for path in NOTEBOOKS for c in cells(path, "markdown") for m in re.findall(pattern, c.source)]
+    assert not [f"{place(path)}: {m}" for path, m in links if not (path.parent/m).exists()]
+    outside = 0
+    for path, link in links:
+        target, source = (path.parent/link).resolve(), path.relative_to(ROOT/"nbs").as_posix()
+        shown = site["LINK"].sub(site["link_from"](source, repo), f"[x]({link})")
+        if target.is_relative_to(ROOT/"nbs"):
+            assert shown == f"[x]({link.replace('.ipynb', '.md')})"
+            continue
+        outside += 1
+        kind = "tree" if target.is_dir() else "blob"
+        assert shown == f"[x]({repo}/{kind}/main/{target.relative_to(ROOT).as_posix()})"
+    assert outside
 
 
 def test_hooks_are_those_of_nbdev(tmp_path):

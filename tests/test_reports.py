@@ -24,7 +24,7 @@ from medvlm3d.studies.paper_tables import write_paper_tables
 
 REPORTS = ROOT/"reports"
 FOLDERS = sorted(p.parent for p in REPORTS.glob("*/tables"))
-INDEX = nbformat.read(ROOT/"nbs"/"index.ipynb", 4).cells
+PAGES = [c for name in ("index", "findings", "rooms") for c in nbformat.read(ROOT/"nbs"/f"{name}.ipynb", 4).cells]
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -112,9 +112,9 @@ def test_answers_are_of_the_committed_model(study, system):
 # --- the front page -----------------------------------------------------------------------------------------
 
 def computed_now():
-    "(stored, computed) Markdown of each cell of the front page that is tagged `result`."
+    "(stored, computed) Markdown of each cell of the front pages that is tagged `result`."
     names = {"Markdown": Markdown}
-    for cell in (c for c in INDEX if "result" in c.metadata.get("tags", [])):
+    for cell in (c for c in PAGES if "result" in c.metadata.get("tags", [])):
         body = ast.parse(cell.source).body
         exec(compile(ast.Module(body[:-1], []), "index", "exec"), names)
         value = eval(compile(ast.Expression(body[-1].value), "index", "eval"), names)
@@ -124,7 +124,7 @@ def computed_now():
 
 def test_the_front_page_shows_what_the_results_say():
     pairs = list(computed_now())
-    assert len(pairs) >= 3
+    assert len(pairs) >= 5
     for stored, computed in pairs: assert stored == computed
 
 
@@ -171,7 +171,7 @@ def unexplained(text, results, facts):
 
 
 NO_PROSE = re.compile(r"https?://\S+|`[^`\n]*`|Python [0-9.]+ to [0-9.]+|^```.*?^```", re.M | re.S)
-PROSE = "\n".join(NO_PROSE.sub("", c.source) for c in INDEX if c.cell_type == "markdown")
+PROSE = "\n".join(NO_PROSE.sub("", c.source) for c in PAGES if c.cell_type == "markdown")
 
 
 def test_numbers_in_the_prose_are_of_a_run():

@@ -95,7 +95,8 @@ def _execute_once(path: Path | str, timeout: int, patience: float):
 def execute(path: Path | str, timeout: int = 600, patience: float = 60.):
     """The notebook at `path`, executed from a fresh kernel in its own folder; nothing is written.
 
-    A cell may take `timeout` seconds. A kernel that computes nothing for `patience` seconds is replaced, twice at most.
+    A cell may take `timeout` seconds. A kernel that computes nothing
+    for `patience` seconds is replaced, twice at most.
     """
     for _ in range(3):
         notebook, silent = _execute_once(path, timeout, patience)

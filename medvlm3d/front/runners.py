@@ -22,7 +22,7 @@ QUIET = ["--IPKernelApp.log_level=50"]
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 
 def runner_path(name: Path | str) -> Path:
-    "The runner that `name` (a path, a file name or its number) stands for; MedVLM3DError unless there is one."
+    "The runner that `name` (a path, file name or number) stands for; MedVLM3DError unless there is one."
     if Path(name).suffix == ".ipynb" and Path(name).exists():
         return Path(name)
     folder = project_root()/"nbs"/"runners"
@@ -83,7 +83,7 @@ def _roles(out: Path | str) -> dict[Path, str]:
     return {folder: roles[folder] for folder in folders if folder not in inside and len(folder.parts) > 1}
 
 def scrub(text: str, out: Path | str = ".") -> str:
-    "`text` with paths relative to the project root, and other folders by their role; `out` is the run folder."
+    "`text` with paths relative to the project root, other folders by their role; `out` is the run folder."
     for folder, word in _roles(out).items():
         text = re.sub(re.escape(str(folder)) + "/", f"{word}/" if word else "", text)
         text = re.sub(re.escape(str(folder)) + r"(?![\w-])", word or ".", text)
@@ -215,7 +215,7 @@ def _live(show: bool):
 
 # %% ../../nbs/front/runners.ipynb #d85800d2
 def read_plan(path: Path | str) -> dict[str, dict]:
-    "The plan at `path` (or `runs/NAME.yaml`, by NAME): runner → parameters, each checked before anything runs."
+    "The plan at `path` (or `runs/NAME.yaml`, by NAME): runner → parameters, each checked before a run."
     path = Path(path) if Path(path).suffix else project_root()/"runs"/f"{path}.yaml"
     if not path.exists():
         raise MedVLM3DError(relative(path), "does not exist", "Plans are in runs/.")

@@ -41,7 +41,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 # %% ../../nbs/front/scan.ipynb #fd353d9a
 def open_scan(scan: Path, max_voxels: int | None = None, **options):
-    "The `Volume` of a scan; `options` are those of `read_volume`. Assumptions, repairs and guesses are printed."
+    "The `Volume` of a scan; `options` are those of `read_volume`. Assumptions and guesses are printed."
     from medvlm3d.scans.readers import MAX_VOXELS, read_volume
     volume = read_volume(scan, max_voxels=max_voxels or MAX_VOXELS, **options)
     for warning in volume.warnings:
@@ -62,8 +62,13 @@ def load_model(folder: Path | None, device: str = "auto"):
         remedy = ("In a clone of the repository lies the demo's, and `medvlm3d demo` trains it; "
                   "or give --model FOLDER.")
         raise MedVLM3DError(relative(folder), "holds no model", remedy)
+    import torch
+    from medvlm3d.method.encoders import quick_dtype
     from medvlm3d.method.model import MedVLM3D
-    return MedVLM3D.from_pretrained(folder).to(pick_device(device)).eval()
+    device = pick_device(device)
+    dtype = None if quick_dtype(
+        device) == torch.bfloat16 else torch.float32  # bf16 only where it is multiplied
+    return MedVLM3D.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 # %% ../../nbs/front/scan.ipynb #e2219b85
 def note_unknown(processor, questions: list[str], options: list[str] | None) -> list[str]:

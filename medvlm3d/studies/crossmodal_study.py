@@ -20,7 +20,8 @@ from ..data.manifest import with_hashes, write_manifest
 from ..data.samples import Sample
 from ..evaluation.baselines import Blank, Reversed
 from ..evaluation.prediction import other_images, prediction_line
-from ..evaluation.comparison import chance_scores, constant_predictions, evaluate_systems, holm_table, lookup
+from ..evaluation.comparison import (
+    chance_scores, constant_predictions, evaluate_systems, holm_table, lookup)
 from ..evaluation.scores import score_predictions
 from ..features.encode import StoreSpec
 from ..features.store import FeatureStore, encode_images

@@ -19,7 +19,9 @@ from tqdm import tqdm
 from ..base.core import MedVLM3DError, RunFolder, open_run, seed_everything, write_json
 from ..method.language import word_tokenizer
 from ..method.packing import Packed, collate, pack_examples, packed_mask, padding_id
-from ..method.tokens import add_image_token, closed_prompt, closed_target, image_prefix, open_prompt, prompt_ids, report_prompt, target_ids, target_loss
+from ..method.tokens import (
+    add_image_token, closed_prompt, closed_target, image_prefix, open_prompt, prompt_ids, report_prompt,
+    target_ids, target_loss)
 from ..phantoms.anatomy import Case, sample_cases
 from ..phantoms.phantom import ASKED, TYPES, questions, report
 

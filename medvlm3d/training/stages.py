@@ -25,7 +25,9 @@ from ..features.store import FeatureStore
 from ..method.connector import MedVLM3DConfig
 from ..method.language import base_hash
 from ..method.model import MedVLM3D
-from ..method.tokens import INSTRUCTIONS, closed_prompt, closed_target, image_prefix, instruction_index, open_prompt, prompt_ids, report_prompt, target_ids
+from ..method.tokens import (
+    INSTRUCTIONS, closed_prompt, closed_target, image_prefix, instruction_index, open_prompt, prompt_ids,
+    report_prompt, target_ids)
 from ..method.packing import collate, pack_examples, padding_id
 from ..method.weights import quietly
 from .checkpoint import newest_whole, step_of
