@@ -136,6 +136,7 @@ SAID = {   # sentences whose number is in no run folder, and why
     r"less than (\d+) GB of memory": "an upper bound, from the demo's peak",
     r"the demo (\d+) minutes": "by the clock, on two cores",
     r"the ablations (\d+) minutes": "by the clock, on the same cores",
+    r"hold a (\d+) % interval": "the level of every interval in this repository",
     r"DINOv2-S, (\d+) M parameters": "a ViT-S/14, as its authors count",
 }
 
