@@ -13,7 +13,7 @@ STEADY := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= TOKENIZERS_
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch demo test lint export notebooks readme docs clean
+.PHONY: help setup fetch demo test lint export lab notebooks readme docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ lint: setup  ## ruff on the exported library and the tests
 
 export: setup  ## clean the notebooks and write medvlm3d/ from them
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
+
+lab: fetch  ## JupyterLab on the notebooks; opening one changes nothing in git
+	@JUPYTER_CONFIG_PATH=.ci $(BIN)/jupyter lab nbs
 
 notebooks: fetch  ## execute every component notebook from a fresh kernel and store its outputs
 	@printf '%s\n' $(COMPONENTS) | $(STEADY) xargs -P $(JOBS) -n 1 $(REFRESH)

@@ -27,6 +27,8 @@ def without_directives(notebook):
             continue
         if "result" in cell.metadata.get("tags", []):
             cell.source = ""
+        if cell.cell_type == "markdown":    # a formula is a paragraph, also where only a line end stands before it
+            cell.source = re.sub(r"^(\$\$(?:(?!\$\$).)+\$\$)[ \t]*$", r"\n\1\n", cell.source, flags=re.M | re.S)
         kept.append(cell)
     notebook.cells = kept
     return notebook
