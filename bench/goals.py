@@ -1,8 +1,8 @@
 """Measure what this project promises about its own cost: seven goals about time, memory and bytes.
 
     python bench/goals.py reports/efficiency                   # the paper's shapes: five minutes and 8 GB
-    python bench/goals.py /tmp/goals --rounds 1 --small        # seconds; ratios mean nothing at these sizes
-    python bench/goals.py /tmp/goals --sizes '{"depth": 32}'   # any field of `Sizes`
+    python bench/goals.py runs/out/goals --rounds 1 --small        # seconds; ratios mean nothing at these sizes
+    python bench/goals.py runs/out/goals --sizes '{"depth": 32}'   # any field of `Sizes`
 
 Writes `results.json` into the run folder (relative to the project root): a list of findings, each with its
 goal, the measured value, the extremes within rounds, the target, and whether it is met. A finished run of the

@@ -1,7 +1,7 @@
 """Time the audit and the split on a generated corpus of M3D's size.
 
     python bench/scale.py data/scale/scale                            # 100,000 volumes, 500,000 questions
-    python bench/scale.py /tmp/small --volumes 600 --questions 1200   # seconds
+    python bench/scale.py runs/out/scale --volumes 600 --questions 1200   # seconds
 
 Writes a corpus with known leaks, verifies it, splits it, verifies the split, and leaves `scale.json` in the
 folder: seconds by the clock and of the processor, and peak memory, of each step. Each step runs in a process
