@@ -32,7 +32,8 @@ def _between(value, *, low, high, digits=3, scale=1):
 def _calibration_row(c):
     "The cells of one system's calibration."
     brier = _between(c["brier"], low=c["brier_low"], high=c["brier_high"])
-    wrong = [_between(r["risk"], low=r["low"], high=r["high"], digits=1, scale=100) for r in c["risk_coverage"]]
+    wrong = [_between(row["risk"], low=row["low"], high=row["high"], digits=1, scale=100)
+             for row in c["risk_coverage"]]
     return c["n"], c["left out"], brier, f"{c['calibration_error']:.3f}", *wrong
 
 # %% ../../nbs/report/study_tables.ipynb #f60ae22e

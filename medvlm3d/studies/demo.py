@@ -73,8 +73,8 @@ def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int,
     make_phantom(data, train, validation=validation, test=test, shape=shape, seed=seed, workers=workers,
                  progress=progress)
     truth = read_truth(data)
-    features = _encode(data, store, images=list(truth), encoder=encoder, shape=shape, rho=rho, selection=selection,
-                       progress=progress)
+    features = _encode(data, store, images=list(truth), encoder=encoder, shape=shape, rho=rho,
+                       selection=selection, progress=progress)
     facts = {"cases": {"train": train, "validation": validation, "test": test}, "volume": list(shape),
              "encoder": encoder, **_sizes(features, next(iter(truth))), "selection": f"{selection}, {rho} %",
              **coverage(features, truth), "seed": seed, "truth sha256": sha256_file(data/"truth.jsonl")}
@@ -117,8 +117,8 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
     lora_targets, lora_dropout : matrices of the language model that get adapters, and their dropout
     seed, precision, save_every : as in `Plan`; steps between two checkpoints
     fields : further fields of the plan"""
-    model = _model_fields(FeatureStore(project_root()/store).spec, llm, channels=channels, attention=attention,
-                          residual=residual)
+    spec = FeatureStore(project_root()/store).spec
+    model = _model_fields(spec, llm, channels=channels, attention=attention, residual=residual)
     lora = {"r": 16, "alpha": 32, "dropout": lora_dropout, "targets": list(lora_targets)}
     steps = dict(batch=batch, accumulation=accumulation, weight_decay=weight_decay, beta2=beta2)
     first = dict(stage=1, tasks=["report"], epochs=stage1_epochs, lr=stage1_lr, **steps)

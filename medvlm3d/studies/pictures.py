@@ -49,8 +49,9 @@ def stations(config: MedVLM3DConfig) -> list[Station]:
     "Each step from the volume to the words."
     sizes = (config.preprocess[side] for side in ("depth", "height", "width"))
     volume = _station("volume", sizes, "white")
-    language = Station("language model\n+ LoRA" if config.lora else "language model", "answer, report", FROZEN)
-    return [volume, *_encoder_and_selection(config), *_connector(config), language]
+    language = "language model\n+ LoRA" if config.lora else "language model"
+    answers = Station(language, "answer, report", FROZEN)
+    return [volume, *_encoder_and_selection(config), *_connector(config), answers]
 
 # %% ../../nbs/studies/pictures.ipynb #5dd6fcd1
 def _encoder_and_selection(config):
