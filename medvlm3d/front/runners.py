@@ -130,7 +130,7 @@ def _scrub_output(output, out) -> None:
 HELD = "The notebook holds what ran before. "
 AGAIN = " and start again: what is done is kept."
 
-def _execute(papermill, path: Path, part: Path, *, parameters: dict, show: bool,
+def _execute(papermill, path: Path, *, part: Path, parameters: dict, show: bool,
              out) -> tuple[str, str] | None:
     "Execute the runner at `path` into `part`; None, or reason and remedy of the failure."
     from nbclient.exceptions import DeadKernelError
@@ -165,7 +165,7 @@ def run_notebook(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.stem}.part.ipynb")
     try:
-        failure = _execute(papermill, path, part, parameters=parameters or {}, show=show, out=out)
+        failure = _execute(papermill, path, part=part, parameters=parameters or {}, show=show, out=out)
     finally:
         if part.exists():
             _keep(part, target, out)

@@ -468,7 +468,7 @@ def check_data(run: RunFolder, plan: Plan, store: FeatureStore, samples: list[Sa
     if not record.exists(): pin_data(record, root, samples)
 
 # %% ../../nbs/training/stages.ipynb #5a438bc0
-def _open_training(run, plan, contexts, *, allow_changes, allow_shared):
+def _open_training(run, plan, *, contexts, allow_changes, allow_shared):
     "Lock the run folder, compare conditions, features and data with its first start; (samples, store)."
     ranks = Ranks.here()
     if ranks.rank == 0: contexts.enter_context(only_writer(run.path, 8))
@@ -508,7 +508,7 @@ def train(folder: Path | str, plan: Plan | dict, *, progress: bool = True, allow
     seed_everything(plan.seed)
     with ExitStack() as listener:   # signals are caught until the manifest says how the run ended
         try:
-            _train(run, plan, listener, progress=progress, allow_changes=allow_changes,
+            _train(run, plan, listener=listener, progress=progress, allow_changes=allow_changes,
                    allow_shared=allow_shared)
         except Interrupted as e:
             if ranks.rank == 0: _note_stopped(run, e.code - 128)
@@ -527,11 +527,11 @@ def _join_ranks(run, plan):
         make_arguments(plan, plan.stages[0], folder=run/"checkpoints", steps_an_epoch=1, progress=False)
 
 # %% ../../nbs/training/stages.ipynb #10cfad13
-def _train(run, plan, listener, *, progress, allow_changes, allow_shared):
+def _train(run, plan, *, listener, progress, allow_changes, allow_shared):
     "Check, train all stages and write the card, with the run folder locked."
     from medvlm3d.training.trainer import catch_signals
     with ExitStack() as contexts:
-        samples, store = _open_training(run, plan, contexts, allow_changes=allow_changes,
+        samples, store = _open_training(run, plan, contexts=contexts, allow_changes=allow_changes,
                                         allow_shared=allow_shared)
         signals = listener.enter_context(catch_signals())
         trained = run_stages(run, plan, samples=samples, store=store, progress=progress, signals=signals,
