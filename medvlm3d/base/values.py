@@ -92,7 +92,8 @@ def _remedy(name, value, kind):
     words = get_args(kind) if get_origin(kind) is Literal else ()
     near = difflib.get_close_matches(str(value), map(str, words), 1)
     if near: return f"Did you mean {near[0]!r}?"
-    if isinstance(value, str) and fits(_unquoted(value), kind): return f"Write {name}: {value} without quotes."
+    if isinstance(value, str) and fits(_unquoted(value), kind):
+        return f"Write {name}: {value} without quotes."
     return f"Give {describe_kind(kind)}."
 
 def _unquoted(text):
@@ -100,7 +101,7 @@ def _unquoted(text):
     except yaml.YAMLError: return text
 
 # %% ../../nbs/base/values.ipynb #50fa57c5
-def check_value(name: str, value: object, kind: object, *, owner: str, what: str = "parameter") -> None:
+def check_value(name: str, value: object, *, kind: object, owner: str, what: str = "parameter") -> None:
     """Refuse a value that is not of the `kind`.
 
     Parameters
@@ -125,7 +126,7 @@ def check_values(values: dict, known: dict, *, owner: str, what: str = "paramete
     """
     for name, value in values.items():
         check_name(name, known, owner, what)
-        check_value(name, value, known[name], owner=owner, what=what)
+        check_value(name, value, kind=known[name], owner=owner, what=what)
     return values
 
 # %% ../../nbs/base/values.ipynb #b1baff6e

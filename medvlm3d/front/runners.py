@@ -245,7 +245,7 @@ def step_key(name: Path | str, given: dict) -> str:
 
 # %% ../../nbs/front/runners.ipynb #9217a329
 def changed_plan(plan: dict, overrides: dict) -> dict[str, dict]:
-    "The plan with `overrides` in each runner that knows them; names that none knows and wrong values are refused."
+    "The plan with `overrides` in each runner that knows them; unknown names and wrong values are refused."
     kinds = {name: runner_kinds(name) for name in plan}
     known = list(dict.fromkeys(key for of_runner in kinds.values() for key in of_runner))
     for key in overrides:

@@ -556,7 +556,7 @@ def main(words: list[str]) -> None:
 ALLOWANCES = {"--allow-changes": "allow_changes", "--allow-shared": "allow_shared"}
 
 def _allowances(words, folder):
-    "The options of `train` among the words of a command; a word that is neither one nor the folder is refused."
+    "The options of `train` among a command's words; a word that is neither one nor the folder is refused."
     for word in words:
         if word != folder: check_name(word, ALLOWANCES, "medvlm3d.training.stages", "word")
     return {option: word in words for word, option in ALLOWANCES.items()}
