@@ -79,7 +79,7 @@ def check_model(values: dict) -> None:
 # %% ../../nbs/training/plan.ipynb #d7186b86
 @dataclass(frozen=True)
 class Plan:
-    "A training run: data, model, stages; each is of its declared type. Paths are relative to the project root."
+    "A training run: data, model, stages, of the declared types. Paths are relative to the project root."
     data: str                # a folder in M3D's layout, or a manifest (.jsonl)
     store: str               # the feature store
     model: dict              # MedVLM3DConfig's fields
