@@ -61,14 +61,14 @@ def _result(future: Future, item: Any, name: Callable | None) -> Any:
     try: return future.result()
     except BrokenExecutor as e:
         what = name(item) if name else "the work"
-        raise MedVLM3DError(what, "was not finished: a worker was ended from outside, often for want of memory",
-                            "Use fewer workers, or free memory, and start again.") from e
+        reason = "was not finished: a worker was ended from outside, often for want of memory"
+        raise MedVLM3DError(what, reason, "Use fewer workers, or free memory, and start again.") from e
     except Exception as e:
         _note_item(e, name, item)
         raise
 
 # %% ../../nbs/base/pool.ipynb #f2ce42c3
-def map_ahead(pool: Executor, function: Callable, items: Iterable, *, ahead: int = 3,
+def map_ahead(pool: Executor, function: Callable, *, items: Iterable, ahead: int = 3,
               name: Callable | None = None) -> Iterator:
     """`map` in a pool that stays at most `ahead` items in front of its reader.
 
@@ -112,4 +112,4 @@ def parallel(function: Callable, items: Iterable, *, workers: int = 1, name: Cal
     if workers < 2 or len(items) < 2: yield from bar(_one_by_one(function, items, name))
     else:
         with worker_pool(min(workers, len(items)), **options) as pool:
-            yield from bar(map_ahead(pool, function, items, ahead=3 * workers, name=name))
+            yield from bar(map_ahead(pool, function, items=items, ahead=3 * workers, name=name))

@@ -183,7 +183,7 @@ def encode_many(images: Iterable[str], load: Callable, *, encode: Callable, work
         return image, try_or_problem(_place(image, places), lambda: encode(pixels), MedVLM3DError)
     cores = max(1, torch.get_num_threads() // parallel)
     with worker_pool(workers, threads=True) as readers, thread_pool(parallel, cores) as encoders:
-        loaded = map_ahead(readers, _load, images, ahead=ahead)
-        yield from map_ahead(encoders, _encode, loaded, ahead=parallel)
+        loaded = map_ahead(readers, _load, items=images, ahead=ahead)
+        yield from map_ahead(encoders, _encode, items=loaded, ahead=parallel)
 
 def _place(image, places): return places.get(image) or f"volume {alias(image)}"

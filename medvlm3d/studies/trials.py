@@ -104,7 +104,7 @@ def run_here(trial: Trial) -> None:
 
 # %% ../../nbs/studies/trials.ipynb #ba63226d
 def each_done(bench: Bench, trials: Sequence[Trial], *, workers: int, **bar) -> Iterator:
-    """Run `trials`, `workers` at a time, and yield as they are done; the first error stops what has not begun.
+    """Run `trials`, `workers` at a time, and yield in order; the first error stops what has not begun.
 
     `bar` holds the `progress` and the `label` of a bar."""
     bar |= dict(name=_trial_name, unit="run")
