@@ -96,13 +96,14 @@ def asset_table(names: list[str] | None = None) -> Table:
     from medvlm3d.base.fetch import ASSETS, WORDNET_NPM
     from medvlm3d.base.values import check_name
     assets = {**ASSETS, "wordnet": WORDNET_NPM}
-    table = Table("asset", "what", "MB", "package", "licence", "there")
+    table = Table(*("asset", "what", "MB", "package", "licence", "there"))
     for name in names or assets:
         check_name(name, assets, "fetch", "asset")
         asset = assets[name]
         package = f"{asset.package} {asset.version} ({asset.registry})"
         there = "yes" if (home()/"fetched"/name).is_dir() else "no"
-        table.add_row(name, asset.what, f"{asset.size / 1e6:.0f}", package, asset.licence, there)
+        row = name, asset.what, f"{asset.size / 1e6:.0f}", package, asset.licence, there
+        table.add_row(*row)
     return table
 
 # %% ../../nbs/front/cli.ipynb #8d219617
