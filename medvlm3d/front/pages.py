@@ -7,7 +7,7 @@ __all__ = ['WINGS', 'EQUATION', 'readme', 'write_readme', 'site_order', 'lessons
            'room_table', 'equations', 'equation_table']
 
 # %% ../../nbs/front/pages.ipynb #6d2eccfb
-import ast, re
+import ast, os, re
 from pathlib import Path
 
 import yaml
