@@ -14,7 +14,7 @@ from ..base.core import atomic_path
 from .runners import QUIET, bare
 
 # %% ../../nbs/front/kernels.ipynb #9e5b94a5
-LIBRARIES = ("torch", "transformers", "transformers.generation", "peft", "scipy.stats", "pandas", "nibabel", "pydicom",
+LIBRARIES = ("torch", "transformers", "transformers.generation", "peft", "scipy.stats", "nibabel", "pydicom",
              "ipykernel.kernelapp")
 
 def _forget_project() -> None:
@@ -52,7 +52,7 @@ def _fork(request: dict, *inherited: socket.socket) -> int:
 
 # %% ../../nbs/front/kernels.ipynb #92d787c8
 def serve(address: str) -> None:
-    "Import `LIBRARIES`, then fork a kernel for each request at the socket `address` until the caller has ended."
+    "Import `LIBRARIES`, then fork a kernel for each request at `address` until the caller has ended."
     import gc, importlib
     for name in LIBRARIES:
         importlib.import_module(name)
