@@ -9,7 +9,7 @@ __all__ = ['SAMPLE', 'FILE', 'MARGIN', 'KINDS', 'NO_RECORD', 'scan_facts', 'feat
 # %% ../../nbs/method/seen.ipynb #23182cbb
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
