@@ -58,7 +58,8 @@ def answer_scan(model: MedVLM3D, volume: Volume, asked: Sequence[Asked], *, stri
         start = time.perf_counter()
         answers.append(model.answer(features, one.question, one.choices, max_new_tokens=max_new_tokens))
         times.append(round(1000 * (time.perf_counter() - start), 1))
-    return Answers(list(asked), answers, times, pixels, features, indices[0], outside)
+    return Answers(list(asked), answers, times=times, pixels=pixels, features=features, indices=indices[0],
+                   outside=outside)
 
 # %% ../../nbs/evaluation/bulk.ipynb #501efb1d
 def answer_row(asked: Asked, answer: Answer) -> dict:

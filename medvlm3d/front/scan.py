@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOTICE', 'scan_app', 'Series', 'Frame', 'AxisOrder', 'Modality', 'Intensity', 'Suv', 'NonFinite', 'MaxVoxels', 'Json',
-           'Device', 'PICTURE_ENDINGS', 'scans', 'open_scan', 'demo_model', 'model_folder', 'load_model',
-           'note_unknown', 'answer_dict', 'readable', 'json_text', 'check_endings', 'draw_overlay', 'write_overlay',
-           'questions_of', 'options_of', 'check_mode', 'predict', 'answer_one', 'predict_many', 'write_features',
-           'encode']
+           'Device', 'PICTURE_ENDINGS', 'Scans', 'Question', 'Questions', 'Choices', 'Answered', 'Model', 'Longest',
+           'Strict', 'Overlay', 'OverlayNifti', 'Quiet', 'scans', 'open_scan', 'demo_model', 'model_folder',
+           'load_model', 'note_unknown', 'answer_dict', 'readable', 'json_text', 'check_endings', 'draw_overlay',
+           'write_overlay', 'questions_of', 'options_of', 'check_mode', 'predict', 'predict_one', 'predict_many',
+           'write_features', 'encode']
 
 # %% ../../nbs/front/scan.ipynb #7aa189f2
 import json
@@ -186,38 +187,35 @@ def check_mode(out: Path | None, scans: list, **given) -> None:
         raise MedVLM3DError(", ".join(unused), "is about one scan, and --out writes a table",
                             "Leave it out, or leave out --out.")
 
-# %% ../../nbs/front/scan.ipynb #9e33b2ae
+# %% ../../nbs/front/scan.ipynb #be7a56c9
+Scans = Annotated[list[Path], typer.Argument(
+    help="Scans (NIfTI, MHA, NRRD, DICOM file, folder or zip, NPY, or a folder of slices), folders of "
+         "scans, or lists of them (.csv, .jsonl).")]
+Question = Annotated[Optional[list[str]], typer.Option(
+    "-q", "--question", help="A question; may be repeated. None: a report.")]
+Questions = Annotated[Optional[Path], _option("A file of questions: text, JSON, JSON lines or CSV.")]
+Choices = Annotated[Optional[list[str]], _option(
+    "Options of the typed questions: separated by commas, a JSON list, or one each time.")]
+Answered = Annotated[Optional[Path], typer.Option(
+    "--out", help="The table of answers, .csv or .jsonl; one that is there is continued.")]
+Model = Annotated[Optional[Path], _option("A model folder; the demo model when not given.")]
+Longest = Annotated[int, _option("The longest answer in tokens; one that is cut is marked.", min=1)]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse a scan unlike those of the training.")]
+Overlay = Annotated[Optional[Path], _option(
+    "Write a picture of where the words of the (first) answer looked.")]
+OverlayNifti = Annotated[Optional[Path], _option(
+    "The same as NIfTI on the scan's own grid, and the kept slices beside it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress and no notes.")]
+
+# %% ../../nbs/front/scan.ipynb #057924ef
 @scan_app.command()
 def predict(
-    scans: Annotated[list[Path], typer.Argument(
-        help="Scans (NIfTI, MHA, NRRD, DICOM file, folder or zip, NPY, or a folder of slices), folders of "
-             "scans, or lists of them (.csv, .jsonl).")],
-    question: Annotated[Optional[list[str]], typer.Option(
-        "-q", "--question", help="A question; may be repeated. None: a report.")] = None,
-    *,
-    questions: Annotated[Optional[Path], _option("A file of questions: text, JSON, JSON lines or CSV.")] = None,
-    choices: Annotated[Optional[list[str]], _option(
-        "Options of the typed questions: separated by commas, a JSON list, or one each time.")] = None,
-    out: Annotated[Optional[Path], _option(
-        "The table of answers, .csv or .jsonl; one that is there is continued.")] = None,
-    model: Annotated[Optional[Path], _option("A model folder; the demo model when not given.")] = None,
-    max_new_tokens: Annotated[int, _option("The longest answer in tokens; one that is cut is marked.", min=1)] = 256,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse a scan unlike those of the training.")] = False,
-    overlay: Annotated[Optional[Path], _option(
-        "Write a picture of where the words of the (first) answer looked.")] = None,
-    overlay_nifti: Annotated[Optional[Path], _option(
-        "The same as NIfTI on the scan's own grid, and the kept slices beside it.")] = None,
-    device: Device = "auto",
-    series: Series = None,
-    frame: Frame = None,
-    axis_order: AxisOrder = None,
-    modality: Modality = None,
-    intensity: Intensity = None,
-    suv: Suv = True,
-    non_finite: NonFinite = "error",
-    max_voxels: MaxVoxels = None,
-    as_json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress and no notes.")] = False,
+    scans: Scans, question: Question = None, *, questions: Questions = None, choices: Choices = None,
+    out: Answered = None, model: Model = None, max_new_tokens: Longest = 256, strict: Strict = False,
+    overlay: Overlay = None, overlay_nifti: OverlayNifti = None, device: Device = "auto",
+    series: Series = None, frame: Frame = None, axis_order: AxisOrder = None, modality: Modality = None,
+    intensity: Intensity = None, suv: Suv = True, non_finite: NonFinite = "error",
+    max_voxels: MaxVoxels = None, as_json: Json = False, quiet: Quiet = False,
 ):
     "Answer questions about one scan, or write its report; with --out, about many scans into one table."
     from medvlm3d.base.core import pick_device
@@ -228,14 +226,33 @@ def predict(
     check_mode(out, listed, overlay=overlay, overlay_nifti=overlay_nifti, json=as_json)
     reading = dict(series=series, frame=frame, axis_order=axis_order, modality=modality, intensity=intensity,
                    suv=suv, non_finite=non_finite, max_voxels=max_voxels)
-    settings = dict(strict=strict, max_new_tokens=max_new_tokens)
+    common = dict(model=model, device=device, reading=reading, quiet=quiet,
+                  settings=dict(strict=strict, max_new_tokens=max_new_tokens))
     if out:
-        return predict_many(listed, asked, out=out, model=model, device=device, reading=reading,
-                            quiet=quiet, settings=settings)
-    volume = open_scan(listed[0].path, quiet, **{**reading, **listed[0].reading})
+        return predict_many(listed, asked, out=out, **common)
+    predict_one(listed[0], asked, overlay=overlay, overlay_nifti=overlay_nifti, as_json=as_json, **common)
+
+# %% ../../nbs/front/scan.ipynb #f9f95f38
+def predict_one(
+    scan, asked: list, *, model: Path | None, device: str, reading: dict, quiet: bool, settings: dict,
+    overlay: Path | None = None, overlay_nifti: Path | None = None, as_json: bool = False,
+) -> None:
+    """Print the answers about one scan, then draw what is wanted.
+
+    Parameters
+    ----------
+    scan, asked : a `Listed` scan and the questions
+    model, device : the model's folder, and where it computes
+    reading, settings : options of `open_scan`, and of `answer_scan`
+    quiet : print no notes
+    overlay, overlay_nifti : files to draw
+    as_json : print JSON
+    """
+    from medvlm3d.evaluation.bulk import answer_scan
+    volume = open_scan(scan.path, quiet, **{**reading, **scan.reading})
     network = load_model(model, device)
-    found = answer_one(network, volume, asked, settings=settings)
-    notes = note_unknown(network.need_processor(), asked, quiet)
+    found = answer_scan(network, volume, asked, **settings)
+    notes = note_unknown(network.processor, asked, quiet)
     print(json_text(found, **_facts(network, volume, model, notes=notes, found=found)) if as_json
           else readable(found, network.seen and network.seen.threshold))
     if overlay:
@@ -243,12 +260,7 @@ def predict(
     if overlay_nifti:
         write_overlay(overlay_nifti, network, found, volume)
 
-# %% ../../nbs/front/scan.ipynb #16a2b164
-def answer_one(network, volume, asked: list, settings: dict):
-    "The `Answers` of `network` about one volume."
-    from medvlm3d.evaluation.bulk import answer_scan
-    return answer_scan(network, volume, asked, **settings)
-
+# %% ../../nbs/front/scan.ipynb #ca3fbc8b
 def _facts(network, volume, model: Path | None, *, notes: list, found) -> dict:
     "What the JSON holds beside the answers."
     from medvlm3d.evaluation.bulk import provenance
