@@ -9,17 +9,17 @@ __all__ = ['Answers', 'answer_scan', 'answer_row', 'scan_rows', 'model_facts', '
 # %% ../../nbs/evaluation/bulk.ipynb #ff54b5ac
 import json, time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, relative, sha256_file, sha256_json, versions, write_json
+from ..base.pool import map_ahead, worker_pool
 from ..base.ranks import Ranks, only_writer
 from ..data.asked import Asked, Listed, check_table, read_table, write_table
 from ..data.samples import Problem, settle
 from .prediction import cut_to_whole_lines, parts_of
-from ..features.encode import map_ahead, stamp, try_or_problem
+from ..features.encode import stamp, try_or_problem
 from ..method.ask import Answer
 from ..method.model import MedVLM3D
 from ..scans.readers import read_volume
@@ -37,7 +37,7 @@ class Answers:
     indices: object      # (D′,)
     outside: tuple
 
-def answer_scan(model: MedVLM3D, volume: Volume, asked: Sequence[Asked], *, strict: bool = False,
+def answer_scan(model: MedVLM3D, volume: Volume, *, asked: Sequence[Asked], strict: bool = False,
                 max_new_tokens: int = 256) -> Answers:
     """The answers of a model about one scan.
 
@@ -119,8 +119,8 @@ def _read(scan, options):
 def _answered(scans, read, answer) -> Iterator[tuple]:
     "(scan, rows or `Problem`) of each scan; the next one is read meanwhile."
     def load(scan): return scan, try_or_problem(scan.name, lambda: read(scan))
-    with ThreadPoolExecutor(1) as pool:
-        for scan, volume in map_ahead(pool, load, scans, ahead=1):
+    with worker_pool(1, threads=True) as pool:
+        for scan, volume in map_ahead(pool, load, items=scans, ahead=1):
             if isinstance(volume, Problem): yield scan, volume
             else: yield scan, try_or_problem(scan.name, lambda: answer(scan, volume), MedVLM3DError)
 
@@ -165,13 +165,13 @@ def _settle(out, problems):
     if problems: settle(relative(out), problems, rejects=file)
     else: file.unlink(missing_ok=True)
 
-def _end(out, by, wanted, *, problems, about):
+def _end(out, by, *, wanted, problems, about):
     "Rank 0: the table, what was set aside, and what made it."
     rows = _merge(out, by, wanted)
     _settle(out, problems)
     write_json(beside(out, "about.json"), {**about, "by": by, "rows": len(rows), "aside": len(problems)})
 
-def answer_scans(model: MedVLM3D, scans: Sequence[Listed], asked: Sequence[Asked], *, out: Path | str,
+def answer_scans(model: MedVLM3D, scans: Sequence[Listed], *, asked: Sequence[Asked], out: Path | str,
                  about: dict, options: dict | None = None, strict: bool = False, max_new_tokens: int = 256,
                  progress: bool = True) -> Summary:
     """Answer every question about every scan into a table. Under a launcher every rank takes its share.
@@ -192,15 +192,15 @@ def answer_scans(model: MedVLM3D, scans: Sequence[Listed], asked: Sequence[Asked
     marks = Ranks.here().lead(lambda: {scan.name: _stamp(scan) for scan in scans})
 
     def answer(scan, volume):
-        found = answer_scan(model, volume, asked, strict=strict, max_new_tokens=max_new_tokens)
+        found = answer_scan(model, volume, asked=asked, strict=strict, max_new_tokens=max_new_tokens)
         return scan_rows(found, volume, scan=scan.name, stamp=marks[scan.name], by=by)
 
     keys = {scan.name: _keys(scan, marks[scan.name], asked) for scan in scans}
-    return _run(scans, keys, answer, out=Path(out), by=by, options=options or {}, progress=progress,
+    return _run(scans, keys, answer=answer, out=Path(out), by=by, options=options or {}, progress=progress,
                 about={**about, **settings})
 
 # %% ../../nbs/evaluation/bulk.ipynb #3df0624f
-def _run(scans, keys, answer, *, out, by, options, about, progress):
+def _run(scans, keys, *, answer, out, by, options, about, progress):
     "Answer what is not yet known, each rank its share; rank 0 begins and ends the table."
     ranks = Ranks.here()
     with ExitStack() as stack:
@@ -212,7 +212,7 @@ def _run(scans, keys, answer, *, out, by, options, about, progress):
             problems = _write_share(_part(out, by, ranks), results, bar)
         problems = sum(ranks.gather(problems), [])
         wanted = [key for scan in scans for key in keys[scan.name]]
-        ranks.lead(lambda: _end(out, by, wanted, problems=problems, about=about))
+        ranks.lead(lambda: _end(out, by, wanted=wanted, problems=problems, about=about))
     return Summary(len(scans) - len(problems), len(todo) - len(problems), len(problems))
 
 def _part(out, by, ranks): return parts_of(out)/f"{by}-{ranks.rank}-of-{ranks.world}.jsonl"

@@ -144,7 +144,8 @@ def write_overlay(path: Path, network, found, volume) -> None:
     "Write where the words of the first answer looked, and the kept slices, as NIfTI on the scan's own grid."
     from medvlm3d.report.looking import look, write_on_grid
     heat = look(network, found.features, [(found.asked[0].question, found.answers[0].text)])[0]
-    for file in write_on_grid(path, volume, network.processor.preprocess, heat=heat, indices=found.indices):
+    for file in write_on_grid(path, volume, preprocess=network.processor.preprocess, heat=heat,
+                              indices=found.indices):
         say(f"wrote {file.name}")
 
 # %% ../../nbs/front/scan.ipynb #e604e030
@@ -153,7 +154,8 @@ def questions_of(typed: list[str] | None, file: Path | None, choices: list[str] 
     from medvlm3d.base.core import MedVLM3DError
     from medvlm3d.data.asked import Asked, read_questions
     if choices and not typed:
-        raise MedVLM3DError("--choices", "are the options of a question, and none is typed", "Add -q QUESTION.")
+        reason = "are the options of a question, and none is typed"
+        raise MedVLM3DError("--choices", reason, "Add -q QUESTION.")
     options = options_of(choices)
     asked = [Asked.of({"question": text, "choices": options}, "--question") for text in typed or []]
     asked += read_questions(file) if file else []
@@ -251,9 +253,9 @@ def predict_one(
     from medvlm3d.evaluation.bulk import answer_scan
     volume = open_scan(scan.path, quiet, **{**reading, **scan.reading})
     network = load_model(model, device)
-    found = answer_scan(network, volume, asked, **settings)
+    found = answer_scan(network, volume, asked=asked, **settings)
     notes = note_unknown(network.processor, asked, quiet)
-    print(json_text(found, **_facts(network, volume, model, notes=notes, found=found)) if as_json
+    print(json_text(found, **_facts(network, volume, model=model, notes=notes, found=found)) if as_json
           else readable(found, network.seen and network.seen.threshold))
     if overlay:
         draw_overlay(overlay, network, found)
@@ -261,7 +263,7 @@ def predict_one(
         write_overlay(overlay_nifti, network, found, volume)
 
 # %% ../../nbs/front/scan.ipynb #ca3fbc8b
-def _facts(network, volume, model: Path | None, *, notes: list, found) -> dict:
+def _facts(network, volume, *, model: Path | None, notes: list, found) -> dict:
     "What the JSON holds beside the answers."
     from medvlm3d.evaluation.bulk import provenance
     described = network.processor.preprocess.describe(volume)
@@ -289,8 +291,8 @@ def predict_many(
     network = load_model(model, device)
     note_unknown(network.need_processor(), asked, quiet)
     options = {**reading, "max_voxels": reading["max_voxels"] or MAX_VOXELS}
-    done = answer_scans(network, scans, asked, out=out, about=provenance(model_folder(model), network.device),
-                        options=options, progress=not quiet, **settings)
+    done = answer_scans(network, scans, asked=asked, out=out, options=options,
+                        about=provenance(model_folder(model), network.device), progress=not quiet, **settings)
     say(f"done: {done.answered} of {len(scans)} scans in {relative(out)}, {done.fresh} of them now. {NOTICE}")
     if done.aside:
         say(f"{done.aside} scans set aside: {relative(beside(out, 'rejects.jsonl'))}")
@@ -300,7 +302,7 @@ def predict_many(
 def write_features(out: Path, volume, *, network, prepare, rho: int, strategy: str) -> None:
     """Write the kept features of a `Volume` to a safetensors file named by what determines them.
 
-    The name is the hash of content, orientation, values and settings: another frame or window is another file.
+    The name is the hash of content, values and settings: another frame or orientation is another file.
 
     Parameters
     ----------
@@ -318,7 +320,8 @@ def write_features(out: Path, volume, *, network, prepare, rho: int, strategy: s
     features, indices = encode_volume(volume, network, preprocess=prepare, rho=rho, strategy=strategy)
     facts = {"encoder": network.name, "weights": network.weights_hash,
              "preprocess": json.dumps(prepare.to_dict()), "rho": str(rho), "strategy": strategy}
-    name = sha256_json({**facts, "source": volume.source_hash, "values": sha256(volume.array.tobytes()).hexdigest()})
+    values = sha256(volume.array.tobytes()).hexdigest()
+    name = sha256_json({**facts, "source": volume.source_hash, "values": values})
     with atomic_path(out/f"{name[:16]}.safetensors") as part:
         save_file({"features": features.cpu().contiguous(), "indices": indices.cpu()}, part, facts)
 

@@ -133,9 +133,9 @@ def _write_nifti(path, array, affine):
     packed = gzip.compress(data, mtime=0) if path.name.lower().endswith(".gz") else data
     with atomic_path(path) as part: part.write_bytes(packed)
 
-def write_on_grid(path: Path | str, volume: Volume, preprocess: Preprocess, *, heat: Tensor,
+def write_on_grid(path: Path | str, volume: Volume, *, preprocess: Preprocess, heat: Tensor,
                   indices: Tensor) -> list[Path]:
-    """Write a map over the kept slices, and the mask of these slices, as NIfTI on the grid of the scan's file.
+    """Write a map over the kept slices, and the mask of these, as NIfTI on the grid of the scan's file.
 
     Parameters
     ----------
