@@ -129,7 +129,7 @@ def _devices(kind):
 
 # %% ../../nbs/base/core.ipynb #7f1eb627
 PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "nibabel", "pandas", "scipy")
+    "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "nibabel", "scipy")
 
 def versions() -> dict[str, str | None]:
     "Versions of Python, this library and the packages that decide a result."
