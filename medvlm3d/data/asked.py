@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, atomic_path, relative
+from ..base.core import MedVLM3DError, relative, write_text
+from ..base.table import write_csv
 from .corpora import find_scans, loose_slices
 
 # %% ../../nbs/data/asked.ipynb #c280e189
@@ -147,12 +148,9 @@ def check_table(path: Path | str) -> None:
 
 def write_table(path: Path | str, rows: Sequence[dict]) -> None:
     "Write rows as CSV or JSON lines, at once."
-    with atomic_path(path) as part, open(part, "w", encoding="utf-8", newline="") as f:
-        if Path(path).suffix.lower() == ".jsonl":
-            return f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows({key: _cell(key, row[key]) for key in COLUMNS} for row in rows)
+    if Path(path).suffix.lower() == ".jsonl":
+        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_csv(path, [COLUMNS, *([_cell(key, row[key]) for key in COLUMNS] for row in rows)])
 
 def _cell(key, value):
     "A value as the text of a CSV's cell."

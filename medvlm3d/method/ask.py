@@ -10,14 +10,13 @@ __all__ = ['Answer', 'answer_line', 'answer_html', 'Saying', 'Spoken', 'Packing'
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from html import escape
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..base.core import MedVLM3DError
-from ..base.table import html_rows, markdown_rows, text_rows
+from ..base.table import escape_html, html_rows, markdown_rows, text_rows
 from .language import Scan
 from .packing import collate, pack_examples, padding_id
 from .seen import NO_RECORD, Seen, scan_facts
@@ -54,10 +53,9 @@ def answer_line(answer: Answer, threshold: float | None = None) -> str:
 
 def answer_html(answer: Answer) -> str:
     "An answer as HTML: the line, the probabilities, and a warning for each way in which the scan is unlike."
-    warnings = "".join(f"<p><b>Warning:</b> {escape(line)}</p>" for line in answer.outside)
-    rows = "".join(f"<tr><td>{p:.1%}</td><td>{escape(option)}</td></tr>"
-                   for option, p in (answer.probabilities or {}).items())
-    return f"{warnings}<p>{escape(answer_line(answer))}</p>" + (f"<table>{rows}</table>" if rows else "")
+    warnings = "".join(f"<p><b>Warning:</b> {escape_html(line)}</p>" for line in answer.outside)
+    rows = html_rows([(f"{p:.1%}", option) for option, p in (answer.probabilities or {}).items()])
+    return f"{warnings}<p>{escape_html(answer_line(answer))}</p>" + (f"<table>{rows}</table>" if rows else "")
 
 Answer._repr_html_ = answer_html
 
