@@ -10,15 +10,14 @@ __all__ = ['LESION_HU', 'REPORTS', 'TYPES', 'ASKED', 'COLUMNS', 'SPLIT_FILES', '
 # %% ../../nbs/phantoms/phantom.ipynb #92472ca6
 import csv, json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from ..base.core import MedVLM3DError, atomic_path, read_json, relative, write_json, write_text
+from ..base.pool import parallel
 from .anatomy import ANATOMY, FAT, KINDS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, TISSUES
 from .anatomy import Case, Scene, draw_balanced, draw_scene, sample_cases
 
@@ -262,11 +261,10 @@ def _write_table(path, lines):
 def _write_items(root, items, *, workers, progress):
     "The rows of truth of all items, written by `workers` processes."
     jobs = [(root, item) for item in items]
-    bar = dict(total=len(items), desc="phantom", unit="volume", disable=not progress)
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            return list(tqdm(pool.map(write_item, jobs, chunksize=8), **bar))
-    return [write_item(job) for job in tqdm(jobs, **bar)]
+    bar = dict(progress=progress, label="phantom", unit="volume")
+    return list(parallel(write_item, jobs, workers=workers, name=_job_name, **bar))
+
+def _job_name(job): return f"case {job[1].case.id}"
 
 def _write_lists(root, rows):
     "Write `truth.jsonl` and `M3D_Cap.json`."
