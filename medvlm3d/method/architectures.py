@@ -50,7 +50,7 @@ def text_config(llm: nn.Module):
     return llm.config.get_text_config()
 
 def local_mask(llm: nn.Module, mask: Tensor, length: int) -> Tensor:
-    "A mask (B, tokens so far) for `length` new tokens, cut to them where layers carry a state and none looks back."
+    "A mask (B, tokens so far) for `length` new tokens, cut to them where every layer carries a state."
     recurrent = not any(kind in REACH for kind in layer_kinds(text_config(llm)))
     return mask[:, -length:] if recurrent else mask
 

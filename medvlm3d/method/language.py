@@ -128,8 +128,8 @@ def _ran(llm):
 def adaptable_layers(llm: nn.Module) -> tuple[list, list]:
     """Names of the linear layers that can carry adapters, and of those that cannot.
 
-    A layer cannot if its parent runs and reads its weight without running it, or if it returns a tuple: adapters
-    there would learn nothing, and yet be merged. The output layer is in neither list."""
+    A layer cannot if its parent runs and reads its weight without running it, or if it returns a tuple:
+    adapters there would learn nothing, and yet be merged. The output layer is in neither list."""
     from transformers.pytorch_utils import Conv1D
     ran, head, can, cannot = _ran(llm), llm.get_output_embeddings(), [], []
     for name, module in llm.named_modules():
@@ -140,13 +140,14 @@ def adaptable_layers(llm: nn.Module) -> tuple[list, list]:
 
 # %% ../../nbs/method/language.ipynb #71e988a1
 def _chosen_layers(llm, targets):
-    "Full names of the layers that `targets` means; an error if one of them means none that can carry adapters."
+    "Full names of the layers that `targets` means; an error for one that means none."
     can, cannot = adaptable_layers(llm)
     if targets == "all-linear":
         experts = [n for n, p in llm.named_parameters() if p.ndim == 3 and "expert" in n]
         left = [*cannot, *experts]
-        if left: warnings.warn(f"{len(left)} layers get no adapter, first {left[0]}: they are read as tensors.",
-                               stacklevel=4)
+        if left:
+            problem = f"{len(left)} layers get no adapter, first {left[0]}: they are read as tensors."
+            warnings.warn(problem, stacklevel=4)
         return can
     if isinstance(targets, str): return [name for name in can if re.fullmatch(targets, name)]
     chosen = {target: [n for n in can if f".{n}".endswith(f".{target}")] for target in targets}
@@ -158,7 +159,7 @@ def _refuse_empty(chosen, cannot):
     for target, names in chosen.items():
         if names: continue
         known = any(f".{name}".endswith(f".{target}") for name in cannot)
-        problem = "is read as a tensor and not run, so an adapter there would do nothing" if known else "is no layer"
+        problem = "is read as a tensor and never run: an adapter would do nothing" if known else "is no layer"
         raise MedVLM3DError(f"LoRA target {target!r}", problem, "Choose others, or all-linear.")
 
 # %% ../../nbs/method/language.ipynb #cca66291
