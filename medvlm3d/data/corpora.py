@@ -234,7 +234,7 @@ def _is_slice(path): return is_dicom(path) or path.suffix.lower() in PICTURES
 TAKEN = "Reports are taken as they are: line breaks stay, blanks at line ends and around the text go."
 
 def own_report(raw: str) -> str:
-    "A report as it was written, with line feeds as the ends of lines and no blanks around it or behind lines."
+    "A report as it was written, with line feeds as ends of lines and no blanks around it or behind lines."
     lines = raw.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(line.rstrip() for line in lines).strip()
 

@@ -113,7 +113,7 @@ def read_m3d(path: Path | str, modality: str | None = None, **options) -> Volume
 
 # %% ../../nbs/data/m3d.ipynb #f60dfd17
 def _spaced(volume, spacing):
-    "The volume on a grid of `spacing` mm along the patient's axes (left to right, front to back, foot to head)."
+    "The volume with voxels of `spacing` mm along the patient's axes (left-right, front-back, foot-head)."
     steps = ["RASLPI".index(code) % 3 for code in volume.codes]
     affine = codes_affine(volume.codes, [spacing[axis] for axis in steps])
     volume = replace(volume, affine=affine, assumed=False)

@@ -25,7 +25,8 @@ from ..method.tokens import target_ids
 
 # %% ../../nbs/data/manifest.ipynb #48438adb
 FIELDS = ("id", "case", "patient", "image", "sha256", "series", "frame", "axis_order", "slope", "intercept",
-          "spacing", "modality", "plane", "phase", "task", "type", "question", "choices", "answer", "letter", "report", "split", "source",
+          "spacing", "modality", "plane", "phase", "task", "type", "question", "choices", "answer", "letter",
+          "report", "split", "source",
           "licence")
 NEEDED = ("id", "case", "image", "task", "split")
 LISTED = ("choices", "spacing")      # fields that hold several values

@@ -50,7 +50,7 @@ class Sample:
     axis_order: str = ""  # of an array, or the orientation that a header lacks
     slope: float | None = None       # of a CT whose file holds raw numbers: HU = slope · number + intercept
     intercept: float | None = None
-    spacing: tuple = ()   # mm from left to right, from front to back, from foot to head, where a header lacks it
+    spacing: tuple = ()   # mm along left-right, front-back and foot-head, where a header lacks it
     source: str = ""
     licence: str = ""
     where: str = field(default="", compare=False)
