@@ -64,6 +64,7 @@ class Plan:
     blind: bool = False      # every volume replaced by the average of the training features
     limit: int | None = None # use only the first volumes of the training split
     policy: str = "error"    # for targets longer than the context: error or truncate
+    unknown_limit: float = .02  # largest share of unknown tokens in the training targets
     precision: str = "auto"  # bf16 where the device multiplies it fast, else fp32; or `bf16`, `fp32`
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     workers: int = 0         # processes that read ahead
@@ -94,7 +95,7 @@ def paper_stages() -> tuple[Stage, Stage]:
     return first, second
 
 # %% ../../nbs/training/plan.ipynb #5a65c4cb
-FREE = ("save_every", "log_every", "workers", "report_to", "nonfinite")
+FREE = ("save_every", "log_every", "workers", "report_to", "nonfinite", "unknown_limit")
 
 def conditions(plan: Plan, ranks: int = 1) -> dict:
     "What must be the same when a run is continued."
