@@ -357,7 +357,7 @@ def _systems_with(results, protocol, task, metric):
     def position(name): return SYSTEM_ORDER.index(name) if name in SYSTEM_ORDER else len(SYSTEM_ORDER)
     return sorted(names, key=lambda name: (position(name), name))
 
-def _draw_bars(ax, x, cells, *, width, colour, label):
+def _draw_bars(ax, x, *, cells, width, colour, label):
     "The bars of one system, with their intervals if all have one; only wide bars have caps."
     value, low, high = (np.array(column(cells, key), float) for key in ("value", "low", "high"))
     ax.bar(x, value, width=width * .92, color=colour, label=label)
@@ -371,7 +371,7 @@ def _draw_systems(ax, systems):
     n = len(systems)
     offsets = .8 / n * (np.arange(n) - (n - 1) / 2)
     for offset, colour, (name, cells) in zip(offsets, sns.color_palette("colorblind", n), systems.items()):
-        _draw_bars(ax, np.arange(len(cells)) + offset, cells, width=.8 / n, colour=colour, label=name)
+        _draw_bars(ax, np.arange(len(cells)) + offset, cells=cells, width=.8 / n, colour=colour, label=name)
 
 def _draw_chance(ax, cells):
     "Chance as a dashed line across each group that has one."

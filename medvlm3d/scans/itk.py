@@ -250,7 +250,7 @@ def _contradicts(letters, affine):
     if not np.isfinite(affine).all() or not steps.all(): return False
     return letters not in (axis_codes(-affine), axis_codes(affine))
 
-def _meta_matrix(fields, n, spacing, *, matrix, path):
+def _meta_matrix(fields, n, *, spacing, matrix, path):
     "The affine (4, 4) in RAS mm of a matrix (n·n numbers), a spacing and the header's offset. Eq. (V8)."
     origin = _meta_numbers(fields, ["Offset", "Position", "Origin"], count=n, path=path) or [0.] * n
     affine = np.eye(4)
@@ -266,7 +266,7 @@ def _meta_affine(fields, n, axis_order, path):
     if n < 3 or matrix is None or spacing is None:
         raise MedVLM3DError(path, "states no orientation or no spacing",
                             "If you know it, pass axis_order; 'LPS' is what most programs assume.")
-    affine = _meta_matrix(fields, n, spacing, matrix=matrix, path=path)
+    affine = _meta_matrix(fields, n, spacing=spacing, matrix=matrix, path=path)
     letters = fields.get("anatomicalorientation", "")[:3].upper()       # from which side each axis comes
     if not _contradicts(letters, affine): return affine, ()
     return affine, ("AnatomicalOrientation contradicts the matrix: the matrix is used",)

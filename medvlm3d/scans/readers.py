@@ -78,7 +78,7 @@ def _nifti_fields(f, axis_order, path):
         reason = f"has a damaged NIfTI header ({type(e).__name__}: {e})"
         raise MedVLM3DError(path, reason, "Export the scan again.") from e
 
-def _nifti_voxels(f, shape, dtype, *, frame, path, max_voxels):
+def _nifti_voxels(f, shape, *, dtype, frame, path, max_voxels):
     "The array (x, y, z) of an open stream behind its header; the stream is read to its end."
     if dtype.names or dtype.kind not in "iuf":
         raise MedVLM3DError(path, "holds colour or complex voxels", "Convert it to one real number a voxel.")
@@ -102,7 +102,7 @@ def read_nifti(path: Path, axis_order: str | None = None, frame: int | None = No
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     with opener(path, "rb") as f:
         dtype, shape, (slope, shift), (affine, notes) = _nifti_fields(f, axis_order, path)
-        stored = _nifti_voxels(f, shape, dtype, frame=frame, path=path, max_voxels=max_voxels)
+        stored = _nifti_voxels(f, shape, dtype=dtype, frame=frame, path=path, max_voxels=max_voxels)
     plain = slope in (None, 1) and not shift
     return labelled(rescale(stored, slope, shift), affine, files=[path], notes=notes,
                     dtype=dtype if plain else None, **options)
