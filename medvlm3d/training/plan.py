@@ -9,7 +9,7 @@ __all__ = ['LORA', 'FREE', 'ADAPTERS', 'SETTINGS', 'REMEDY', 'checked', 'Stage',
 
 # %% ../../nbs/training/plan.ipynb #9753c7a8
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -146,6 +146,14 @@ def differences(old: dict, new: dict) -> list[str]:
     pairs = {name: (a.get(name, "absent"), b.get(name, "absent")) for name in sorted({*a, *b})}
     return [f"{name}: {before} → {after}" for name, (before, after) in pairs.items() if before != after]
 
+# %% ../../nbs/training/plan.ipynb #fbf0dd90
+def _completed(old, new):
+    "The plan of a run that began under an older version: what it did not know yet has its default."
+    defaults = {f.name: f.default for f in fields(Plan) if f.default is not MISSING}
+    known = {key: value for key, value in defaults.items() if key in new}
+    model = {key: None for key in new["model"] if new["model"][key] is None}
+    return {**known, **old, "model": {**model, **old["model"]}}
+
 # %% ../../nbs/training/plan.ipynb #4030f56d
 def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool = False,
                      **facts) -> list[str]:
@@ -161,6 +169,7 @@ def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool
     file = Path(folder)/"conditions.json"
     old = read_json(file) if file.exists() else {}
     new = {**old, **conditions(plan, ranks), **plain(facts)}
+    if old: old = {**old, "plan": _completed(old["plan"], new["plan"])}
     changed = differences(old, {key: new[key] for key in old})
     if plan.deepspeed: _refuse_other_ranks(folder, changed)
     if changed: _report_changes(folder, changed, allow)
