@@ -31,7 +31,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 SEEN = 3   # times that a pair of pieces occurs before it becomes one
 
 def piece_tokenizer(texts: Iterable[str], size: int = 4000) -> PreTrainedTokenizerBase:
-    "A byte-level tokenizer of at most `size` pieces, learned from `texts`, with `<image>`; it knows any text."
+    "A byte-level tokenizer of at most `size` pieces, learned from `texts`; it knows any text, and `<image>`."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     special = dict(pad_token="<pad>", eos_token="<eos>")
@@ -104,8 +104,8 @@ def pack_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], slots:
     return pack_examples(image_prefix(tokenizer, slots), segments, context=context, policy="truncate")
 
 # %% ../../nbs/training/own.ipynb #ddc0e2d2
-def own_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, volumes: list[list[Pair]], slots: int,
-             rng: np.random.Generator, show: bool = True) -> tuple:
+def own_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, volumes: list[list[Pair]],
+             slots: int, rng: np.random.Generator, show: bool = True) -> tuple:
     """(loss, logits, batch) of the practice on some volumes.
 
     Parameters
@@ -155,9 +155,10 @@ def check_reads(shares: dict[str, float], least: float) -> dict[str, float]:
     "Refuse a reader that does not gain the share `least` of the tokens from the words it is shown."
     gain = shares["reads"] - shares["guesses"]
     if gain >= least: return shares
-    raise MedVLM3DError("the reader of these reports", f"gains {gain:.1%} from words that it is shown, "
-                        f"less than {least:.1%}", "Train it for more steps (own_steps), or take llm=smollm2 or "
-                        "the folder of a causal language model.")
+    raise MedVLM3DError("the reader of these reports",
+                        f"gains {gain:.1%} from words that it is shown, less than {least:.1%}",
+                        "Train it for more steps (own_steps), or take llm=smollm2 or the folder of a causal "
+                        "language model.")
 
 # %% ../../nbs/training/own.ipynb #1f0f1d02
 def practise(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, volumes: list[list[Pair]],
@@ -186,36 +187,38 @@ def practise(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, volum
 
 # %% ../../nbs/training/own.ipynb #ce36b53b
 def own_reader(out: Path | str, data: Path | str, *, slots: int, context: int = 1024, steps: int = 400,
-               hidden: int = 192, least: float = .05, size: int = 4000, seed: int = 0,
-               progress: bool = True) -> Path:
-    """Teach a small reader the training texts of a corpus; returns the folder of its model (kept if it is done).
+               lr: float = 3e-3, hidden: int = 192, layers: int = 4, least: float = .03, size: int = 4000,
+               seed: int = 0, progress: bool = True) -> Path:
+    """Teach a small reader the training texts of a corpus; returns its model's folder (kept if it is done).
 
     Parameters
     ----------
     out, data : the run folder, and a corpus
     slots, context : visual positions, and the longest sequence
-    steps, hidden, size : training steps, width, and most pieces of the vocabulary
+    steps, lr : training steps, and peak learning rate
+    hidden, layers, size : width, blocks, and most pieces of the vocabulary
     least : gain that the reader must show, see `check_reads`
     seed : of everything
     progress : whether a bar is shown
     """
     samples = load_samples(data, allow_shared=True)
     volumes = volume_pairs(samples)
-    config = dict(slots=slots, context=context, steps=steps, hidden=hidden, least=least, size=size, seed=seed,
-                  texts=sha256_json(volumes))
+    config = dict(slots=slots, context=context, steps=steps, lr=lr, hidden=hidden, layers=layers, least=least,
+                  size=size, seed=seed, texts=sha256_json(volumes))
     if RunFolder(out).is_done(config): return RunFolder(out)/"model"
     with open_run(out, config, seed=seed, data="texts of the training split") as run:
         tokenizer = piece_tokenizer(texts_of(volumes), size)
-        llm = make_reader(tokenizer, hidden, positions=context, seed=seed)
-        for step, loss, lr in practise(llm, tokenizer, volumes=volumes, slots=slots, steps=steps, seed=seed,
-                                       progress=progress):
-            run.log(stage="own words", step=step, loss=loss, lr=lr)
-        _keep(run, llm, tokenizer, samples=samples, config=config)
+        llm = make_reader(tokenizer, hidden, layers=layers, heads=4, positions=context, seed=seed)
+        for step, loss, rate in practise(llm, tokenizer, volumes=volumes, slots=slots, steps=steps, lr=lr,
+                                         seed=seed, progress=progress):
+            run.log(stage="own words", step=step, loss=loss, lr=rate)
+        _keep(run, (llm, tokenizer), samples=samples, config=config)
     return run/"model"
 
 # %% ../../nbs/training/own.ipynb #c638d67f
-def _keep(run, llm, tokenizer, *, samples, config):
+def _keep(run, reader, *, samples, config):
     "Measure the reader, refuse one that does not read, and save it."
+    llm, tokenizer = reader
     held_out = "validation" if volume_pairs(samples, "validation") else "train"
     shares = reads_and_guesses(llm, tokenizer, volumes=volume_pairs(samples, held_out)[:32],
                                slots=config["slots"], seed=config["seed"])
