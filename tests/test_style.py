@@ -86,3 +86,17 @@ def test_lines_fit_a_page():
         count = sum(len(line) > WIDTH for source in code_cells(path) for line in source.splitlines())
         if count: wide[place(path)] = count
     assert not wide
+
+
+def test_there_is_one_way_to_a_pool():
+    "A worker that is started elsewhere would outlive a killed parent."
+    for path, tree in TREES.items():
+        names = {alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        assert not names & {"ProcessPoolExecutor", "ThreadPoolExecutor", "multiprocessing"} or place(path) == "base/pool", place(path)
+
+
+def test_there_is_one_table_writer():
+    "Escapes for terminals, pages and spreadsheets stand in one place; readers of CSV are free."
+    for path, tree in TREES.items():
+        used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.ImportFrom))}
+        assert not used & {"csv.writer", "csv.DictWriter", "from html import escape"} or place(path) == "base/table", place(path)
