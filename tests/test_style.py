@@ -12,8 +12,8 @@ GIVEN = {"method/model Forward.forward", "method/connector MedVLM3DConfig.__init
          "front/cli answer"}
 # helpers of one module that still take more than two by position
 LONG = {"data/split _read_volumes", "evaluation/comparison _tests", "front/runners _execute", "report/figures _attention_scale",
-        "report/figures _number", "report/study_tables _between", "report/tables _draw_bars", "scans/itk _meta_matrix",
-        "scans/planes _draw_plane", "scans/planes _ticks", "scans/readers _nifti_voxels", "studies/demo _answers",
+        "report/figures _number", "report/study_tables _between", "report/tables _draw_bars",
+        "scans/planes _draw_plane", "scans/planes _ticks", "studies/demo _answers",
         "studies/demo _encode", "studies/demo _model_fields", "studies/demo _without_model", "studies/pictures _draw_case",
         "training/cost _timed_steps", "training/reader _two_courses", "training/reader _with_votes",
         "training/stages _open_training", "training/stages _train"}
