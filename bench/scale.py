@@ -18,15 +18,14 @@ import json
 import resource
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from medvlm3d.base.core import write_json
+from medvlm3d.base.pool import worker_pool
 from medvlm3d.data.manifest import write_manifest
 from medvlm3d.data.samples import TYPES, Sample
 from medvlm3d.data.split import split_corpus
@@ -167,7 +166,7 @@ def benchmark(root, volumes=100_000, *, questions=500_000, workers=2, progress=T
              "verify the split": partial(verify_step, root, "manifest-by-case", workers)}
     record = {"volumes": volumes, "questions": questions, "workers": workers, "steps": {}}
     for name, step in steps.items():
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with worker_pool(1, spawn=True) as pool:
             record["steps"][name] = pool.submit(timed, step).result()
         if progress: print(name, record["steps"][name], flush=True)
     for name in ("manifest", "manifest-by-case"):

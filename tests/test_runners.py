@@ -1,5 +1,6 @@
 """A parameter given to a runner arrives, or the run does not start."""
 import ast
+import re
 
 import nbformat
 import pytest
@@ -7,6 +8,8 @@ import yaml
 from conftest import ROOT, RUNNERS
 
 from medvlm3d.base.core import MedVLM3DError
+from medvlm3d.base.values import fits
+from medvlm3d.front import runners
 from medvlm3d.front.runners import check_parameters, read_plan, run_notebook, runner_parameters
 
 PLANS = sorted((ROOT/"runs").glob("*.yaml"))
@@ -145,3 +148,22 @@ def test_a_dead_kernel_is_one_error_and_the_record_holds_what_ran(tmp_path):
     cells = nbformat.read(tmp_path/"out"/"notebooks"/"95_die.ipynb", 4).cells
     texts = [output.text for cell in cells for output in cell.get("outputs", []) if "text" in output]
     assert texts == ["so far 5\n"]
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"trian": 3}, "Did you mean 'train'?"), ({"no_such": 1}, "It takes: "),
+    ({"stage1_lr": "fast"}, "expects a number"), ({"batch": 2.5}, "expects a whole number"),
+    ({"forms": "bth"}, "Did you mean 'both'?"), ({"ablation": 7}, "Give a text"), ({"scans": [1]}, "each a text"),
+    ({"deepspeed": True}, "a text or nothing")], ids=str)
+def test_a_plan_is_checked_whole_before_its_first_runner(changes, message, tmp_path, monkeypatch):
+    "Also a value for the last runner of the plan, which would start hours later."
+    monkeypatch.setattr(runners, "run_notebook", lambda *_: pytest.fail("a runner was started"))
+    with pytest.raises(MedVLM3DError, match=re.escape(message)): runners.run_plan("demo", tmp_path, tell=lambda _: None, **changes)
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda p: p.stem)
+def test_choices_of_a_runner_hold_its_default(path):
+    "What a parameters cell declares is a kind that takes its own default, and refuses something else."
+    for name, kind in runners.runner_kinds(path).items():
+        assert fits(runner_parameters(path)[name], kind), name
+        assert runner_parameters(path)[name] is None or not fits(object(), kind), name

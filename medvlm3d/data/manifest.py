@@ -11,12 +11,12 @@ __all__ = ['FIELDS', 'NEEDED', 'DETACHED', 'NUMBERS', 'KINDS', 'AXES', 'HASH', '
 # %% ../../nbs/data/manifest.ipynb #90e51c2c
 import json, re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, RunFolder, atomic_path, read_json, relative
 from ..base.core import sha256_file, sha256_json, write_json
+from ..base.pool import parallel
 from .m3d import is_m3d, load_m3d
 from .samples import OTHER_VOLUME, PLANE_NAMES, SIDES, Problem, Sample, alias, by_image
 from .samples import path_problem, reading, settle, shared_cases, shared_reports, side_problem
@@ -80,7 +80,7 @@ def with_hashes(root: Path | str, samples: Sequence[Sample], workers: int = 2) -
 def _hashes_of(root, images, workers):
     "image → hash."
     paths = [root/image for image in images]
-    with ThreadPoolExecutor(workers) as pool: return dict(zip(images, pool.map(sha256_image, paths)))
+    return dict(zip(images, parallel(sha256_image, paths, workers=workers, threads=True)))
 
 # %% ../../nbs/data/manifest.ipynb #26dd18bc
 def _no_constant(name): raise ValueError(name)

@@ -185,7 +185,7 @@ def _read_census(path, read):
     if not census.images: raise MedVLM3DError(relative(path), "holds no volumes", "Give a corpus.")
     return census, dict(left_out)
 
-def _read_volumes(path, census, root, *, workers, progress):
+def _read_volumes(path, census, *, root, workers, progress):
     "Looks at the volumes of a corpus; problems other than the order of slices are raised."
     looks = look_at_volumes(census, root, workers, progress)
     settle(relative(path), [p for p in looks.problems if "interleaved" not in p.why], remedy=REPAIR)
@@ -240,7 +240,7 @@ def split_corpus(path: Path | str, by: str = "case", *, out: Path | str | None =
     read, root = open_corpus(path)
     out = _target(path, root, by=by, out=out)
     census, left_out = _read_census(path, read)
-    looks = _read_volumes(path, census, root, workers=workers, progress=progress) if images else None
+    looks = _read_volumes(path, census, root=root, workers=workers, progress=progress) if images else None
     thresholds = {"near text": text, "near image": image}
     held = _held_ties(census, looks, kinds={"case", by, *ties}, thresholds=thresholds)
     group, side = _sides(len(census.images), held, shares=shares, seed=seed)

@@ -10,8 +10,6 @@ __all__ = ['BIT', 'SOURCES', 'KIND', 'Census', 'take_census', 'Looks', 'look', '
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import MedVLM3DError, relative, write_json, write_text
+from ..base.pool import parallel
 from .m3d import read_image, scan_m3d
 from .manifest import listing_of, scan_manifest, sha256_image
 from .samples import OTHER_VOLUME, SIDES, Problem, Sample, reading, reason
@@ -126,11 +125,10 @@ def _look_problems(where, listed, *, digest, warnings, bad):
 # %% ../../nbs/data/ties.ipynb #9ad1fe8a
 def _looked_at(census, root, *, workers, progress):
     "What `look` gives for each volume, in order."
-    from tqdm import tqdm
-    see, bar = partial(look, root=root), dict(total=len(census.images), desc="volumes", disable=not progress)
-    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
-        chunked = partial(pool.map, chunksize=32) if pool else map
-        yield from tqdm(chunked(see, census.images, census.reading), **bar)
+    jobs = zip(census.images, census.reading)
+    return parallel(partial(_look_here, root), jobs, workers=workers, progress=progress, label="volumes")
+
+def _look_here(root, job): return look(*job, root=root)
 
 # %% ../../nbs/data/ties.ipynb #e7bfdb2d
 def look_at_volumes(census: Census, root: Path | str, workers: int = 2, progress: bool = True) -> Looks:

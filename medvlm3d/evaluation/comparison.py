@@ -124,10 +124,10 @@ def _group_weights(types):
     ones = np.ones(len(types))
     return weights | {"micro": ones / len(types), "all": ones}
 
-def _tests(x, y, w, *, cases, metric, seed):
-    "p-values of the mean of x − y with weights w: by permutation of cases, and McNemar's for accuracies."
-    tests = {"p": paired_permutation(x * w, y * w, clusters=cases, seed=seed)}
-    if metric == "accuracy": tests["mcnemar"] = mcnemar(x[w > 0], y[w > 0])
+def _tests(x, y, *, weights, cases, metric, seed):
+    "p-values of the weighted mean of x − y: by permutation of cases, and McNemar's for accuracies."
+    tests = {"p": paired_permutation(x * weights, y * weights, clusters=cases, seed=seed)}
+    if metric == "accuracy": tests["mcnemar"] = mcnemar(x[weights > 0], y[weights > 0])
     return tests
 
 def _adjust(rows, key):
@@ -155,7 +155,7 @@ def compare(a: list[dict], b: list[dict], *, task: str = "closed", protocol: str
     cells = grouped_cells(np.stack([x - y, np.ones(len(x))], 1), types, cases=cases, seed=seed, n=n)
     weights = _group_weights(types)
     rows = {group: {"difference": c["value"], "low": c["low"], "high": c["high"], "n": c["n"],
-                    **_tests(x, y, weights[group], cases=cases, metric=metric, seed=seed)}
+                    **_tests(x, y, weights=weights[group], cases=cases, metric=metric, seed=seed)}
             for group, c in cells.items()}
     _adjust([rows[name] for name in ordered(types) if name in rows], "p")
     return rows

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['encode_volume', 'StoreSpec', 'plain', 'differences', 'volume_hashes', 'stamp', 'reader_hints', 'volume_key',
-           'map_ahead', 'thread_pool', 'volumes_at_once', 'try_or_problem', 'encode_many']
+           'thread_pool', 'volumes_at_once', 'try_or_problem', 'encode_many']
 
 # %% ../../nbs/features/encode.ipynb #5b39338c
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..base.core import MedVLM3DError, sha256_file, sha256_json
+from ..base.pool import map_ahead, worker_pool
 from ..data.m3d import NAMED, corpus_modality, series_facts
 from ..data.manifest import listed_hash, volume_files
 from ..data.samples import Problem, alias
@@ -139,30 +140,14 @@ def volume_key(path: Path, modality: str = "", **choices) -> str:
     "The name of a volume in a store: the hash of its bytes, and what its reader knows besides them."
     return volume_hashes(path)[0] + reader_hints(path, modality, **choices)
 
-# %% ../../nbs/features/encode.ipynb #92e1b21d
-def map_ahead(pool: Executor, function: Callable, items: Iterable, ahead: int = 3) -> Iterator:
-    """`map` in a thread pool that stays at most `ahead` items in front of its reader.
-
-    Parameters
-    ----------
-    pool : where `function` runs
-    function, items : as for `map`
-    ahead : how many results may wait
-    """
-    waiting = []
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead: yield waiting.pop(0).result()
-    for future in waiting: yield future.result()
-
 # %% ../../nbs/features/encode.ipynb #d7bc8193
 @contextmanager
 def thread_pool(workers: int, threads: int) -> Iterator[Executor]:
     "A pool of `workers` threads, each of which computes on `threads` cores; restores the caller's number."
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+    begin = dict(begin=torch.set_num_threads, arguments=(threads,))
     try:
-        with pool: yield pool
+        with worker_pool(workers, threads=True, **begin) as pool: yield pool
     finally: torch.set_num_threads(before)
 
 def volumes_at_once(device: torch.device | str) -> int:
@@ -197,8 +182,8 @@ def encode_many(images: Iterable[str], load: Callable, *, encode: Callable, work
         if isinstance(pixels, Problem): return pair
         return image, try_or_problem(_place(image, places), lambda: encode(pixels), MedVLM3DError)
     cores = max(1, torch.get_num_threads() // parallel)
-    with ThreadPoolExecutor(workers) as readers, thread_pool(parallel, cores) as encoders:
-        loaded = map_ahead(readers, _load, images, ahead)
-        yield from map_ahead(encoders, _encode, loaded, parallel)
+    with worker_pool(workers, threads=True) as readers, thread_pool(parallel, cores) as encoders:
+        loaded = map_ahead(readers, _load, items=images, ahead=ahead)
+        yield from map_ahead(encoders, _encode, items=loaded, ahead=parallel)
 
 def _place(image, places): return places.get(image) or f"volume {alias(image)}"

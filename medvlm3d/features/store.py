@@ -11,7 +11,6 @@ __all__ = ['FORMAT', 'KINDS', 'REENCODE', 'FIELDS', 'write_shard', 'check_shard'
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from ..base.core import (
     MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, sha256_tensors, write_json)
+from ..base.pool import parallel
 from ..base.ranks import Ranks, only_writer, rank_device
 from ..data.m3d import read_image
 from ..data.manifest import load_samples
@@ -209,7 +209,7 @@ def volume_keys(root: Path | str, images: list[str], *, known: dict, samples: It
         old = {} if fresh else known.get(alias(image), {})
         return _key_entry(Path(root)/image, old, listed.get(image), places[image])
     def _try(image): return try_or_problem(places[image], lambda: _entry(image))
-    with ThreadPoolExecutor(workers) as pool: return dict(zip(images, pool.map(_try, images)))
+    return dict(zip(images, parallel(_try, images, workers=workers, threads=True)))
 
 # %% ../../nbs/features/store.ipynb #868494db
 def _key_entry(path, old, sample, place):

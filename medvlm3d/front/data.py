@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['data_app', 'To', 'Count', 'Root', 'Listing', 'Rejects', 'Source', 'Licence', 'Corpus', 'Images', 'Workers',
-           'Contrast', 'NearText', 'NearImage', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers', 'phantom', 'probe',
-           'layout', 'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split']
+           'Contrast', 'NearText', 'NearImage', 'UNREAD', 'NEAR', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers',
+           'phantom', 'probe', 'layout', 'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split']
 
 # %% ../../nbs/front/data.ipynb #42555f87
 import json
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+
+from .options import Mode, modes
 
 # %% ../../nbs/front/data.ipynb #58558f04
 data_app = typer.Typer(no_args_is_help=True)
@@ -218,6 +220,9 @@ def autopet(root: Root, out: Listing = None, rejects: Rejects = None, licence: L
 
 # %% ../../nbs/front/data.ipynb #25f209b9
 @data_app.command()
+@modes(Mode("with --show", lambda v: v["show"] is not None, uses=("root", "show"), example=("--show", "1")),
+       Mode("without --show", lambda v: v["show"] is None,
+            uses=("root", "out", "rejects", "source", "licence")))
 def folder(
     root: Root, out: Listing = None, *, rejects: Rejects = None, source: Source = "", licence: Licence = "",
     show: Annotated[Optional[int], _option("Only print the path of the scan with this number.")] = None,
@@ -237,8 +242,19 @@ def folder(
                             "Numbers count from 1, in order of path.")
     print(scans[show - 1].relative_to(root))
 
+# %% ../../nbs/front/data.ipynb #7233a9cc
+UNREAD = Mode("with --no-images", lambda v: not v["images"], drops=("near_image", "workers"),
+              example=("--no-images",), remedy="It is about volumes, which are not read.")
+
+def _tied(kind): return lambda v: v["tie"] and Kind(kind) not in v["tie"]
+
+NEAR = tuple(Mode(f"without --tie '{kind}'", _tied(kind), drops=(f"near_{kind.split()[1]}",),
+                  example=("--tie", "bytes"), remedy="It is the threshold of that kind.")
+             for kind in ("near text", "near image"))
+
 # %% ../../nbs/front/data.ipynb #41929a12
 @data_app.command()
+@modes(UNREAD)
 def verify(
     corpus: Corpus,
     out: Annotated[Optional[Path], _option(
@@ -262,6 +278,7 @@ def verify(
 
 # %% ../../nbs/front/data.ipynb #c7f145af
 @data_app.command()
+@modes(UNREAD, *NEAR)
 def split(
     corpus: Corpus, by: Annotated[By, _option("What stays together in any case.")] = By.case,
     *, out: Annotated[Optional[Path], _option(
@@ -273,8 +290,11 @@ def split(
     images: Images = True, near_text: NearText = .8, near_image: NearImage = .95, workers: Workers = 2,
 ):
     "Write a manifest whose split tears no tie, with a ledger of what moved."
+    from medvlm3d.base.core import MedVLM3DError
     from medvlm3d.data.split import OPTIONAL, split_corpus
-    kinds = [kind.value for kind in tie if kind.value not in ("case", "patient")] if tie else OPTIONAL
+    kinds = [kind.value for kind in tie] if tie else OPTIONAL
+    if kept := {"case", "patient"}.intersection(kinds):
+        raise MedVLM3DError(f"--tie {kept.pop()}", "is no further tie", "Say with --by what stays together.")
     summary = split_corpus(
         corpus, by.value, out=out, shares=numbers(shares, "--shares", "80,10,10"), seed=seed, ties=kinds,
         images=images, text=near_text, image=near_image, workers=workers)

@@ -10,7 +10,6 @@ __all__ = ['BRAIN', 'BRAIN_SEQUENCES', 'AIR', 'WHITE', 'GREY', 'FLUID', 'CEREBEL
 
 # %% ../../nbs/phantoms/layouts.ipynb #b20fe2a8
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from ..base.core import MedVLM3DError, atomic_path, read_json, relative, write_json
+from ..base.pool import parallel
 from .anatomy import Case, draw_balanced, inside, sample_cases, unit_lines
 from .scanner import MODES, bias_field, draw_mode, rician, spacing_of, spin_echo
 from ..scans.volume import codes_affine
@@ -248,10 +248,7 @@ def write_layout(root: Path | str, layout: str, *, studies: int = 12, shape: Seq
     _check_target(root, config)
     write_json(root/"GENERATED.json", config)
     write, jobs = _jobs_of(root, layout, studies=studies, seed=seed, shape=shape)
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool: list(pool.map(write, jobs, chunksize=4))
-    else:
-        for job in jobs: write(job)
+    for _ in parallel(write, jobs, workers=workers): pass
     return root
 
 # %% ../../nbs/phantoms/layouts.ipynb #bc9c5342

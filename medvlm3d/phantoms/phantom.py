@@ -8,17 +8,17 @@ __all__ = ['LESION_HU', 'REPORTS', 'TYPES', 'ASKED', 'COLUMNS', 'SPLIT_FILES', '
            'draw_letters', 'write_questions', 'write_corpus', 'numbered', 'make_phantom', 'read_truth', 'read_masks']
 
 # %% ../../nbs/phantoms/phantom.ipynb #92472ca6
-import csv, json
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from tqdm import tqdm
 
 from ..base.core import MedVLM3DError, atomic_path, read_json, relative, write_json, write_text
+from ..base.pool import parallel
+from ..base.table import write_csv
 from .anatomy import ANATOMY, FAT, KINDS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, TISSUES
 from .anatomy import Case, Scene, draw_balanced, draw_scene, sample_cases
 
@@ -241,7 +241,7 @@ def write_questions(root: Path | str, cases: Sequence[Case], *, rows: Sequence[d
     """
     for split, stem in SPLIT_FILES.items():
         chosen = [(case, row) for case, row in zip(cases, rows) if row["split"] == split]
-        _write_table(Path(root)/f"M3D_VQA_{stem}.csv", [COLUMNS, *_question_lines(chosen, seed, asked)])
+        write_csv(Path(root)/f"M3D_VQA_{stem}.csv", [COLUMNS, *_question_lines(chosen, seed, asked)])
 
 # %% ../../nbs/phantoms/phantom.ipynb #c45aa492
 def _question_lines(chosen, seed, asked):
@@ -253,20 +253,15 @@ def _question_line(row, q):
     "A line of M3D's table of questions."
     return [row["image"], row["text"], q["number"], q["question"], *q["choices"], q["answer"], q["letter"]]
 
-def _write_table(path, lines):
-    "Write lines to a CSV file, atomically."
-    with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows(lines)
 
 # %% ../../nbs/phantoms/phantom.ipynb #44c5caf8
 def _write_items(root, items, *, workers, progress):
     "The rows of truth of all items, written by `workers` processes."
     jobs = [(root, item) for item in items]
-    bar = dict(total=len(items), desc="phantom", unit="volume", disable=not progress)
-    if workers > 1:
-        with ProcessPoolExecutor(workers) as pool:
-            return list(tqdm(pool.map(write_item, jobs, chunksize=8), **bar))
-    return [write_item(job) for job in tqdm(jobs, **bar)]
+    bar = dict(progress=progress, label="phantom", unit="volume")
+    return list(parallel(write_item, jobs, workers=workers, name=_job_name, **bar))
+
+def _job_name(job): return f"case {job[1].case.id}"
 
 def _write_lists(root, rows):
     "Write `truth.jsonl` and `M3D_Cap.json`."

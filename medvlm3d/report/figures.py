@@ -9,6 +9,7 @@ __all__ = ['METADATA', 'BLUE', 'RED', 'Picture', 'new_figure', 'save_figure', 's
 # %% ../../nbs/report/figures.ipynb #9ccec26b
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,7 @@ def _montage(slices, columns):
     grid = np.concatenate([slices, empty]).reshape(rows, columns, h, w)
     return grid.swapaxes(1, 2).reshape(rows * h, columns * w)
 
+# %% ../../nbs/report/figures.ipynb #2e28fe88
 def _array(volume):
     "A `Volume` or an array as float32."
     return np.asarray(getattr(volume, "array", volume), np.float32)
@@ -75,22 +77,39 @@ def _thinned(x):
     return x[:, ::step, ::step]
 
 # %% ../../nbs/report/figures.ipynb #6bf4a6cf
-def _corner(i, columns, size):
-    "(left, top, width, height) of slice i in a montage."
+@dataclass(frozen=True)
+class _Tile:
+    "Where one slice lies in a montage, in pixels."
+    left: float
+    top: float
+    width: int
+    height: int
+
+    def at(self, x, y):
+        "The point at the shares x and y of width and height."
+        return self.left + x * self.width, self.top + y * self.height
+
+def _tile(i, columns, size):
+    "The tile of slice i in a montage with so many columns of slices of `size` (H, W)."
     row, column = divmod(i, columns)
-    h, w = size
-    return column * w - .5, row * h - .5, w, h
+    height, width = size
+    return _Tile(column * width - .5, row * height - .5, width, height)
 
-def _number(ax, i, left, top, w, h):
-    ax.text(left + .04 * w, top + .04 * h, str(i), color="w", fontsize=6, va="top")
-
-def _frame(left, top, w, h):
+# %% ../../nbs/report/figures.ipynb #f8c05bf1
+def _frame(tile):
     "A blue frame just inside a slice of a montage."
-    return Rectangle((left + 1, top + 1), w - 2, h - 2, fill=False, ec=BLUE, lw=2)
+    corner = tile.left + 1, tile.top + 1
+    return Rectangle(corner, tile.width - 2, tile.height - 2, fill=False, ec=BLUE, lw=2)
 
-def _underline(left, top, w, h):
+def _underline(tile):
     "A red bar at the lower edge of a slice of a montage."
-    return Rectangle((left + .06 * w, top + .92 * h), .88 * w, .05 * h, color=RED, lw=0)
+    return Rectangle(tile.at(.06, .92), .88 * tile.width, .05 * tile.height, color=RED, lw=0)
+
+def _draw_marks(ax, tile, *, number, kept, lesion):
+    "The number of a slice, its frame if it is `kept`, and its bar if it shows the `lesion`."
+    if number in kept: ax.add_patch(_frame(tile))
+    if number in lesion: ax.add_patch(_underline(tile))
+    ax.text(*tile.at(.04, .04), str(number), color="w", fontsize=6, va="top")
 
 # %% ../../nbs/report/figures.ipynb #fa2b76c2
 def _strip_title(kept, depth, lesion, title):
@@ -114,21 +133,24 @@ def slice_strip(volume: ArrayLike, kept: Sequence[int], *, lesion: Sequence[int]
     columns : slices per row; at most 8 by default
     title : goes before the counts
     """
-    x = _thinned(_array(volume))
-    columns = columns or min(len(x), 8)
-    picture = _montage(x, columns)
+    slices = _thinned(_array(volume))
+    columns = columns or min(len(slices), 8)
+    figure, ax = _draw_montage(slices, columns)
+    marks = dict(kept={*map(int, kept)}, lesion={*map(int, lesion)})
+    for number in range(len(slices)):
+        tile = _tile(number, columns, slices.shape[1:])
+        _draw_marks(ax, tile, number=number, **marks)
+    ax.set_title(_strip_title(kept, len(slices), lesion, title), fontsize=9)
+    return figure
+
+def _draw_montage(slices, columns):
+    "A figure of eight inches' width with the montage of (D, H, W) slices, and its axes."
+    picture = _montage(slices, columns)
     height = 8 * picture.shape[0] / picture.shape[1]
     figure, ax = new_figure(8, max(1., height) + .5)
     ax.imshow(picture, cmap="gray", interpolation="nearest")
-    framed, underlined = {*map(int, kept)}, {*map(int, lesion)}
-    for i in range(len(x)):
-        place = _corner(i, columns, x.shape[1:])
-        if i in framed: ax.add_patch(_frame(*place))
-        if i in underlined: ax.add_patch(_underline(*place))
-        _number(ax, i, *place)
     ax.set_axis_off()
-    ax.set_title(_strip_title(kept, len(x), lesion, title), fontsize=9)
-    return figure
+    return figure, ax
 
 # %% ../../nbs/report/figures.ipynb #a47bfb32
 def _query_frame(query, size):
@@ -147,7 +169,7 @@ def _draw_attention(ax, image, weights, top):
                      vmin=0, vmax=top, interpolation="bilinear")
 
 # %% ../../nbs/report/figures.ipynb #2eb39f45
-def _attention_scale(figure, axes, heat, *, top, share):
+def _attention_scale(figure, heat, *, axes, top, share):
     "A colour bar from 0 to the hottest place, labelled with how many times the even share it has."
     bar = figure.colorbar(heat, ax=axes, shrink=.8, ticks=[0, top])
     bar.ax.set_yticklabels(["0", f"{top / share:.1f}×"], fontsize=7)
@@ -183,29 +205,45 @@ def overlay(volume: ArrayLike, attention: ArrayLike, *, kept: Sequence[int], que
     most : at most so many slices are shown, those with most attention
     title : above the picture
     """
-    x, a = _array(volume), _checked_attention(_array(attention), len(kept))
-    slices, top = _hottest(a, most), float(a.max())
-    figure, axes = new_figure(1.25 * len(slices) + .8, 1.9, 1, len(slices), squeeze=False)
-    for ax, i in zip(axes[0], slices):
-        number = int(kept[i])
-        heat = _draw_attention(ax, x[number], a[i], top)
-        ax.set_title(f"slice {number}", fontsize=7)
-        if query is not None and _holds(query, i, len(a)): ax.add_patch(_query_frame(query, x.shape[1:]))
-    _attention_scale(figure, axes[0].tolist(), heat, top=top, share=a.sum() / a.size)
+    volume, attention = _array(volume), _checked_attention(_array(attention), len(kept))
+    shown, top = _hottest(attention, most), float(attention.max())
+    figure, axes = new_figure(1.25 * len(shown) + .8, 1.9, 1, len(shown), squeeze=False)
+    for ax, i in zip(axes[0], shown):
+        slice_number = int(kept[i])
+        heat = _draw_attention(ax, volume[slice_number], attention[i], top)
+        ax.set_title(f"slice {slice_number}", fontsize=7)
+        if query is not None and _holds(query, i, len(attention)):
+            ax.add_patch(_query_frame(query, volume.shape[1:]))
+    even_share = attention.sum() / attention.size
+    _attention_scale(figure, heat, axes=axes[0].tolist(), top=top, share=even_share)
     figure.suptitle(title or "attention of one visual token", fontsize=9)
     return figure
 
 # %% ../../nbs/report/figures.ipynb #f26033a1
-def _draw_reliability(ax, c, colour, label):
-    "Accuracy against confidence of one system's calibration; the area of a point is its number of questions."
-    x, y, n = (np.array(column(c["bins"], key), float) for key in ("confidence", "accuracy", "n"))
-    ax.plot(x, y, color=colour, lw=1, label=label)
-    ax.scatter(x, y, 8 + 120 * n / n.sum(), color=colour, alpha=.8, lw=0)
+def _draw_reliability(ax, calibration, colour, label):
+    "Accuracy against confidence of one system; the area of a point is its number of questions."
+    bins = calibration["bins"]
+    confidence, accuracy = column(bins, "confidence"), column(bins, "accuracy")
+    questions = np.array(column(bins, "n"), float)
+    ax.plot(confidence, accuracy, color=colour, lw=1, label=label)
+    ax.scatter(confidence, accuracy, 8 + 120 * questions / questions.sum(), color=colour, alpha=.8, lw=0)
 
-def _draw_risk(ax, c, colour):
+def _draw_risk(ax, calibration, colour):
     "Wrong answers in percent against the share of questions answered."
-    rows = c["risk_coverage"]
-    ax.plot(column(rows, "coverage"), 100 * np.array(column(rows, "risk")), "o-", color=colour, ms=3, lw=1)
+    rows = calibration["risk_coverage"]
+    risk = 100 * np.array(column(rows, "risk"))
+    ax.plot(column(rows, "coverage"), risk, "o-", color=colour, ms=3, lw=1)
+
+# %% ../../nbs/report/figures.ipynb #f90024f0
+def _label_reliability(ax):
+    "The axes of the left panel, without the curves."
+    ax.plot([0, 1], [0, 1], "k--", lw=.8)
+    ax.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
+
+def _label_risk(ax):
+    "The axes of the right panel."
+    ax.set(xlabel="share of questions answered, surest first", ylabel="wrong among them (%)",
+           xlim=(0, 1.02), ylim=(0, None))
 
 # %% ../../nbs/report/figures.ipynb #5199820f
 def reliability_figure(systems: dict[str, dict], title: str = "") -> Figure:
@@ -216,30 +254,30 @@ def reliability_figure(systems: dict[str, dict], title: str = "") -> Figure:
                             "Predict closed questions with a model that scores options.")
     colours = sns.color_palette("colorblind", len(systems))
     figure, (left, right) = new_figure(7.2, 3.1, 1, 2)
-    left.plot([0, 1], [0, 1], "k--", lw=.8)
-    for (name, c), colour in zip(systems.items(), colours):
-        _draw_reliability(left, c, colour, f"{name} (Brier {c['brier']:.2f})")
-        _draw_risk(right, c, colour)
-    left.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1.02), ylim=(0, 1.02))
-    right.set(xlabel="share of questions answered, surest first", ylabel="wrong among them (%)",
-              xlim=(0, 1.02), ylim=(0, None))
+    _label_reliability(left)
+    for (name, calibration), colour in zip(systems.items(), colours):
+        _draw_reliability(left, calibration, colour, f"{name} (Brier {calibration['brier']:.2f})")
+        _draw_risk(right, calibration, colour)
+    _label_risk(right)
     left.legend(frameon=False, fontsize=7, loc="upper left")
     figure.suptitle(title, fontsize=9)
     sns.despine(figure)
     return figure
 
 # %% ../../nbs/report/figures.ipynb #59f0c5f5
-def _centre(c): return next(c[key] for key in ("difference", "mean", "value") if key in c)
+def _centre(cell): return next(cell[key] for key in ("difference", "mean", "value") if key in cell)
 
-def _is_open(c, zero):
+def _is_open(cell, zero):
     "Whether a cell's dot is open: its interval holds `zero`, or its adjusted p-value is not below .05."
-    crosses = zero is not None and c["low"] is not None and c["low"] <= zero <= c["high"]
-    return crosses or c.get("p_holm", 0) >= .05
+    if cell.get("p_holm", 0) >= .05: return True
+    if zero is None or cell["low"] is None: return False
+    return cell["low"] <= zero <= cell["high"]
 
-def _draw_row(ax, y, c, zero):
+def _draw_row(ax, y, cell, zero):
     "One cell of a forest figure at height y: its interval and its dot."
-    if c["low"] is not None: ax.plot([c["low"], c["high"]], [y, y], color="C0", lw=1.2)
-    ax.plot(_centre(c), y, "o", ms=4.5, color="C0", mfc="w" if _is_open(c, zero) else "C0")
+    if cell["low"] is not None: ax.plot([cell["low"], cell["high"]], [y, y], color="C0", lw=1.2)
+    fill = "w" if _is_open(cell, zero) else "C0"
+    ax.plot(_centre(cell), y, "o", ms=4.5, color="C0", mfc=fill)
 
 # %% ../../nbs/report/figures.ipynb #8619c9d3
 def _forest_lines(groups):
@@ -248,6 +286,14 @@ def _forest_lines(groups):
     for heading, rows in groups.items():
         if rows: lines += [(heading, None), *rows]
     return lines
+
+def _label_lines(ax, lines):
+    "The labels of the lines of a forest figure at the left edge."
+    ax.set(yticks=range(len(lines)), ylim=(len(lines) - .4, -.6))
+    labels = ax.set_yticklabels([label for label, _ in lines], fontsize=8)
+    for text, (_, cell) in zip(labels, lines):
+        if cell is None: text.set_fontweight("bold")
+    ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/report/figures.ipynb #7c91263e
 def forest_figure(groups: dict, xlabel: str = "difference (points)", *, zero: float | None = 0.,
@@ -266,12 +312,10 @@ def forest_figure(groups: dict, xlabel: str = "difference (points)", *, zero: fl
     if not lines: raise MedVLM3DError("forest", "has no row", "Run something first.")
     figure, ax = new_figure(width, .8 + .19 * len(lines))
     if zero is not None: ax.axvline(zero, color="k", ls="--", lw=.8)
-    ax.set(yticks=range(len(lines)), ylim=(len(lines) - .4, -.6), xlabel=xlabel)
-    ax.set_yticklabels([label for label, _ in lines], fontsize=8)
-    for y, (text, (_, c)) in enumerate(zip(ax.get_yticklabels(), lines)):
-        if c is None: text.set_fontweight("bold")
-        else: _draw_row(ax, y, c, zero)
-    ax.tick_params(axis="y", length=0)
+    _label_lines(ax, lines)
+    for y, (_, cell) in enumerate(lines):
+        if cell is not None: _draw_row(ax, y, cell, zero)
+    ax.set_xlabel(xlabel)
     ax.set_title(title, fontsize=9)
     sns.despine(ax=ax, left=True)
     return figure
@@ -313,8 +357,10 @@ def curve_figure(curves: dict, ylabel: str = "accuracy (%)", chance: float | Non
     figure, ax = new_figure(6.4, 3.1)
     if chance is not None: ax.axhline(chance, color="k", ls="--", lw=.8, label="chance")
     colours = sns.color_palette("colorblind", len(curves))
-    for (name, points), colour in zip(curves.items(), colours): _draw_curve(ax, points, colour, name)
-    _share_axis(ax, sorted(set().union(*curves.values())))
+    for (name, points), colour in zip(curves.items(), colours):
+        _draw_curve(ax, points, colour, name)
+    shares = set().union(*curves.values())
+    _share_axis(ax, sorted(shares))
     ax.set(ylabel=ylabel, title=title)
     legend_beside(figure, ax)
     return figure

@@ -13,26 +13,28 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_text
+from ..base.table import Table, write_table
 from ..evaluation.scores import TYPE_ORDER, interval_text
 from .figures import reliability_figure, save_figure
 from ..training.launch import loss_figure
-from .tables import (
-    RESEARCH, AnyRun, Table, accuracy_figure, cell_text, comparison_table, examples_table, report_table,
-    results_of, system_label, vqa_table, write_table)
+from .tables import (RESEARCH, AnyRun, accuracy_figure, cell_text,
+                                    comparison_table, examples_table, report_table, results_of,
+                                    system_label, vqa_table)
 
 HERE = RESEARCH.split(" Published")[0] + " Research use only."
 BESIDE = ("model", "blind", "other image")
 
 # %% ../../nbs/report/study_tables.ipynb #92747a60
-def _between(value, low, high, *, digits=3, scale=1):
+def _between(value, *, low, high, digits=3, scale=1):
     "`0.123 [0.100, 0.150]`, or without an interval where there is none."
     if low is not None: low, high = scale * low, scale * high
     return f"{scale * value:.{digits}f}{interval_text(low, high, digits)}"
 
 def _calibration_row(c):
     "The cells of one system's calibration."
-    brier = _between(c["brier"], c["brier_low"], c["brier_high"])
-    wrong = [_between(r["risk"], r["low"], r["high"], digits=1, scale=100) for r in c["risk_coverage"]]
+    brier = _between(c["brier"], low=c["brier_low"], high=c["brier_high"])
+    wrong = [_between(row["risk"], low=row["low"], high=row["high"], digits=1, scale=100)
+             for row in c["risk_coverage"]]
     return c["n"], c["left out"], brier, f"{c['calibration_error']:.3f}", *wrong
 
 # %% ../../nbs/report/study_tables.ipynb #f60ae22e
@@ -120,7 +122,7 @@ def _seed_labels(results, n):
     seeds = results.get("trainings", {}).get("seeds", [])
     return [f"seed {seed}" for seed in (seeds if len(seeds) == n else range(n))]
 
-def _mean_text(c): return _between(c["mean"], c["low"], c["high"], digits=1) if c else "–"
+def _mean_text(c): return _between(c["mean"], low=c["low"], high=c["high"], digits=1) if c else "–"
 
 def _seed_row(c):
     "Each training's value, their mean with its interval, and their standard deviation."

@@ -39,7 +39,8 @@ def _check_spacing(spacing, path):
     "Three lengths in mm, or None."
     if spacing is None: return
     if len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
-        raise MedVLM3DError(path, f"is given the spacing {tuple(spacing)}", "Give three lengths in mm, one an axis.")
+        reason = f"is given the spacing {tuple(spacing)}"
+        raise MedVLM3DError(path, reason, "Give three lengths in mm, one an axis.")
 
 def _declared_axes(array, axis_order, *, spacing, path):
     "(array (D, H, W), affine or None, notes) with the axes that `axis_order` declares."

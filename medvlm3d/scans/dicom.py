@@ -88,7 +88,8 @@ def _can_decode(uid, bits):
     if not uid.is_compressed or uid.is_deflated: return True
     try: plugins = set(get_decoder(uid).available_plugins)
     except NotImplementedError: return False
-    return bool(plugins - ({"pillow"} if bits > 8 and uid in (JPEGBaseline8Bit, JPEGExtended12Bit) else set()))
+    too_few = bits > 8 and uid in (JPEGBaseline8Bit, JPEGExtended12Bit)
+    return bool(plugins - {"pillow"} if too_few else plugins)
 
 def _check_decoder(syntax, bits, path):
     "Refuse a compressed transfer syntax that nothing installed can decode."
@@ -228,8 +229,8 @@ def _without_copies(slices, path):
     for s in slices: stacks[tuple(np.round(s.position, 3))].append(s)
     kept = [_one_of(stack, files, path) if len(stack) > 1 else (stack[0], 0) for stack in stacks.values()]
     if any(s is None for s, _ in kept):
-        reason = f"holds slices at the position of another: {repeated(slices)} (several times, echoes or reconstructions)"
-        _refuse(path, reason, "Export one of them as its own series.")
+        reason = f"holds slices at the position of another: {repeated(slices)}"
+        _refuse(path, f"{reason} (several times, echoes or reconstructions)", "Export one of them as its own series.")
     broken, exact = sum(n for _, n in kept), len(slices) - len(kept) - sum(n for _, n in kept)
     notes = [f"{exact} exact copies of slices dropped"] if exact else []
     return [s for s, _ in kept], (*notes, *([f"{broken} damaged copies of slices dropped"] if broken else []))
@@ -251,7 +252,8 @@ def sort_slices(slices: Sequence[Slice], path: Path) -> tuple[list[Slice], tuple
 def _fill(stack, indices, *, slices, data):
     "Write the pixels of one file into a stack at `indices`."
     with silenced():
-        for d, (s, raw, ds) in zip(indices, _raw_frames(data, slices), strict=True): stack.put(d, raw, s, ds=ds)
+        frames = _raw_frames(data, slices)
+        for d, (s, raw, ds) in zip(indices, frames, strict=True): stack.put(d, raw, s, ds=ds)
 
 def _read_stack(slices, factor, path):
     "(the filled `_Stack`, hashes of the files) of sorted slices."
@@ -327,6 +329,7 @@ def read_dicom(path: Path | str, series: int | None = None, *, frame: int | None
     array, hashes, value_notes = _values(slices, factor, intensity=kind, path=path)
     array, affine, grid_notes = _placed(array, slices, regular)
     needless = (NOT_RESAMPLED,) if resample and regular else ()
-    return make_volume(array, affine, what=path, non_finite=non_finite, modality=modality, intensity=intensity,
+    return make_volume(array, affine, what=path, non_finite=non_finite,
+                       modality=modality, intensity=intensity,
                        notes=(*notes, *value_notes, *kind_notes, *grid_notes, *needless),
                        source_hash=sha256_json(sorted(hashes)))

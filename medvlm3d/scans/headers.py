@@ -80,7 +80,8 @@ _GROUPS = {
     "StackID": "FrameContentSequence", "TemporalPositionIndex": "FrameContentSequence",
     "FrameAcquisitionNumber": "FrameContentSequence", "EffectiveEchoTime": "MREchoSequence",
     "DiffusionBValue": "MRDiffusionSequence", "DiffusionDirectionality": "MRDiffusionSequence",
-    "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence", "FrameType": "MRImageFrameTypeSequence"}
+    "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence",
+    "FrameType": "MRImageFrameTypeSequence"}
 
 class _Header:
     "A data set or one frame of it; values come from its own functional groups, shared ones or the top level."
@@ -186,9 +187,11 @@ def _frame_headers(name, ds):
 # %% ../../nbs/scans/headers.ipynb #6f0e96a1
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
 OTHERS = {
-    "66.4": "a segmentation", "66.5": "a segmentation", "66": "raw data or a registration", "67": "a value mapping",
+    "66.4": "a segmentation", "66.5": "a segmentation", "66": "raw data or a registration",
+    "67": "a value mapping",
     "481.2": "a radiotherapy dose", "481.3": "radiotherapy structures", "481": "a radiotherapy plan or image",
-    "7": "a screenshot (secondary capture)", "11": "a presentation state", "88.59": "a selection of key images",
+    "7": "a screenshot (secondary capture)", "11": "a presentation state",
+    "88.59": "a selection of key images",
     "88": "a structured report", "9": "a waveform", "104": "a document", "77": "a photograph",
     "1": "a radiograph, one projection", "12": "an angiogram, one projection", "3": "an ultrasound image",
     "6": "an ultrasound image", "30": "a parametric map", "68": "a surface", "78": "an eye measurement"}

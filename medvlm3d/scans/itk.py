@@ -115,7 +115,8 @@ NRRD_SPACES = {
     "ras": (1, 1, 1), "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1)}
 
 _UNITS = {"": 1., "mm": 1., "millimeter": 1., "millimetre": 1., "um": 1e-3, "µm": 1e-3, "μm": 1e-3,
-          "micron": 1e-3, "micrometer": 1e-3, "micrometre": 1e-3, "cm": 10., "centimeter": 10., "centimetre": 10.,
+          "micron": 1e-3, "micrometer": 1e-3, "micrometre": 1e-3,
+          "cm": 10., "centimeter": 10., "centimetre": 10.,
           "m": 1000., "meter": 1000., "metre": 1000., "nm": 1e-6, "nanometer": 1e-6}
 
 def _nrrd_units(header, path):
@@ -123,7 +124,8 @@ def _nrrd_units(header, path):
     units = [str(u).strip().strip('"').lower() for u in header.get("space units") or [""] * 3]
     scale = [_UNITS.get(u, _UNITS.get(u.removesuffix("s"))) for u in units]
     if len(scale) == 3 and None not in scale: return np.array(scale)
-    raise MedVLM3DError(path, "states its lengths in a unit that is not known here", "Save it in millimetres.")
+    raise MedVLM3DError(path, "states its lengths in a unit that is not known here",
+                        "Save it in millimetres.")
 
 def _nrrd_spacing(header, steps):
     "Three distances in mm, or None."

@@ -37,7 +37,8 @@ _META = re.compile(rb"\s*(ObjectType|NDims|Comment|ObjectSubType)\s*=", re.IGNOR
 def _is_nifti(start):
     "Whether bytes hold the size and the mark of a NIfTI header."
     sizes = [int.from_bytes(start[:4], order) for order in ("little", "big")]
-    return (348 in sizes and start[344:347] in (b"n+1", b"ni1")) or (540 in sizes and start[4:7] in (b"n+2", b"ni2"))
+    first, second = start[344:347] in (b"n+1", b"ni1"), start[4:7] in (b"n+2", b"ni2")
+    return (first and 348 in sizes) or (second and 540 in sizes)
 
 def kind_by_content(start: bytes) -> str | None:
     "The kind of a file that begins with these 400 bytes; None where they do not say."
@@ -96,7 +97,9 @@ def kind_of(path: Path) -> str:
     return _kind_of_folder(path) if path.is_dir() else _kind_of_file(path)
 
 # %% ../../nbs/scans/kinds.ipynb #8c726188
-_VOLUMES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh", ".nrrd", ".nhdr", ".mha", ".mhd", ".npy", ".npz")
+_VOLUMES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh", ".nrrd", ".nhdr", ".mha", ".mhd",
+            ".npy", ".npz")
+_WITH_THEM = (*PAIRS, ".raw", ".zraw", ".txt")
 
 def _names_in(path):
     "Names of the files of a folder (without its subfolders) or of a zip."
@@ -109,7 +112,7 @@ def only_volume(path: Path) -> str | None:
     names = _names_in(path)
     volumes = [n for n in names if n.lower().endswith(_VOLUMES)]
     if not volumes or (path.is_file() and _kind_of_file(path) == "numpy"): return None
-    others = [n for n in names if n not in volumes and not n.lower().endswith((*PAIRS, ".raw", ".zraw", ".txt"))]
+    others = [n for n in names if n not in volumes and not n.lower().endswith(_WITH_THEM)]
     if len(volumes) > 1 and not others:
         raise MedVLM3DError(path, f"holds {len(volumes)} volumes", "Give one of these files.")
     return volumes[0] if len(volumes) == 1 and not others else None

@@ -62,7 +62,8 @@ def _image_of(header):
 # %% ../../nbs/scans/nifti.ipynb #0ca8a038
 def _usable(affine):
     "Whether an affine is finite and its axes have lengths."
-    return affine is not None and np.isfinite(affine).all() and bool((np.abs(affine[:3, :3]).sum(0) > 0).all())
+    if affine is None or not np.isfinite(affine).all(): return False
+    return bool((np.abs(affine[:3, :3]).sum(0) > 0).all())
 
 def _form(header, name):
     "The sform or qform of a header; None where its code is 0; False where it cannot be computed."
@@ -172,7 +173,8 @@ def _array_beside(image, header, shape, **choice):
     "The array of the `.img` of a pair."
     with open_plain(image) as f:
         skip = int(header["vox_offset"])
-        if not 0 <= skip <= PADDING: raise MedVLM3DError(image, "places its voxels impossibly", "Save it as .nii.")
+        if not 0 <= skip <= PADDING:
+            raise MedVLM3DError(image, "places its voxels impossibly", "Save it as .nii.")
         read_exactly(f, skip, image)
         return read_array(f, shape, path=image, **choice)
 
@@ -211,7 +213,8 @@ def read_mgh(path: Path, axis_order: str | None = None, *, frame: int | None = N
     with open_plain(path) as f:
         header = _mgh_fields(f, path)
         kind = _MGH_TYPES.get(int(header["type"]))
-        if kind is None: raise MedVLM3DError(path, "holds voxels of an unknown type", "Save it as 16-bit or float.")
+        if kind is None:
+            raise MedVLM3DError(path, "holds voxels of an unknown type", "Save it as 16-bit or float.")
         affine, notes = _mgh_affine(header, axis_order, path)
         array = read_array(f, tuple(map(int, header["dims"])), dtype=np.dtype(kind), frame=frame, path=path,
                            max_voxels=max_voxels)

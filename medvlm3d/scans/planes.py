@@ -24,8 +24,8 @@ def _slice_through(volume, plane, point):
     axis, affine = _axis_across(volume, plane), volume.affine.copy()
     index = int(point[axis])
     affine[:3, 3] += index * affine[:3, axis]
-    array = volume.stored.take([index], axis=axis)
-    return reorient(replace(volume, stored=array, affine=affine), plane)
+    array = volume.voxels.take([index], axis=axis)
+    return reorient(replace(volume, voxels=array, affine=affine), plane)
 
 # %% ../../nbs/scans/planes.ipynb #c7fe3099
 def _place(view, volume, point):
@@ -51,7 +51,7 @@ def _rows(view):
     code = view.codes[1]
     return code + OPPOSITE[code]
 
-def _ticks(ax, view, volume, *, point, marks):
+def _ticks(ax, view, *, volume, point, marks):
     "A tick at two borders for each marked slice of the first array axis."
     width, height = ax.get_xlim()[1], ax.get_ylim()[0]
     below = volume.codes[0] in _rows(view)     # the slices lie one below the other
@@ -69,7 +69,7 @@ def _draw_slice(ax, view, limits):
     ax.imshow(view.array[0], cmap="gray", vmin=low, vmax=high, extent=(0, columns * width, rows * height, 0))
     ax.set(xticks=[], yticks=[])
 
-def _draw_plane(ax, volume, plane, *, point, marks, limits):
+def _draw_plane(ax, volume, *, plane, point, marks, limits):
     "One plane through `point` in millimetre proportions, with cross lines, letters and marks."
     view = _slice_through(volume, plane, point)
     _draw_slice(ax, view, limits)
@@ -79,7 +79,7 @@ def _draw_plane(ax, volume, plane, *, point, marks, limits):
     _letters(ax, plane)
     axis = _axis_across(volume, plane)
     title = f"{plane} slice {point[axis]} of {volume.shape[axis]}"
-    if axis != 0: _ticks(ax, view, volume, point=point, marks=marks)
+    if axis != 0: _ticks(ax, view, volume=volume, point=point, marks=marks)
     elif point[0] in marks: title += ", marked"
     ax.set_title(title, fontsize=10)
 
@@ -114,7 +114,7 @@ def three_planes(volume: Volume, point: Sequence[int] | None = None, marks: Sequ
     figure, axes = plt.subplots(1, 3, figsize=size, dpi=90, layout="constrained",
                                 width_ratios=[across, across, front])
     for ax, plane in zip(axes, PLANES):
-        _draw_plane(ax, volume, plane, point=point, marks=marks, limits=limits)
+        _draw_plane(ax, volume, plane=plane, point=point, marks=marks, limits=limits)
     figure.suptitle(_title(volume, limits), fontsize=11)
     plt.close(figure)              # it is shown as a value, and not a second time at the end of the cell
     return figure

@@ -51,7 +51,9 @@ BINS = 256      # a power of two, so that a value falls into its bin exactly
 def _counts(slabs):
     "How many values of arrays in [0, 1] fall into each of BINS bins."
     count = np.zeros(BINS, np.int64)
-    for x in slabs: count += np.bincount(np.minimum(x.ravel() * BINS, BINS - 1).astype(np.intp), minlength=BINS)
+    for x in slabs:
+        bins = np.minimum(x.ravel() * BINS, BINS - 1).astype(np.intp)
+        count += np.bincount(bins, minlength=BINS)
     return count
 
 def _split(count):
@@ -169,7 +171,8 @@ def _check_settings(preprocess):
         _refuse(f"no plane {plane!r}", f"Use acquired, {', '.join(PLANES)}.")
     _check_window(preprocess.window)
     if percentiles and not (_ascending(percentiles) and 0 <= percentiles[0] and percentiles[1] <= 100):
-        _refuse(f"percentiles {percentiles} are not (low, high)", "Give two of 0 to 100, such as (0.5, 99.5).")
+        _refuse(f"percentiles {percentiles} are not (low, high)",
+                "Give two of 0 to 100, such as (0.5, 99.5).")
 
 # %% ../../nbs/scans/prepare.ipynb #46d51879
 @dataclass(frozen=True, eq=False)
@@ -186,11 +189,11 @@ def _bounds(window):
 
 def _limits(volume, *, window, percentiles):
     "What becomes 0 and 1 in an oriented volume."
-    low, high = _extremes(volume.stored)
+    low, high = _extremes(volume.voxels)
     if volume.intensity == "HU":
         low, high = (np.float32(v) for v in np.clip((low, high), *_bounds(window)))
     elif percentiles and low < high:
-        inner = _percentiles(volume.stored, percentiles)
+        inner = _percentiles(volume.voxels, percentiles)
         if inner[0] < inner[1]: return inner
     return low, high
 
@@ -212,7 +215,7 @@ def _new_plan(preprocess, volume):
     "Orient, find what becomes 0 and 1, and the box."
     view = preprocess.orient(volume)
     limits = _limits(view, window=preprocess.window, percentiles=preprocess.percentiles)
-    box = _crop_box(view.stored, limits) if preprocess.crop else tuple(slice(0, n) for n in view.shape)
+    box = _crop_box(view.voxels, limits) if preprocess.crop else tuple(slice(0, n) for n in view.shape)
     return Plan(view, limits, box)
 
 # %% ../../nbs/scans/prepare.ipynb #64563340
@@ -229,7 +232,8 @@ class Preprocess:
 
     def __post_init__(self):
         for name in ("window", "percentiles"):
-            if isinstance(getattr(self, name), list): object.__setattr__(self, name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, list): object.__setattr__(self, name, tuple(value))
         _check_settings(self)
 
     @property
@@ -246,17 +250,18 @@ class Preprocess:
     def notes(self, volume: Volume) -> tuple:
         "What of the settings does not apply to this volume."
         if self.window is None or volume.intensity == "HU": return ()
-        return (f"the window {self.window} is in HU and was not applied: the intensity is {volume.intensity}",)
+        reason = f"the intensity is {volume.intensity}"
+        return (f"the window {self.window} is in HU and was not applied: {reason}",)
 
     def unit(self, volume: Volume) -> tuple[np.ndarray, tuple]:
         "The oriented, windowed volume in [0, 1] and the box (three slices) that the crop keeps of it."
         plan = _plan(self, volume)
-        return _stretch(plan.view.stored, *plan.limits), plan.box
+        return _stretch(plan.view.voxels, *plan.limits), plan.box
 
     def __call__(self, volume: Volume) -> Tensor:
         plan = _plan(self, volume)
         if plan.limits[0] == plan.limits[1]: warnings.warn(CONSTANT, stacklevel=2)
-        return _prepared(plan.view.stored[plan.box], self.shape, plan.limits).clamp_(0, 1)
+        return _prepared(plan.view.voxels[plan.box], self.shape, plan.limits).clamp_(0, 1)
 
     def describe(self, volume: Volume) -> dict:
         "What happens to this volume, ready for JSON: `preparation_record`."
@@ -310,7 +315,7 @@ def resample_mask(mask: Volume, preprocess: Preprocess, image: Volume | None = N
     """
     if preprocess.crop and image is None:
         raise MedVLM3DError("resample_mask", "the crop follows the image", "Give the image as well.")
-    oriented = preprocess.orient(mask).stored > 0
+    oriented = preprocess.orient(mask).voxels > 0
     box = _plan(preprocess, image).box if preprocess.crop else slice(None)
     x = torch.from_numpy(np.ascontiguousarray(oriented[box])).float()[None, None]
     if mode == "any": shrunk = F.adaptive_max_pool3d(x, preprocess.shape)

@@ -54,15 +54,17 @@ def _unpacked(path):
         yield path/inside if inside else path
         return
     with tempfile.TemporaryDirectory() as folder:
-        for name, member in members(path).items(): (Path(folder)/Path(name).name).write_bytes(member.read(path))
+        for name, member in members(path).items():
+            (Path(folder)/Path(name).name).write_bytes(member.read(path))
         yield Path(folder)/Path(inside).name
 
 def _canonical(volume, kind):
     "In the canonical orientation; a note where the slices of a file without positions look interleaved."
     if volume.assumed: return volume
-    volume = reorient(volume, acquired_plane(volume))
+    grid = volume.affine, volume.shape
+    volume = replace(reorient(volume, acquired_plane(volume)), stored=grid)
     if kind == "dicom": return volume
-    return replace(volume, warnings=(*volume.warnings, *slice_order(volume.stored)))
+    return replace(volume, warnings=(*volume.warnings, *slice_order(volume.voxels)))
 
 def _read_kind(path, kind, *, choices, options):
     "The `Volume` of a file; `choices` are the options that not every kind of file has."

@@ -53,7 +53,7 @@ def _best_pass(slices):
 
 # %% ../../nbs/scans/series.ipynb #5234db5d
 def _by_rank(slices):
-    "The volumes by the order of their image numbers at each place; the slices together where that says nothing."
+    "The volumes by the order of image numbers at each place; all slices together where that says nothing."
     stacks = defaultdict(list)
     for s in slices: stacks[_place(s)].append(s)
     counts = {len(stack) for stack in stacks.values()}
@@ -192,7 +192,8 @@ def _described(volume, names):
     "One volume of the list."
     s, (h, w) = volume[0], volume[0].shape
     words = [f"{s.modality}, {len(volume)} images of {h}×{w}", *_plane_word(s), *_size_words(volume)]
-    return ", ".join([*words, *_pass_words(volume, names), *([f"number {s.series[0]}"] if s.series[0] else [])])
+    number = [f"number {s.series[0]}"] if s.series[0] else []
+    return ", ".join([*words, *_pass_words(volume, names), *number])
 
 def listed(series: list[list[list[Slice]]]) -> str:
     "The volumes, each with its number."
@@ -282,7 +283,7 @@ def _off_grid(z):
     index = np.arange(len(z))
     return np.abs(z - np.polyval(np.polyfit(index, z, 1), index)).max()
 
-_OR_READ = "or read it with resample=True (--resample)."
+_READ = "read it with resample=True (--resample)"
 
 def spacing_fault(slices: Sequence[Slice]) -> tuple[str, str] | None:
     "(reason, remedy) why sorted slices are not evenly spaced; None where they are."
@@ -294,6 +295,6 @@ def spacing_fault(slices: Sequence[Slice]) -> tuple[str, str] | None:
     missing, place = _missing_slices(steps, steps.min())
     if missing:
         reason = f"misses slices: {missing} (steps of {steps.min():.4g} mm, a gap after slice {place})"
-        return reason, f"Export the series again in full, {_OR_READ}"
+        return reason, f"Export the series again in full, or {_READ}."
     reason = f"has uneven slices ({steps.min():.4g} to {steps.max():.4g} mm apart)"
-    return reason, f"Resample it to even spacing ({_OR_READ.removeprefix('or read it with ').rstrip('.')}), or choose another series."
+    return reason, f"Resample it to even spacing: {_READ}; or choose another series."

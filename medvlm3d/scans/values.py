@@ -152,7 +152,7 @@ def label(volume: Volume, what: Path | str, *, modality: str | None = None, inte
     stated = [s for s in (modality, intensity) if s]
     told = (f"{', '.join(stated)}: as told",) if stated else ()
     if intensity: guess, kind, notes = "unknown", check_intensity(intensity, what), ()
-    else: guess, kind, notes = _kind(volume.stored, dtype, modality)
+    else: guess, kind, notes = _kind(volume.voxels, dtype, modality)
     return replace(volume, modality=modality or _modality_of(intensity, guess), intensity=kind,
                    warnings=(*volume.warnings, *told, *notes))
 

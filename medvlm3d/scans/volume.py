@@ -57,7 +57,7 @@ def check_intensity(intensity: str, what: str) -> str:
 @dataclass(frozen=True, eq=False)
 class Volume:
     "A scan: voxels (D, H, W), and an `affine` (4, 4) from indices to RAS mm. It holds no patient data."
-    stored: np.ndarray            # float32, or integers of 8 or 16 bits, of the same values
+    voxels: np.ndarray            # float32, or integers of 8 or 16 bits, of the same values
     affine: np.ndarray
     modality: str = "unknown"     # CT, MR, PT or unknown
     plane: str = "axial"          # of a slice array[d]
@@ -65,14 +65,15 @@ class Volume:
     source_hash: str = ""         # SHA-256 of the file, or of the sorted hashes of a series
     warnings: tuple = ()          # what was repaired, guessed or assumed
     assumed: bool = False         # True: the file holds no geometry; the affine was assumed
+    stored: tuple = ()            # (affine, shape) of the file's own grid, where the array was turned from it
 
     @cached_property
     def array(self):
         "The voxels as float32, which takes twice the memory of a file of 16 bits."
-        return np.ascontiguousarray(self.stored, dtype=np.float32)
+        return np.ascontiguousarray(self.voxels, dtype=np.float32)
 
     @property
-    def shape(self): return self.stored.shape
+    def shape(self): return self.voxels.shape
     @property
     def spacing(self): return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
     @property
@@ -81,7 +82,7 @@ class Volume:
     def __repr__(self):
         size, step = "×".join(map(str, self.shape)), "×".join(f"{s:.3g}" for s in self.spacing)
         geometry = "assumed geometry" if self.assumed else f"{step} mm"
-        values = f"{self.intensity} {self.stored.min():.5g} to {self.stored.max():.5g}"
+        values = f"{self.intensity} {self.voxels.min():.5g} to {self.voxels.max():.5g}"
         return f"Volume({self.modality} {self.plane}, {size}, {geometry}, {values})"
 
 # %% ../../nbs/scans/01_volume.ipynb #194e08b6
@@ -209,10 +210,10 @@ def reorient(volume: Volume, plane: str) -> Volume:
     if plane not in PLANES: raise MedVLM3DError(plane, "is no plane", f"Use one of {', '.join(PLANES)}.")
     codes, target = volume.codes, PLANES[plane]
     order = [codes.index(t) if t in codes else codes.index(OPPOSITE[t]) for t in target]
-    array, affine = volume.stored.transpose(order), volume.affine[:, [*order, 3]]
+    array, affine = volume.voxels.transpose(order), volume.affine[:, [*order, 3]]
     for axis, letter in enumerate(target):
         if letter not in codes: array, affine = _flip(array, affine, axis)
-    return replace(volume, stored=array, affine=affine + 0.0, plane=plane)
+    return replace(volume, voxels=array, affine=affine + 0.0, plane=plane)
 
 # %% ../../nbs/scans/01_volume.ipynb #3fa49a8c
 AXIS_PLANE = dict(zip("SIAPRL", ("axial", "axial", "coronal", "coronal", "sagittal", "sagittal")))

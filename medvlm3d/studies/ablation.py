@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 from ..base.core import MedVLM3DError, pick_device, relative, sha256_json
+from ..base.values import read_yaml
 from ..data.m3d import load_m3d
 from ..data.samples import Sample
 from ..evaluation.metrics import offered, parse_choice
@@ -80,7 +80,7 @@ def read_rows(folder: Path | str) -> dict[str, Row]:
 
 # %% ../../nbs/studies/ablation.ipynb #166e7769
 def _read_row(path):
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = read_yaml(path.read_text(encoding="utf-8"), relative(path)) or {}
     return checked(Row, {"name": path.stem, **values})
 
 # %% ../../nbs/studies/ablation.ipynb #dd532fa4

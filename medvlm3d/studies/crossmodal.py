@@ -10,13 +10,13 @@ __all__ = ['MODALITY_WORDS', 'NEAR', 'MINOR', 'QUESTIONS', 'PLACES', 'Facts', 'b
 # %% ../../nbs/studies/crossmodal.ipynb #c3881e40
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..base.core import MedVLM3DError, relative
+from ..base.pool import parallel
 from ..data.corpora import AUTOPET, Study
 from ..data.samples import Sample
 from ..data.m3d import read_image
@@ -113,7 +113,7 @@ def collect_facts(studies: Sequence[Study], modalities: Sequence[str] = ("MR", "
     for number, study in enumerate(studies):
         kinds = [kind for kind in study.images if _modality(kind) in modalities]
         if kinds: jobs.append((study, kinds[number % len(kinds)]))
-    with ThreadPoolExecutor(workers) as pool: results = list(pool.map(_facts_or_reason, jobs))
+    results = list(parallel(_facts_or_reason, jobs, workers=workers, threads=True))
     facts = [r for r in results if isinstance(r, Facts)]
     refused = Counter(r for r in results if isinstance(r, str))
     return facts, dict(refused)

@@ -73,8 +73,8 @@ def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int,
     make_phantom(data, train, validation=validation, test=test, shape=shape, seed=seed, workers=workers,
                  progress=progress)
     truth = read_truth(data)
-    features = _encode(data, store, list(truth), encoder=encoder, shape=shape, rho=rho, selection=selection,
-                       progress=progress)
+    features = _encode(data, store, images=list(truth), encoder=encoder, shape=shape, rho=rho,
+                       selection=selection, progress=progress)
     facts = {"cases": {"train": train, "validation": validation, "test": test}, "volume": list(shape),
              "encoder": encoder, **_sizes(features, next(iter(truth))), "selection": f"{selection}, {rho} %",
              **coverage(features, truth), "seed": seed, "truth sha256": sha256_file(data/"truth.jsonl")}
@@ -82,7 +82,7 @@ def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int,
     return facts
 
 # %% ../../nbs/studies/demo.ipynb #003e14ac
-def _encode(data, store, images, *, encoder, shape, rho, selection, progress):
+def _encode(data, store, *, images, encoder, shape, rho, selection, progress):
     "The feature store of a phantom."
     device, preprocess = pick_device(), Preprocess(*shape, window=(-200, 400))
     network = load_encoder(encoder, size=shape[1], device=device, dtype=quick_dtype(device))
@@ -117,7 +117,8 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
     lora_targets, lora_dropout : matrices of the language model that get adapters, and their dropout
     seed, precision, save_every : as in `Plan`; steps between two checkpoints
     fields : further fields of the plan"""
-    model = _model_fields(FeatureStore(project_root()/store).spec, llm, channels, attention, residual)
+    spec = FeatureStore(project_root()/store).spec
+    model = _model_fields(spec, llm, channels=channels, attention=attention, residual=residual)
     lora = {"r": 16, "alpha": 32, "dropout": lora_dropout, "targets": list(lora_targets)}
     steps = dict(batch=batch, accumulation=accumulation, weight_decay=weight_decay, beta2=beta2)
     first = dict(stage=1, tasks=["report"], epochs=stage1_epochs, lr=stage1_lr, **steps)
@@ -128,7 +129,7 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
                     "save_every": save_every, **fields})
 
 # %% ../../nbs/studies/demo.ipynb #85425b40
-def _model_fields(spec, llm, channels, attention, residual):
+def _model_fields(spec, llm, *, channels, attention, residual):
     "Fields of the model's config that fit a feature store."
     network = load_encoder(spec["encoder"], size=spec["preprocess"]["height"])
     config = demo_config(llm, channels, encoder=spec["encoder"], encoder_channels=network.channels,
@@ -250,7 +251,7 @@ def answer_all(folder: Path, asked: Sequence[Sample], *, training: Sequence[Samp
         mean = Constant(store, list(by_image(training)))
         systems["blind"] = predictions_of(folder, "blind", model=load(twin), samples=asked, store=mean,
                                           **options)
-    return systems | _without_model(folder, asked, training, store=store, lines=systems["model"])
+    return systems | _without_model(folder, asked, training=training, store=store, lines=systems["model"])
 
 # %% ../../nbs/studies/demo.ipynb #260b820f
 def _variants(asked, store, seed):
@@ -267,7 +268,7 @@ def _variants(asked, store, seed):
 def _closed(samples): return [sample for sample in samples if sample.task == "closed"]
 
 # %% ../../nbs/studies/demo.ipynb #659e057a
-def _without_model(folder, asked, training, *, store, lines):
+def _without_model(folder, asked, *, training, store, lines):
     "The lines of the nearest training case and of the best constant, as files of predictions."
     near = neighbours(store, list(by_image(asked)), list(by_image(training)))
     systems = {"nearest caption": nearest_lines(asked, training, near),
@@ -343,7 +344,7 @@ def evaluate(out: Path | str, data: Path | str, *, store: Path | str, split: str
     run = RunFolder(folder)
     run.note(status="running", seed=seed, split=split)
     options = {"batch_size": batch_size, "progress": progress}
-    systems, again, facts = _answers(folder, data, features, split=split, seed=seed, **options)
+    systems, again, facts = _answers(folder, data, features=features, split=split, seed=seed, **options)
     results = score(systems, again, truth=read_truth(data), facts=facts, seed=seed, n=resamples)
     write_json(folder/"results.json", results)
     write_json(folder/"cost.json", cost_of(folder, systems["model"]))
@@ -356,7 +357,7 @@ def _weights(folder):
     return {path.stem: read_json(path)["weights"] for path in sorted((folder/"predictions").glob("*.json"))}
 
 # %% ../../nbs/studies/demo.ipynb #d69471ee
-def _answers(folder, data, features, *, split, seed, **options):
+def _answers(folder, data, *, features, split, seed, **options):
     "(system → lines, seed → lines of further trainings, facts for `results.json`)."
     samples, trained = load_samples(data), trained_by(folder)
     asked = [sample for sample in samples if sample.split == split]

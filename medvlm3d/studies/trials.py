@@ -6,20 +6,17 @@
 __all__ = ['BENCH', 'images_of', 'asked_in_order', 'Bench', 'Trial', 'run_trial', 'begin', 'run_here', 'each_done', 'run_trials']
 
 # %% ../../nbs/studies/trials.ipynb #381aab1c
-import os, pickle
+import pickle
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
-from multiprocessing import get_context, parent_process
+from functools import cached_property, partial
 from pathlib import Path
-from threading import Thread
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..base.core import read_json, write_json
+from ..base.pool import parallel
 from ..data.samples import Sample
 from ..evaluation.answering import one_thread
 from ..evaluation.metrics import parse_choice
@@ -97,29 +94,27 @@ def _inputs(bench, trial, images):
 BENCH = []       # of this process
 
 def begin(bench: bytes) -> None:
-    "First step of a process that runs trials: keep the pickled bench, use one thread, end with the parent."
+    "First step of a process that runs trials: keep the pickled bench, and use one thread."
     BENCH.append(pickle.loads(bench))
     torch.set_num_threads(1)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-def _end_with_parent():
-    parent_process().join()
-    os._exit(1)
 
 def run_here(trial: Trial) -> None:
     "Run a trial on the bench of this process."
     run_trial(BENCH[0], trial)
 
 # %% ../../nbs/studies/trials.ipynb #ba63226d
-def each_done(bench: Bench, trials: Sequence[Trial], workers: int) -> Iterator:
-    "Run `trials`, `workers` at a time, and yield as they are done; the first error stops what has not begun."
-    if workers > 1:
-        content = (pickle.dumps(bench),)
-        with ProcessPoolExecutor(workers, get_context("spawn"), begin, content) as pool:
-            yield from pool.map(run_here, trials)
+def each_done(bench: Bench, trials: Sequence[Trial], *, workers: int, **bar) -> Iterator:
+    """Run `trials`, `workers` at a time, and yield in order; the first error stops what has not begun.
+
+    `bar` holds the `progress` and the `label` of a bar."""
+    bar |= dict(name=_trial_name, unit="run")
+    if workers > 1 and len(trials) > 1:
+        here = dict(spawn=True, begin=begin, arguments=(pickle.dumps(bench),))
+        yield from parallel(run_here, trials, workers=workers, **here, **bar)
     else:
-        with one_thread():
-            for trial in trials: yield run_trial(bench, trial)
+        with one_thread(): yield from parallel(partial(run_trial, bench), trials, **bar)
+
+def _trial_name(trial): return f"trial {trial.path.stem}"
 
 # %% ../../nbs/studies/trials.ipynb #f60abc19
 def run_trials(bench: Bench, trials: Sequence[Trial], *, workers: int = 2, progress: bool = True,
@@ -133,6 +128,5 @@ def run_trials(bench: Bench, trials: Sequence[Trial], *, workers: int = 2, progr
     workers : processes side by side
     progress, name : whether a bar is shown, and under which name"""
     todo = [trial for trial in trials if trial.record is None]
-    done = each_done(bench, todo, min(workers, len(todo)))
-    for _ in tqdm(done, desc=name, total=len(todo), unit="run", disable=not progress or not todo): pass
+    for _ in each_done(bench, todo, workers=workers, progress=progress and bool(todo), label=name): pass
     return [trial.record for trial in trials]

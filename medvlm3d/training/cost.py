@@ -359,7 +359,8 @@ def measured_steps(config: MedVLM3DConfig, stage: Stage, *, steps: int = 5, batc
     model = drawn_model(config, device, dtype).set_stage(stage.stage).train()
     if checkpointing: _recompute_blocks(model)
     inputs = drawn_batch(config, stage, words=words, batch=batch, device=device)
-    losses, seconds = _timed_steps(model, stage, inputs, warm + steps, bf16=dtype == torch.bfloat16)
+    losses, seconds = _timed_steps(model, stage, inputs=inputs, steps=warm + steps,
+                                   bf16=dtype == torch.bfloat16)
     pace = pace_of(model, seconds[warm:], shape=inputs["input_ids"].shape, rate=rate,
                    checkpointing=checkpointing)
     return {"stage": stage.stage, "batch": batch, "steps": steps, "losses": losses, **pace}
@@ -376,7 +377,7 @@ def _recompute_blocks(model):
     enable({"use_reentrant": False})
 
 # %% ../../nbs/training/cost.ipynb #c5fd25ab
-def _timed_steps(model, stage, inputs, steps, *, bf16):
+def _timed_steps(model, stage, *, inputs, steps, bf16):
     "(losses, seconds) of `steps` steps with AdamW."
     optimiser, losses, seconds = _adamw(model, stage), [], []
     for _ in range(steps):

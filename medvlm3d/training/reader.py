@@ -258,10 +258,10 @@ def drawn_prefix(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, c
     prefix = text_prefix(llm, words, slots=slots, rng=rng, noise=noise)
     if not votes: return prefix
     weights = np.stack([say_votes(tokenizer, case, slots=slots, rng=rng) for case in cases])
-    return _with_votes(llm, prefix, weights, votes, rng)
+    return _with_votes(llm, prefix, weights=weights, share=votes, rng=rng)
 
 # %% ../../nbs/training/reader.ipynb #b3e2f6b9
-def _with_votes(llm, prefix, weights, share, rng):
+def _with_votes(llm, prefix, *, weights, share, rng):
     "The prefix with votes in place of words in a share of the cases, and a hum."
     voted = votes_prefix(llm, weights, rng)
     is_vote = torch.from_numpy(rng.random((len(prefix), 1, 1)) < share)
@@ -407,7 +407,7 @@ def reader_run(out: Path | str, steps: int, *, votes: int, batch: int, lr: float
     with open_run(out, config, seed=seed, data="text of phantoms, drawn as needed") as run:
         tokenizer = reader_tokenizer()
         llm = make_reader(tokenizer, hidden, layers=layers, heads=heads, seed=seed)
-        _two_courses(run, llm, tokenizer, steps=steps, votes=votes, batch=batch, lr=lr, slots=slots,
+        _two_courses(run, llm, tokenizer=tokenizer, steps=steps, votes=votes, batch=batch, lr=lr, slots=slots,
                      seed=seed)
         cases = sample_cases(held_out, seed=seed + 5, first=950_000)
         scores = gate(reading_score(llm, tokenizer, cases=cases, slots=slots), least)
@@ -422,7 +422,7 @@ def _save_reader(run, llm, tokenizer, scores):
     write_json(run/"results.json", results)
 
 # %% ../../nbs/training/reader.ipynb #86ad2ba8
-def _two_courses(run, llm, tokenizer, *, steps, votes, lr, seed, **options):
+def _two_courses(run, llm, *, tokenizer, steps, votes, lr, seed, **options):
     "Train on words and, with `votes` steps, on words and votes; each step is logged."
     def _log(stage, offset):
         return lambda step, loss, lr: run.log(stage=stage, step=offset + step, loss=loss, lr=lr)
