@@ -116,8 +116,8 @@ _OF_SYSTEMS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
 def is_leftover(name: str) -> bool:
     "Whether a path inside a folder or zip names what macOS or Windows left there."
-    *folders, last = PurePosixPath(name.replace("\\", "/")).parts or ("",)
-    return last.startswith("._") or last.lower() in _OF_SYSTEMS or "__MACOSX" in folders
+    parts = PurePosixPath(name.replace("\\", "/")).parts or ("",)
+    return parts[-1].startswith("._") or parts[-1].lower() in _OF_SYSTEMS or "__MACOSX" in parts
 
 def without_leftovers(paths: Iterable[Path]) -> list[Path]:
     "The paths, sorted, without what macOS and Windows leave in folders."
