@@ -19,7 +19,7 @@ import numpy as np
 from ..base.core import MedVLM3DError, relative
 from .m3d import is_series, report_text
 from .samples import PLANE_NAMES, Problem, Sample, path_problem, read_text, settle, text_problem
-from ..scans.dicom import read_headers
+from ..scans.headers import read_headers
 from ..scans.guard import members, without_leftovers
 from ..scans.arrays import PICTURES
 from ..scans.kinds import begins_as_dicom
