@@ -238,11 +238,22 @@ def _stop_at_pixels():
         return tag in (0x7FE00010, 0x7FE00008, 0x7FE00009)
     return stop
 
+def _first_groups(data: bytes) -> None:
+    "Refuse more elements of groups 0 and 2, which pydicom reads without asking `stop`, than any file has."
+    at = 132 if data[128:132] == b"DICM" else 0
+    for _ in range(200):
+        if data[at:at + 2] not in (b"\0\0", b"\2\0") or at >= len(data): return
+        if data[at + 4:at + 6] in (b"OB", b"UN"): at += 12 + int.from_bytes(data[at + 8:at + 12], "little")
+        elif data[at:at + 2] == b"\0\0": at += 8 + int.from_bytes(data[at + 4:at + 8], "little")
+        else: at += 8 + int.from_bytes(data[at + 6:at + 8], "little")
+    raise ValueError("more elements than any image")
+
 def data_set(data: bytes, stop: Callable | None = None):
     "The pydicom data set of a file's bytes, also without a preamble; `stop` as for pydicom."
     from pydicom.dataset import FileMetaDataset
     from pydicom.filereader import read_partial
     from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    _first_groups(data)
     bare = data[128:132] != b"DICM"
     ds = read_partial(BytesIO(data), stop, force=bare)
     if "TransferSyntaxUID" not in ds.file_meta:
