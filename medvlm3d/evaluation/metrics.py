@@ -244,7 +244,7 @@ def _fetched_punkt():
 
 @lru_cache(1)
 def load_punkt() -> tuple:
-    "A sentence splitter and its name: NLTK's trained English model (its own or fetched), or the untrained one."
+    "A sentence splitter and its name: NLTK's trained model of English (its own or fetched), or untrained."
     import nltk
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
     try: nltk.data.find("tokenizers/punkt_tab/english/")
@@ -392,9 +392,10 @@ class BERTScore:
     def _encode(self, pieces):
         "Embeddings (W, C) of each list of ids in `pieces`, one batch."
         first, last = self.ends
-        batch = self.tokenizer.pad({"input_ids": [[first, *ids, last] for ids in pieces]}, return_tensors="pt")
+        ids = [[first, *piece, last] for piece in pieces]
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
         hidden = self.model(**batch.to(self.model.device)).last_hidden_state.float()
-        return [h[:len(ids) + 2] for h, ids in zip(hidden, pieces)]
+        return [h[:len(piece) + 2] for h, piece in zip(hidden, pieces)]
 
     def _windows(self, texts):
         "(text, start, ids) of every window of `texts`."
@@ -436,7 +437,8 @@ def _bleu4_row(prediction, reference, scheme):
     grams = [(_ngrams(hyp, n), _ngrams(ref, n)) for n in (1, 2, 3, 4)]
     return [len(hyp), len(ref), *(common(a, b) for a, b in grams), *(len(a) for a, _ in grams)]
 
-def bleu4_statistics(predictions: Sequence[str], references: Sequence[str], scheme: str = "13a") -> np.ndarray:
+def bleu4_statistics(predictions: Sequence[str], references: Sequence[str],
+                     scheme: str = "13a") -> np.ndarray:
     "Sums (N, 10) behind BLEU-4: predicted length, reference length, four counts of matches, four of n-grams."
     rows = [_bleu4_row(*pair, scheme) for pair in zip(predictions, references, strict=True)]
     return np.array(rows, float).reshape(-1, 10)
@@ -479,6 +481,7 @@ def text_scores(predictions: Sequence[str], references: Sequence[str], meteor: C
     pairs, scheme = list(zip(predictions, references, strict=True)), scheme_of(references)
     metrics = {"BLEU-1": bleu1, "ROUGE-1": rouge1, "ROUGE-L": rouge_l}
     if meteor: metrics[meteor.name] = meteor
-    scores = {in_scheme(name, scheme): _pair_scores(pairs, metric, scheme) for name, metric in metrics.items()}
+    scores = {in_scheme(name, scheme): _pair_scores(pairs, metric, scheme)
+              for name, metric in metrics.items()}
     if bertscore: scores[bertscore.name] = np.asarray(bertscore(list(predictions), list(references)), float)
     return scores

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from importlib import import_module
 
-# %% ../../nbs/evaluation/wording.ipynb #66a5d2b1
+# %% ../../nbs/evaluation/wording.ipynb #d349aac6
 SCHEMES = ("13a", "intl", "zh", "char")
 HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 NO_BLANKS = re.compile(r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")
@@ -20,8 +20,8 @@ def scheme_of(references: Iterable[str]) -> str:
     "The scheme of `SCHEMES` for a corpus, from its reference texts."
     text = " ".join(references)
     letters = sum(map(str.isalpha, text))
-    if len(NO_BLANKS.findall(text)) * 20 > letters: return "char"
-    if len(HAN.findall(text)) * 20 > letters: return "zh"
+    if len(NO_BLANKS.findall(text)) * 10 > letters: return "char"
+    if len(HAN.findall(text)) * 5 > letters: return "zh"
     foreign = sum(c.isalpha() and not c.isascii() for c in text)
     return "intl" if foreign * 200 > letters else "13a"
 
