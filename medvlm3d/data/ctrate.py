@@ -11,14 +11,15 @@ __all__ = ['SOURCE', 'LICENCE', 'RELEASES', 'NAME', 'SECTIONS', 'NUMBER', 'AIR',
 # %% ../../nbs/data/ctrate.ipynb #a865eb60
 import csv, hashlib, re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from ..base.core import MedVLM3DError, relative
+from ..base.pool import parallel
 from .samples import Problem, Sample, path_problem
 
 # %% ../../nbs/data/ctrate.ipynb #76e47517
@@ -249,7 +250,7 @@ ASIDE = "Take the volume from `train_fixed` or `valid_fixed`, or correct its row
 def _found(root, volumes, workers):
     "`Found` of each volume, in order of name; `workers` threads read."
     look = partial(look_at, root=Path(root), metadata=read_metadata(root))
-    with ThreadPoolExecutor(workers) as pool: yield from pool.map(look, volumes.items())
+    yield from parallel(look, volumes.items(), workers=workers, threads=True, name=itemgetter(0))
 
 def scan_ctrate(root: Path | str, problems: list, *, labels: bool = False, validation: float = 2.,
                 workers: int = 2, done: list | None = None) -> Iterator[Sample]:

@@ -276,7 +276,7 @@ Questions = Annotated[Path, typer.Argument(help="The file or folder of questions
 Volumes = Annotated[Path, typer.Argument(help="The folder of the volumes, with its manifest.")]
 Name = Annotated[Optional[Path], _option("The manifest to write, in the folder of the volumes.", "--out")]
 
-def _join(scan, questions, root, *, out, rejects, name):
+def _join(scan, questions, *, root, out, rejects, name):
     "List what `scan` (a function of data/questions) finds about the volumes below `root`."
     from medvlm3d.data.questions import known_volumes
     problems = []
@@ -289,14 +289,14 @@ def _join(scan, questions, root, *, out, rejects, name):
 def llava(questions: Questions, root: Volumes, out: Name = None, rejects: Rejects = None):
     "List conversations in LLaVA's JSON (CT-CHAT's among them) about volumes that are listed."
     from medvlm3d.data.questions import scan_llava
-    _join(scan_llava, questions, root, out=out, rejects=rejects, name="llava.jsonl")
+    _join(scan_llava, questions, root=root, out=out, rejects=rejects, name="llava.jsonl")
 
 @data_app.command()
 def threedrad(questions: Questions, root: Volumes, out: Name = None, rejects: Rejects = None):
     "List 3D-RAD's six tasks (one CSV a subtask) about volumes of CT-RATE that are listed."
     from medvlm3d.data.questions import RAD_LICENCE, scan_3drad
     licence_first("3D-RAD", RAD_LICENCE)
-    _join(scan_3drad, questions, root, out=out, rejects=rejects, name="threedrad.jsonl")
+    _join(scan_3drad, questions, root=root, out=out, rejects=rejects, name="threedrad.jsonl")
 
 # %% ../../nbs/front/data.ipynb #93d59cd3
 @data_app.command()
