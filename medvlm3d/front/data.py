@@ -246,12 +246,9 @@ def say_counts(values: list) -> None:
 # %% ../../nbs/front/data.ipynb #cd17e47c
 def write_values(path: Path, found: list) -> None:
     "For each file, what was done with its numbers and its grid (a CSV)."
-    import csv
-    from medvlm3d.base.core import atomic_path
-    with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(["VolumeName", "image", "done", "reason"])
-        writer.writerows([one.name, one.image, one.done, one.why] for one in found)
+    from medvlm3d.base.table import write_csv
+    rows = [(one.name, one.image, one.done, one.why) for one in found]
+    write_csv(path, [("VolumeName", "image", "done", "reason"), *rows])
 
 @data_app.command()
 def ctrate(root: Root, out: Listing = None, *, rejects: Rejects = None, labels: Labels = False,
