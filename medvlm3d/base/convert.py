@@ -35,16 +35,27 @@ def dinov2_state(graph) -> dict:
     "State dict (NumPy, names of the published DINOv2 checkpoints) of the backbone in an ONNX graph."
     import numpy as np
     to_array = optional("onnx.numpy_helper").to_array
-    constants = {i.name: to_array(i) for i in graph.initializer}
-    state = {n.removeprefix("backbone."): a for n, a in constants.items() if n.startswith("backbone.")}
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in constants:
-            state[_initializer_name(node)] = constants[node.input[1]].T
-    positions = [a for n, a in constants.items() if n.startswith("onnx::") and a.ndim == 3]
-    positions.sort(key=lambda a: a.shape[1])                            # the class token, then the patches
-    state["embeddings.position_embeddings"] = np.concatenate(positions, 1)
+    constants = {initializer.name: to_array(initializer) for initializer in graph.initializer}
+    state = _named_weights(constants) | _matrices(graph, constants)
+    state["embeddings.position_embeddings"] = np.concatenate(_positions(constants), 1)
     state["embeddings.mask_token"] = np.zeros((1, 384), np.float32)     # only for training
     return state
+
+# %% ../../nbs/base/convert.ipynb #b96d04c9
+def _named_weights(constants):
+    "The weights of the backbone that have names."
+    prefix = "backbone."
+    return {name.removeprefix(prefix): array for name, array in constants.items() if name.startswith(prefix)}
+
+def _matrices(graph, constants):
+    "The matrices, transposed as PyTorch keeps them, by the names of their nodes."
+    nodes = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in constants]
+    return {_initializer_name(node): constants[node.input[1]].T for node in nodes}
+
+def _positions(constants):
+    "The embeddings of positions: of the class token, then of the patches."
+    arrays = [array for name, array in constants.items() if name.startswith("onnx::") and array.ndim == 3]
+    return sorted(arrays, key=lambda array: array.shape[1])
 
 # %% ../../nbs/base/convert.ipynb #1528d8d7
 DINOV2_S = {
@@ -92,24 +103,27 @@ def llama_state(reader, heads: int, kv_heads: int) -> dict:
     import torch
     dequantize = optional("gguf.quants").dequantize
     state = {}
-    for t in tqdm(reader.tensors, desc="dequantise", disable=None):
-        weight = dequantize(t.data, t.tensor_type)
-        if ".attn_q." in t.name: weight = unpermute(weight, heads)
-        if ".attn_k." in t.name: weight = unpermute(weight, kv_heads)
-        state[llama_name(t.name)] = torch.from_numpy(weight.copy()).bfloat16()
+    heads_of = {"attn_q": heads, "attn_k": kv_heads}
+    for tensor in tqdm(reader.tensors, desc="dequantise", disable=None):
+        weight = dequantize(tensor.data, tensor.tensor_type)
+        part = tensor.name.split(".")[-2]
+        if part in heads_of: weight = unpermute(weight, heads_of[part])
+        state[llama_name(tensor.name)] = torch.from_numpy(weight.copy()).bfloat16()
     return state
 
 # %% ../../nbs/base/convert.ipynb #bac84bcc
 def gguf_tokenizer(tokens: list[str], kinds: list[int], merges: list[str]):
     "The `tokenizers.Tokenizer` of a GGUF vocabulary of type gpt2/smollm; `kinds` 3 is special."
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    vocabulary = {t: i for i, t in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[tuple(m.split(" ")) for m in merges]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    special = [token for token, kind in zip(tokens, kinds) if kind == 3]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    single_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, single_bytes])
     tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, kinds) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return tokenizer
 
 # %% ../../nbs/base/convert.ipynb #ece7b2ef
@@ -140,10 +154,11 @@ def convert_smollm2(raw: Path, result: Path) -> None:
     reader = optional("gguf").GGUFReader(next(raw.glob("*.gguf")))
     def field(name): return reader.fields[name].contents()
     heads, kv_heads = field("llama.attention.head_count"), field("llama.attention.head_count_kv")
+    state = llama_state(reader, heads, kv_heads)
+    config = {**SMOLLM2, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **SMOLLM2_MORE}
     result.mkdir(parents=True)
-    save_file(llama_state(reader, heads, kv_heads), result/"model.safetensors", metadata={"format": "pt"})
-    counts = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    write_json(result/"config.json", {**SMOLLM2, **counts, **SMOLLM2_MORE})
+    save_file(state, result/"model.safetensors", metadata={"format": "pt"})
+    write_json(result/"config.json", config)
     write_json(result/"generation_config.json", IDS)
     _write_tokenizer(field, result)
 
