@@ -362,6 +362,23 @@ def note_targets(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVL
 def _print_cut(cut, total, tokens):
     print(f"{cut} of {total} targets are longer than the context leaves room for: {tokens} tokens are cut")
 
+# %% ../../nbs/training/stages.ipynb #e8514cde
+def _first_model(run, plan, *, corpus, store, allow_changes):
+    "The model before the first step, once its base, its words and its lengths have been found to fit."
+    samples = training_part(plan, corpus)
+    model = first_model(plan, store, list(by_image(samples)))
+    Ranks.here().lead(lambda: _check_base(run, plan, model, allow_changes))
+    note_words(run, plan, corpus, model)
+    note_targets(run, plan, samples, model)
+    held_out = _used(plan, validation_part(plan, corpus))
+    measure_targets(held_out, model.config, model.processor.tokenizer, plan.policy)
+    return model
+
+def _aside(plan, corpus, data):
+    "The volumes of the validation split, read as those of `data`; None if they are not looked at."
+    samples = validation_part(plan, corpus)
+    return data.held_out(samples) if samples else None
+
 # %% ../../nbs/training/stages.ipynb #d6f7d213
 def run_stages(run: RunFolder, plan: Plan, *, corpus: list[Sample], store: FeatureStore, progress: bool,
                signals: dict, allow_changes: bool = False) -> dict[str, list[dict]]:
@@ -376,18 +393,13 @@ def run_stages(run: RunFolder, plan: Plan, *, corpus: list[Sample], store: Featu
     allow_changes : continue although the language model is another one than at the run's start
     """
     ranks, trained, samples = Ranks.here(), {}, training_part(plan, corpus)
-    model = first_model(plan, store, list(by_image(samples)))
-    ranks.lead(lambda: _check_base(run, plan, model, allow_changes))
-    note_words(run, plan, corpus, model)
-    note_targets(run, plan, samples, model)
-    aside = validation_part(plan, corpus)
-    measure_targets(_used(plan, aside), model.config, model.processor.tokenizer, plan.policy)
+    model = _first_model(run, plan, corpus=corpus, store=store, allow_changes=allow_changes)
     for stage in plan.stages:
         saved = run/f"stage-{stage.stage}"
         if not ranks.lead(lambda: (saved/"trained.json").exists()):
             data = stage_data(plan, stage, samples=samples, store=store, model=model)
             table = train_stage(run, plan, stage=stage, model=model, data=data, progress=progress,
-                                signals=signals, held_out=data.held_out(aside) if aside else None)
+                                signals=signals, held_out=_aside(plan, corpus, data))
             ranks.lead(lambda: finish_stage(run, plan, stage, table))
         trained[f"stage {stage.stage}"] = read_json(saved/"trained.json")
         model = _load(plan, saved)
