@@ -25,7 +25,8 @@ from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.evaluation.prediction import predict_items
 from medvlm3d.training.reader import make_reader, reader_tokenizer
 from medvlm3d.method.tokens import prompt_ids, target_ids
-from medvlm3d.training.stages import PackedVolumes, measure_targets, train, train_stage
+from medvlm3d.training.stages import PackedVolumes, train, train_stage
+from medvlm3d.training.words import measure_targets
 from medvlm3d.training.plan import Plan, initial_model
 from medvlm3d.training.launch import launch
 from medvlm3d.scans.prepare import Preprocess
