@@ -12,11 +12,11 @@ from conftest import ROOT
 from IPython.display import Markdown
 
 from medvlm3d.base.core import read_json, sha256_file
+from medvlm3d.base.table import Table, write_table
 from medvlm3d.studies.crossmodal_study import accuracy_table, difference_table, agreement_table, source_table
 from medvlm3d.studies.data import audit_table, balance_table, scale_table, speed_table
 from medvlm3d.studies.efficiency import COLUMNS, Finding, goal_rows
 from medvlm3d.data.ties import write_audit
-from medvlm3d.report.tables import Table, write_table
 from medvlm3d.studies.stress import stress_note, stress_rows
 from medvlm3d.report.study_tables import render
 from medvlm3d.studies.sweep import ablation_tables

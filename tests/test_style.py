@@ -93,3 +93,10 @@ def test_there_is_one_way_to_a_pool():
     for path, tree in TREES.items():
         names = {alias.name for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
         assert not names & {"ProcessPoolExecutor", "ThreadPoolExecutor", "multiprocessing"} or place(path) == "base/pool", place(path)
+
+
+def test_there_is_one_table_writer():
+    "Escapes for terminals, pages and spreadsheets stand in one place; readers of CSV are free."
+    for path, tree in TREES.items():
+        used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Attribute, ast.ImportFrom))}
+        assert not used & {"csv.writer", "csv.DictWriter", "from html import escape"} or place(path) == "base/table", place(path)

@@ -117,7 +117,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 # %% ../../nbs/base/core.ipynb #7f1eb627
 PACKAGES = (
-    "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "nibabel", "pandas", "scipy")
+    "torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "nibabel", "scipy")
 
 def versions() -> dict[str, str | None]:
     "Versions of Python, this library and the packages that decide a result."

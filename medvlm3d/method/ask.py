@@ -9,12 +9,12 @@ __all__ = ['Answer', 'Saying', 'Packing', 'Scoring', 'Options', 'Answering', 'Tr
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 import torch
 from torch import Tensor
 
 from ..base.core import MedVLM3DError
+from ..base.table import html_rows, markdown_rows, text_rows
 from .language import Scan
 from .packing import collate, pack_examples, padding_id
 from .selected_features import run_stage
@@ -169,22 +169,11 @@ class _Table:
 
     def markdown(self, times: bool = True) -> str:
         "The table in Markdown."
-        lines = []
-        for row in self.table(times):
-            safe = [value.replace("|", "\\|").replace("\n", " ") for value in row]
-            lines.append("| " + " | ".join(safe) + " |")
-        return "\n".join([lines[0], "|" + "---|" * (5 if times else 4), *lines[1:]])
+        return markdown_rows(self.table(times))
 
-    def __str__(self):
-        widths = [max(map(len, column)) for column in zip(*self.table())]
-        lines = ["  ".join(map(str.ljust, row, widths)) for row in self.table()]
-        return "\n".join(line.rstrip() for line in lines)
-
+    def __str__(self): return text_rows(self.table())
     def _repr_markdown_(self): return self.markdown()
-
-    def _repr_html_(self):
-        rows = ["".join(f"<td>{escape(value)}</td>" for value in row) for row in self.table()]
-        return "<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>"
+    def _repr_html_(self): return f"<table>{html_rows(self.table())}</table>"
 
 # %% ../../nbs/method/ask.ipynb #f2fc1dd6
 @dataclass

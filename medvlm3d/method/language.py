@@ -38,7 +38,7 @@ def widen_emulated(model: nn.Module, device: str | torch.device = "cpu") -> nn.M
 
 # %% ../../nbs/method/language.ipynb #bceda0d9
 def _locate(name):
-    "The folder of an embedded model (fetched when needed), a folder here or below the project, else the hub id."
+    "The folder of an embedded model (fetched if need be), one here or below the project, else the hub id."
     from medvlm3d.base.fetch import ASSETS, fetch
     if name in ASSETS: return str(fetch(name))
     below = project_root()/name
@@ -70,7 +70,7 @@ MARKS = "QUESTION", "REPLY"
 def chat_of(tokenizer) -> dict | None:
     """`head`, `tail` and `end` of a tokenizer's chat template (see `set_chat`); None if it has none.
 
-    `head` stands before a question, `tail` between it and the reply, and `end` is the token behind the reply."""
+    `head` stands before a question, `tail` between it and the reply, `end` is the token behind the reply."""
     if not tokenizer.chat_template: return None
     question, reply = MARKS
     asked, answered = _rendered(tokenizer, question, reply)
@@ -82,7 +82,7 @@ def chat_of(tokenizer) -> dict | None:
 
 # %% ../../nbs/method/language.ipynb #741315de
 def _rendered(tokenizer, question, reply):
-    "A question with the invitation to reply, and a question with its reply, as the chat template writes them."
+    "A question with the invitation to reply, and one with its reply, as the chat template writes them."
     asked = [{"role": "user", "content": question}]
     answered = [*asked, {"role": "assistant", "content": reply}]
     options = dict(tokenize=False, enable_thinking=False)

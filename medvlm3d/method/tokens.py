@@ -141,7 +141,7 @@ def continuation_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list:
 
 # %% ../../nbs/method/06_tokens.ipynb #65d56681
 def set_chat(tokenizer: "PreTrainedTokenizerBase", chat: dict | None) -> None:
-    "Have `tokenizer` (changed in place) write prompts between the texts `head` and `tail`, and `end` answers."
+    "Have `tokenizer` (changed in place) write prompts between `head` and `tail`, and `end` behind answers."
     tokenizer.chat_frame = chat
     if chat: tokenizer.eos_token = chat["end"]
 

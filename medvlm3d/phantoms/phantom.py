@@ -8,7 +8,7 @@ __all__ = ['LESION_HU', 'REPORTS', 'TYPES', 'ASKED', 'COLUMNS', 'SPLIT_FILES', '
            'draw_letters', 'write_questions', 'write_corpus', 'numbered', 'make_phantom', 'read_truth', 'read_masks']
 
 # %% ../../nbs/phantoms/phantom.ipynb #92472ca6
-import csv, json
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from scipy.ndimage import gaussian_filter
 
 from ..base.core import MedVLM3DError, atomic_path, read_json, relative, write_json, write_text
 from ..base.pool import parallel
+from ..base.table import write_csv
 from .anatomy import ANATOMY, FAT, KINDS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, TISSUES
 from .anatomy import Case, Scene, draw_balanced, draw_scene, sample_cases
 
@@ -240,7 +241,7 @@ def write_questions(root: Path | str, cases: Sequence[Case], *, rows: Sequence[d
     """
     for split, stem in SPLIT_FILES.items():
         chosen = [(case, row) for case, row in zip(cases, rows) if row["split"] == split]
-        _write_table(Path(root)/f"M3D_VQA_{stem}.csv", [COLUMNS, *_question_lines(chosen, seed, asked)])
+        write_csv(Path(root)/f"M3D_VQA_{stem}.csv", [COLUMNS, *_question_lines(chosen, seed, asked)])
 
 # %% ../../nbs/phantoms/phantom.ipynb #c45aa492
 def _question_lines(chosen, seed, asked):
@@ -252,10 +253,6 @@ def _question_line(row, q):
     "A line of M3D's table of questions."
     return [row["image"], row["text"], q["number"], q["question"], *q["choices"], q["answer"], q["letter"]]
 
-def _write_table(path, lines):
-    "Write lines to a CSV file, atomically."
-    with atomic_path(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows(lines)
 
 # %% ../../nbs/phantoms/phantom.ipynb #44c5caf8
 def _write_items(root, items, *, workers, progress):

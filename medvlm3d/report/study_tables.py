@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_text
+from ..base.table import Table, write_table
 from ..evaluation.scores import TYPE_ORDER, interval_text
 from .figures import reliability_figure, save_figure
 from ..training.launch import loss_figure
-from .tables import (
-    RESEARCH, AnyRun, Table, accuracy_figure, cell_text, comparison_table, examples_table, report_table,
-    results_of, system_label, vqa_table, write_table)
+from .tables import (RESEARCH, AnyRun, accuracy_figure, cell_text,
+                                    comparison_table, examples_table, report_table, results_of,
+                                    system_label, vqa_table)
 
 HERE = RESEARCH.split(" Published")[0] + " Research use only."
 BESIDE = ("model", "blind", "other image")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, open_run, project_root, sha256_file, sha256_json, write_json
+from ..base.table import Table, write_table
 from ..data.corpora import Study, load_autopet, load_brats
 from ..data.m3d import read_image
 from ..data.manifest import with_hashes, write_manifest
@@ -28,7 +29,7 @@ from ..features.store import FeatureStore, encode_images
 from ..method.model import MedVLM3D
 from ..phantoms.layouts import is_generated, write_layout
 from ..report.figures import new_figure, save_figure
-from ..report.tables import Table, cell_text, comparison_table, published, published_value, write_table
+from ..report.tables import cell_text, comparison_table, published, published_value
 from ..scans.prepare import Preprocess
 from .crossmodal import (MODALITY_WORDS, QUESTIONS, Drafter, Review, collect_facts,
                                          load_phantom_studies, review, show_pair, simulated_raters,

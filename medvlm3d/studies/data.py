@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import open_run, project_root, read_json, write_json
+from ..base.table import Table, write_table
 from ..data.m3d import image_reader
 from ..data.manifest import load_samples, samples_root
 from ..data.samples import by_image
@@ -27,7 +28,6 @@ from ..phantoms.phantom import TYPES, draw_letters, questions
 from ..phantoms.probes import PROBES
 from ..phantoms.scanner import MODES, draw_mode, spacing_of
 from ..report.figures import new_figure, save_figure
-from ..report.tables import Table, write_table
 from ..scans.readers import real_scans
 from ..scans.prepare import Preprocess
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import yaml
 
 from ..base.core import MedVLM3DError, project_root, relative, write_text
+from ..base.table import escape_csv
 from ..data.samples import Sample
 from .crossmodal import show_pair
-from .raters import plain, read_rows, set_verdict
+from .raters import read_rows, set_verdict
 
 # %% ../../nbs/studies/judging.ipynb #6c94a184
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class _ReviewPanel:
     def judge(self, button):
         "Write the verdict of a button on the pair that is shown, then show the next."
         left = self.open_ids()
-        if left: set_verdict(self.sheet, left[0], button.description, plain(self.comment.value))
+        if left: set_verdict(self.sheet, left[0], button.description, escape_csv(self.comment.value))
         self.comment.value = ""
         self.show()
 

@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import RunFolder, project_root, read_json
+from ..base.table import Table, write_table
 from ..evaluation.comparison import lookup
-from ..report.tables import (PUBLISHED, RESEARCH, Table, cell_text, p_text, published, published_value,
-                                    report_table, signed, vqa_table, write_table)
+from ..report.tables import (PUBLISHED, RESEARCH, cell_text, p_text, published,
+                                    published_value, report_table, signed, vqa_table)
 from .ablation import read_rows
 from .sweep import CURVE, ablation_table, dial_text, mean_cell
 

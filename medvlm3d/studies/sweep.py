@@ -21,12 +21,13 @@ import torch
 
 from ..base.core import (MedVLM3DError, RunFolder, open_run, project_root, relative,
                                 sha256_json, write_json)
+from ..base.table import Table, write_table
 from ..data.samples import Sample
 from ..evaluation.uncertainty import compare_seeds, holm, mcnemar, over_seeds
 from ..features.store import FeatureStore
 from ..phantoms.probes import PROBES
 from ..report.figures import curve_figure, forest_figure, save_figure
-from ..report.tables import Table, p_text, published, published_value, signed, write_table
+from ..report.tables import p_text, published, published_value, signed
 from ..scans.readers import read_volume
 from .ablation import (CORPORA, Row, Setup, chances, constant_letters, draw_corpora, items_of,
                                        read_rows, run_rows)

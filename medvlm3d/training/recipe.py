@@ -46,7 +46,7 @@ def plan_tokenizer(config: MedVLM3DConfig, llm: str | None) -> object:
     return tokenizer
 
 def measured_context(data: Path | str, config: MedVLM3DConfig, llm: str | None) -> int:
-    "The context that holds every prompt and target of a corpus, up to the language model's positions; printed."
+    "The context that holds every prompt and target of a corpus, up to the model's positions; printed."
     tokenizer = plan_tokenizer(config, llm)
     lengths = lengths_by_split(load_samples(data, allow_shared=True), tokenizer, config.answer_style)
     before = prefix_length(config, tokenizer)
@@ -68,13 +68,14 @@ def reader_for(llm: str, reader: str, *, out: Path | str, data: Path | str, stor
     steps, seed : of the reader's training; 400 steps if they are None
     """
     if llm != "own" and steps is not None:
-        raise MedVLM3DError(f"own_steps={steps}", f"is of no use with llm={llm}", "Set llm=own, or leave it out.")
+        raise MedVLM3DError(f"own_steps={steps}", f"is of no use with llm={llm}",
+                            "Set llm=own, or leave it out.")
     if llm != "own": return reader
     root = project_root()
     fields = store_fields(FeatureStore(root/store).spec)
     config = MedVLM3DConfig(**fields, scale=scale)
-    folder = own_reader(root/out/"reader", root/data, slots=config.visual_tokens, steps=steps or 400, seed=seed,
-                        context=config.visual_tokens + 576)
+    folder = own_reader(root/out/"reader", root/data, slots=config.visual_tokens, steps=steps or 400,
+                        seed=seed, context=config.visual_tokens + 576)
     return str(folder)
 
 # %% ../../nbs/training/recipe.ipynb #c1bef272
@@ -139,7 +140,8 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
     name, model = model_fields(spec, llm, data=data, reader=reader, chat=chat, channels=channels,
                                context=context, attention=attention, residual=residual, scale=scale)
     lora = {"r": 16, "alpha": 32, "dropout": lora_dropout, "targets": list(lora_targets)}
-    stages = two_stages({"epochs": stage1_epochs, "lr": stage1_lr}, {"epochs": stage2_epochs, "lr": stage2_lr},
-                        lora=lora, batch=batch, accumulation=accumulation, weight_decay=weight_decay, beta2=beta2)
+    first, second = {"epochs": stage1_epochs, "lr": stage1_lr}, {"epochs": stage2_epochs, "lr": stage2_lr}
+    stages = two_stages(first, second, lora=lora, batch=batch, accumulation=accumulation,
+                        weight_decay=weight_decay, beta2=beta2)
     return Plan.of({"data": str(data), "store": str(store), "model": model, "llm": name, "stages": stages,
                     "save_every": save_every, **fields})

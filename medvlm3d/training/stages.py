@@ -264,7 +264,7 @@ def training_data(plan: Plan, allow_shared: bool = False, run: RunFolder | None 
 
 # %% ../../nbs/training/stages.ipynb #914dd36f
 def note_words(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVLM3D) -> None:
-    """Print and record the share of unknown target tokens of each split, and refuse a reader that knows too few.
+    """Print and record the share of unknown target tokens of each split; refuse a reader of too few words.
 
     Parameters
     ----------
@@ -411,7 +411,8 @@ def _feature_facts(spec):
 def _run_facts(manifest):
     facts = {key: manifest[key] for key in ("volumes", "truncated", "truncated_tokens")}
     unknown = manifest["unknown"].get("train", {"share": 0.})["share"]
-    return {**facts, "unknown": f"{unknown:.1%}", "shared": _shared_text(manifest), "commit": str(manifest.get("commit"))[:12]}
+    return {**facts, "unknown": f"{unknown:.1%}", "shared": _shared_text(manifest),
+            "commit": str(manifest.get("commit"))[:12]}
 
 # %% ../../nbs/training/stages.ipynb #c33f0ff7
 def _base_name(plan):

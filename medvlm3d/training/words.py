@@ -103,8 +103,8 @@ def unknown_line(split: str, counts: Unknown) -> str:
     return line + (f", often {', '.join(counts.words)}" if counts.words else "")
 
 # %% ../../nbs/training/words.ipynb #866b5dff
-OTHERS = ("Teach a small reader the words of these reports (llm=own), or take a language model that can write "
-          "any word: llm=smollm2, or the folder or hub id of a causal language model")
+OTHERS = ("Teach a small reader the words of these reports (llm=own), or take a language model that can "
+          "write any word: llm=smollm2, or the folder or hub id of a causal language model")
 
 def check_unknown(counts: dict[str, Unknown], limit: float, split: str = "train") -> None:
     "Refuse a tokenizer that does not know more than the share `limit` of the target tokens of a split."
@@ -181,7 +181,7 @@ def fitting_context(lengths: dict[str, Lengths], before: int, *, least: int = 51
 CONTEXTS = (512, 1024, 2048, 4096)
 
 def cut_table(lengths: dict[str, Lengths], before: int, contexts: Sequence[int] = CONTEXTS) -> list[dict]:
-    "For each split its lengths, and how many samples each of the `contexts` would cut behind `before` tokens."
+    "For each split its lengths, and how many samples each context would cut behind `before` tokens."
     return [{"split": split, **group.to_dict(), **_cuts(group, before, contexts)}
             for split, group in lengths.items()]
 
@@ -227,8 +227,8 @@ def _refuse_cuts(excess, samples, config, tokenizer):
     "An error that names each place, and the context that would hold everything."
     before = prefix_length(config, tokenizer)
     needed = fitting_context(lengths_by_split(samples, tokenizer, config.answer_style), before)
-    remedy = (f"The image takes {before} of {config.context} tokens. Set context={needed}, which cuts nothing, "
-              "or keep fewer visual tokens (scale, rho, grid), or allow policy=truncate, which cuts")
+    remedy = (f"The image takes {before} of {config.context} tokens. Set context={needed}, which cuts "
+              "nothing, or keep fewer visual tokens (scale, rho, grid), or allow policy=truncate, which cuts")
     problems = [_long_problem(s, tokens, room) for s, (tokens, room) in excess.items()]
     settle("the manifest", problems, remedy=f"{remedy}. Nothing was cut.")
 
