@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from ..base.core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root,
-                                read_json, relative, sha256_file, sha256_json, versions, write_json, write_text)
+                                read_json, relative, sha256_file, sha256_json, versions, write_json,
+                                write_text)
 from ..base.fetch import fetch
 from ..data.manifest import load_samples, samples_root
 from ..data.samples import Sample, by_image
@@ -174,7 +175,7 @@ def _mark_of(path):
 # %% ../../nbs/studies/demo.ipynb #057192c4
 def predictions_of(folder: Path, name: str, *, model: dict, samples: Sequence[Sample],
                    store: FeatureStore | None, batch_size: int = 96, **options) -> list[dict]:
-    """The lines of one system: those of `predictions/NAME.jsonl` if weights, questions and volumes are the same.
+    """The lines of one system: those of `predictions/NAME.jsonl` if all it is made of is the same, else new ones.
 
     Parameters
     ----------
@@ -293,7 +294,7 @@ def truth_of(data: Path | str) -> dict[str, dict]:
 def _case_of(row): return "/".join(Path(row["image"]).parts[-3:-1])
 
 def _strata_of(systems, truth, **bootstrap):
-    "Closed accuracy by what is in the volume, of the model and of those it stands beside; {} without a truth."
+    "Closed accuracy by what is in the volume, of the model and of others; {} without a truth."
     beside = [name for name in BESIDE if name in systems]
     if not truth or not _closed_lines(systems["model"]): return {}
     facts = case_facts(truth, _case_of)
