@@ -15,8 +15,10 @@ from medvlm3d.base.core import MedVLM3DError
 from medvlm3d.data.m3d import load_m3d
 from medvlm3d.base.fetch import fetch
 from medvlm3d.evaluation.findings import (
-    FINDINGS, LEXICON, Finding, extract_facts, finding_counts, finding_rows, load_ratescore, mentions,
+    LEXICON, Finding, extract_facts, finding_counts, finding_rows,
     read_findings, true_finding)
+from medvlm3d.evaluation.foreign import load_ratescore
+from medvlm3d.evaluation.lexicon import FINDINGS, mentions
 from medvlm3d.evaluation.metrics import (
     METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, parse_choice,
     rouge1, rouge_l, text_scores, tokens_13a, words)

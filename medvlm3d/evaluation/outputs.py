@@ -17,7 +17,8 @@ import numpy as np
 from ..base.core import MedVLM3DError, relative, sha256_file, versions, write_json, write_text
 from ..base.fetch import fetch
 from .comparison import evaluate_systems
-from .findings import finding_rows, load_ratescore
+from .findings import finding_rows
+from .foreign import load_ratescore
 from .metrics import METEOR, BERTScore, bleu1, closed_m3d, offered, rouge1
 from .prediction import column, task_lines
 from .scores import TYPE_ORDER, interval_text, report_cell

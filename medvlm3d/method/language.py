@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMULATED', 'MARKS', 'Scan', 'widen_emulated', 'load_llm', 'load_tokenizer', 'chat_of', 'base_state', 'base_hash',
-           'reference_llm', 'saved_folder', 'add_lora', 'has_lora', 'merged_state', 'word_tokenizer',
-           'MedVLM3DProcessor']
+           'reference_llm', 'saved_folder', 'adaptable_layers', 'add_lora', 'has_lora', 'merged_state',
+           'word_tokenizer', 'MedVLM3DProcessor']
 
 # %% ../../nbs/method/language.ipynb #46423fb3
-import warnings
+import re, warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..base.core import (
     MedVLM3DError, project_root, read_json, sha256_json, sha256_tensors, write_json)
+from .architectures import evaluating, has_values, trial_embeds
 from .encoders import quick_dtype
 from .packing import collate_prompts, padding_id
 from .tokens import IMAGE_PREFIX, INSTRUCTIONS, add_image_token, build_prompt, set_chat
@@ -147,6 +148,57 @@ def saved_folder(folder: str | Path, **hub) -> Path:
     return folder
 
 # %% ../../nbs/method/language.ipynb #bbd8102f
+def _ran(llm):
+    "For each module that a pass over two tokens runs, by its name, whether it returns one tensor."
+    ran, hooks = {}, []
+    if not has_values(llm): return ran
+    for name, module in llm.named_modules():
+        def note(module, given, out, name=name): ran[name] = torch.is_tensor(out)
+        hooks.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad(), evaluating(llm): llm(inputs_embeds=trial_embeds(llm, 2), use_cache=False)
+    finally:
+        for hook in hooks: hook.remove()
+    return ran
+
+def adaptable_layers(llm: nn.Module) -> tuple[list, list]:
+    """Names of the linear layers that can carry adapters, and of those that cannot.
+
+    A layer cannot if its parent runs and reads its weight without running it, or if it returns a tuple:
+    adapters there would learn nothing, and yet be merged. The output layer is in neither list."""
+    from transformers.pytorch_utils import Conv1D
+    ran, head, can, cannot = _ran(llm), llm.get_output_embeddings(), [], []
+    for name, module in llm.named_modules():
+        if not isinstance(module, (nn.Linear, Conv1D)) or module is head: continue
+        passed_over = name not in ran and name.rpartition(".")[0] in ran
+        (cannot if passed_over or ran.get(name) is False else can).append(name)
+    return can, cannot
+
+# %% ../../nbs/method/language.ipynb #71e988a1
+def _chosen_layers(llm, targets):
+    "Full names of the layers that `targets` means; an error for one that means none."
+    can, cannot = adaptable_layers(llm)
+    if targets == "all-linear":
+        experts = [n for n, p in llm.named_parameters() if p.ndim == 3 and "expert" in n]
+        left = [*cannot, *experts]
+        if left:
+            problem = f"{len(left)} layers get no adapter, first {left[0]}: they are read as tensors."
+            warnings.warn(problem, stacklevel=4)
+        return can
+    if isinstance(targets, str): return [name for name in can if re.fullmatch(targets, name)]
+    chosen = {target: [n for n in can if f".{n}".endswith(f".{target}")] for target in targets}
+    _refuse_empty(chosen, cannot)
+    return [name for name in can if any(name in names for names in chosen.values())]
+
+def _refuse_empty(chosen, cannot):
+    "An error for a target without layers."
+    for target, names in chosen.items():
+        if names: continue
+        known = any(f".{name}".endswith(f".{target}") for name in cannot)
+        problem = "is read as a tensor and never run: an adapter would do nothing" if known else "is no layer"
+        raise MedVLM3DError(f"LoRA target {target!r}", problem, "Choose others, or all-linear.")
+
+# %% ../../nbs/method/language.ipynb #cca66291
 def add_lora(llm: nn.Module, r: int = 16, *, alpha: float = 32, dropout: float = .1,
              targets: str | Sequence[str] = "all-linear", seed: int = 0) -> nn.Module:
     """Insert adapters into a language model, in place; its own weights are frozen.
@@ -156,17 +208,20 @@ def add_lora(llm: nn.Module, r: int = 16, *, alpha: float = 32, dropout: float =
     llm : a language model without adapters
     r, alpha : rank of B A, and the scale α of the update (α / r) B A
     dropout : share of an adapter's inputs that are dropped in training
-    targets : "all-linear" (but the output layer), or names of layers
+    targets : "all-linear" (but the output layer), names of layers, or a pattern of full names
     seed : of the random start of A
     """
     from peft import LoraConfig, inject_adapter_in_model
     if has_lora(llm):
         raise MedVLM3DError("the language model", "already has adapters", "Add them once, before training.")
-    targets = targets if isinstance(targets, str) else list(targets)
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+    layers = [f"llm.{name}" for name in _chosen_layers(llm, targets)]
+    if not layers: raise MedVLM3DError(f"LoRA targets {targets!r}", "match no layer", "Choose all-linear.")
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=layers)
+    holder = nn.Module()       # without a configuration: peft would add fused experts, which take no dropout
+    holder.llm = llm
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return inject_adapter_in_model(config, llm)
+        return inject_adapter_in_model(config, holder).llm
 
 def has_lora(llm: nn.Module) -> bool:
     "Whether a language model carries adapters."

@@ -28,11 +28,9 @@ def _packed(model, segments):
 
 def _mean_attention(model, batch, features):
     "Attention (T, T) of one packed sequence, averaged over layers and heads."
-    usual = model.llm.config._attn_implementation
-    model.llm.set_attn_implementation("eager")
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "segments")}
-    try: layers = model(**inputs, features=features, output_attentions=True).attentions
-    finally: model.llm.set_attn_implementation(usual)
+    watched = model.with_attention("eager")      # a twin: others may be using this model
+    layers = watched(**inputs, features=features, output_attentions=True).attentions
     return torch.stack(layers).float().mean((0, 2))[0]
 
 # %% ../../nbs/report/looking.ipynb #805cfa81

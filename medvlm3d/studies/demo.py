@@ -175,7 +175,7 @@ def _mark_of(path):
 # %% ../../nbs/studies/demo.ipynb #057192c4
 def predictions_of(folder: Path, name: str, *, model: dict, samples: Sequence[Sample],
                    store: FeatureStore | None, batch_size: int = 96, **options) -> list[dict]:
-    """The lines of one system: those of `predictions/NAME.jsonl` if all it is made of is the same, else new ones.
+    """The lines of one system: those of `predictions/NAME.jsonl` if it was made of the same, else new ones.
 
     Parameters
     ----------
