@@ -6,8 +6,7 @@
 __all__ = ['LISTING', 'EVERYTHING', 'OWN_FILES', 'is_listed', 'listing_path', 'read_corpus', 'corpus_state', 'encode_own',
            'is_split', 'split_own', 'audit_own', 'prepare_own', 'study_facts']
 
-# %% ../../nbs/studies/own.ipynb #498fbd1c
-import json
+# %% ../../nbs/studies/own.ipynb #0df80c94
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from ..data.split import split_corpus
 from ..data.ties import audit, write_audit
 from ..features.store import FeatureStore, encode_corpus
 
-# %% ../../nbs/studies/own.ipynb #15d33f38
+# %% ../../nbs/studies/own.ipynb #4953f77b
 LISTING, EVERYTHING = "study.jsonl", "study-all.jsonl"
 
 def is_listed(corpus: Path | str) -> bool:
@@ -35,7 +34,7 @@ def listing_path(corpus: Path | str) -> Path:
         raise MedVLM3DError(relative(corpus), "does not exist", "Give a folder of scans, or a manifest.")
     return samples_root(corpus)/LISTING
 
-# %% ../../nbs/studies/own.ipynb #1c5d0a57
+# %% ../../nbs/studies/own.ipynb #5cabf422
 def read_corpus(corpus: Path | str, rejects: Path | str) -> list[Sample]:
     "The samples of a corpus that have words; what cannot be listed goes to the file `rejects`."
     if is_listed(corpus): samples = load_samples(corpus, allow_shared=True, rejects=rejects)
@@ -47,7 +46,7 @@ def read_corpus(corpus: Path | str, rejects: Path | str) -> list[Sample]:
                             f"Training needs words: lay a .txt beside each scan.{reasons}")
     return worded
 
-# %% ../../nbs/studies/own.ipynb #1e7a3bab
+# %% ../../nbs/studies/own.ipynb #e0f1f04a
 OWN_FILES = ("study.", "study-all.", "manifest")
 
 def corpus_state(corpus: Path | str) -> str:
@@ -60,7 +59,7 @@ def corpus_state(corpus: Path | str) -> str:
 
 def _is_ours(path, corpus): return path.parent == corpus and path.name.startswith(OWN_FILES)
 
-# %% ../../nbs/studies/own.ipynb #6b63fabb
+# %% ../../nbs/studies/own.ipynb #12f0aba4
 def encode_own(samples: Sequence[Sample], listing: Path, *, store: Path | str, rejects: Path | str,
                **settings) -> list[Sample]:
     """Encode the volumes of `samples`; returns the samples whose volume could be read.
@@ -84,7 +83,7 @@ def encode_own(samples: Sequence[Sample], listing: Path, *, store: Path | str, r
     write_manifest(listing, kept)
     return kept
 
-# %% ../../nbs/studies/own.ipynb #b92a48a3
+# %% ../../nbs/studies/own.ipynb #44106c96
 def is_split(samples: Sequence[Sample]) -> bool:
     "Whether every sample has a split, and there is something to train on and to test."
     splits = {sample.split for sample in samples}
@@ -104,7 +103,7 @@ def split_own(listing: Path, samples: Sequence[Sample], *, shares: Sequence[floa
     if not is_split(samples):
         split_corpus(listing, "patient", out=listing, shares=shares, seed=seed, **options)
 
-# %% ../../nbs/studies/own.ipynb #f17b535c
+# %% ../../nbs/studies/own.ipynb #20873a39
 def audit_own(listing: Path, folder: Path | str, allow: Sequence[str] = ()) -> dict:
     "The audit of a listing, written into a run folder; leaks that are not allowed are refused."
     result = audit(listing, images=False, allow=allow, progress=False)
@@ -116,7 +115,7 @@ def audit_own(listing: Path, folder: Path | str, allow: Sequence[str] = ()) -> d
                             "Split anew (`medvlm3d data split`), or allow the kind: -p allow=[text].")
     return result
 
-# %% ../../nbs/studies/own.ipynb #5779d9a9
+# %% ../../nbs/studies/own.ipynb #e47936a4
 def prepare_own(out: Path | str, corpus: Path | str, *, store: Path | str,
                 shares: Sequence[float] = (70, 15, 15), allow: Sequence[str] = (), seed: int = 0,
                 workers: int = 2, quiet: bool = False, **settings) -> dict:
@@ -145,7 +144,7 @@ def prepare_own(out: Path | str, corpus: Path | str, *, store: Path | str,
 
 def _count(rejects): return len(rejects.read_text().splitlines()) if rejects.exists() else 0
 
-# %% ../../nbs/studies/own.ipynb #9c42eb1a
+# %% ../../nbs/studies/own.ipynb #4b528d6b
 def study_facts(listing: Path, store: FeatureStore, aside: dict[str, int]) -> dict:
     "What was prepared: volumes of each split, patients, tasks, settings of the store, what was set aside."
     samples = read_manifest(listing, allow_shared=True)
