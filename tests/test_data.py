@@ -707,6 +707,47 @@ def test_a_plain_folder_in_its_three_arrangements(tmp_path):
     assert {s.licence for s in samples} == {"CC0"}
 
 
+@pytest.mark.parametrize("written, taken", [
+    ("Findings: 3 cm lesion.\r\nMultidisciplinary discussion: follow-up in 3 months.\r\n",
+     "Findings: 3 cm lesion.\nMultidisciplinary discussion: follow-up in 3 months."),
+    ("study_findings: Normal.\n\nDiscussion: none.", "study_findings: Normal.\n\nDiscussion: none."),
+    ("  IMPRESSION\n  1. A cyst.  \n  2. No mass.\n\n", "IMPRESSION\n  1. A cyst.\n  2. No mass."),
+    ("discussion: x", "discussion: x")])
+def test_the_report_of_a_folder_is_taken_as_it_is(written, taken, tmp_path):
+    "No heading cuts it, its lines stay, and the verb says so; six digits as a folder's name make no M3D of it."
+    write_nifti(tmp_path/"000012"/"scan.nii.gz", smooth(0, (8, 8, 6)))
+    (tmp_path/"000012"/"text.txt").write_bytes(written.encode())
+    status, shown = ask("folder", tmp_path)
+    assert status == 0 and "taken as they are" in shown
+    assert [s.answer for s in load_samples(tmp_path)] == [taken]
+
+
+@pytest.mark.parametrize("name", ["DOE-PT", "DOE-MR", "DOE-t1c", "DOE-SUV", "x-CTres"])
+def test_names_of_a_corpus_say_nothing_about_other_files(name, tmp_path):
+    write_nifti(tmp_path/f"{name}.nii.gz", 1000 * smooth(0, (8, 8, 6)) - 700)
+    volume = read_image(tmp_path/f"{name}.nii.gz")
+    assert (volume.modality, volume.intensity) == ("CT", "HU") and "because of its values" in volume.warnings[-1]
+
+
+def test_what_a_header_lacks_is_listed(tmp_path):
+    "Raw numbers on a blank grid, with the rescale and the spacing of a manifest; both are checked, read and said."
+    raw = np.round(1000 * smooth(3, (8, 9, 7))).astype(np.float32)
+    write_nifti(tmp_path/"raw.nii.gz", raw, np.eye(4))
+    line = dict(id="1", case="c", image="raw.nii.gz", task="image", split="", axis_order="LPS", slope=2,
+                intercept=-1024.5, spacing=[.5, .6, 2.5])
+    (tmp_path/"manifest.jsonl").write_text(json.dumps(line))
+    sample, = read_manifest(tmp_path/"manifest.jsonl")
+    volume = image_reader(tmp_path, [sample])("raw.nii.gz")
+    assert volume.spacing == pytest.approx((2.5, .6, .5)) and (volume.codes, volume.intensity) == ("SPL", "HU")
+    assert volume.array == pytest.approx(2 * raw.transpose(2, 1, 0) - 1024.5)
+    assert sum("as listed" in w for w in volume.warnings) == 2
+    assert write_manifest(tmp_path/"again.jsonl", [sample]) and read_manifest(tmp_path/"again.jsonl") == [sample]
+    for field, value in {"slope": "1", "intercept": None, "spacing": [1, 1], "axis_order": "XYZ"}.items():
+        (tmp_path/"bad.jsonl").write_text(json.dumps(line | {field: value}))
+        if value is None: assert read_manifest(tmp_path/"bad.jsonl")[0].intercept is None
+        else: refused(lambda: read_manifest(tmp_path/"bad.jsonl"), f"bad.jsonl:1: {field} is")
+
+
 def test_scans_under_the_names_that_scanners_give(tmp_path):
     "UIDs, .IMA, no suffix, .nhdr, an enhanced file in the root: all are listed and read."
     for n, name in enumerate(("1.2.840.113619.2.{}", "MR.0001.{}.IMA", "IM{}")):
@@ -1085,7 +1126,7 @@ def test_what_is_drawn_can_be_listed_verified_and_split(made, tmp_path):
     assert status == 1 and "with other parameters" in shown
     rows = [json.loads(line) for line in (root/"manifest.jsonl").read_text().splitlines()]
     assert {k: rows[0][k] for k in expected} == expected
-    assert ask("verify", root/"manifest.jsonl", "--workers", 1, "--no-images", "--allow", "text", "--allow",
+    assert ask("verify", root/"manifest.jsonl", "--no-images", "--allow", "text", "--allow",
                "near text")[0] == 0
     assert ask("split", root/"manifest.jsonl", "--by", "patient", "--tie", "bytes", "--shares", "50,0,50",
                "--workers", 1)[0] == 0

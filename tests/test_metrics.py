@@ -20,8 +20,8 @@ from medvlm3d.evaluation.findings import (
 from medvlm3d.evaluation.foreign import load_ratescore
 from medvlm3d.evaluation.lexicon import FINDINGS, mentions
 from medvlm3d.evaluation.metrics import (
-    METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, parse_choice,
-    rouge1, rouge_l, text_scores, tokens_13a, words)
+    METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, normalise,
+    parse_choice, read_choice, rouge1, rouge_l, text_scores, tokens_13a, words)
 from medvlm3d.evaluation.outputs import evaluate_file, read_outputs
 from medvlm3d.phantoms.phantom import make_phantom, read_truth
 from typer.testing import CliRunner
@@ -136,12 +136,50 @@ def test_corpus_bleu4_is_sacrebleus_on_hostile_texts():
 
 @pytest.mark.parametrize("answer, strict, loose", [
     ("A. axial", "A", True), ("a. axial", "A", False), ("axial", "A", False), ("(B) coronal", "B", False),
-    ("B", "B", False), ("The answer is A.", None, True), ("It is axial.", "A", False),
+    ("B", "B", False), ("The answer is A.", "A", True), ("It is axial.", "A", False),
     ("coronal or axial", None, False), ("A. axial B. coronal", "A", True), ("D. NA", None, False),
     ("", None, False), ("A plane", None, False), ("ＡＸＩＡＬ", None, False), ("B, left coronal", "B", False)])
 def test_closed_answers(answer, strict, loose):
     assert parse_choice(answer, ["axial", "coronal", "sagittal", "NA"]) == strict
     assert closed_m3d(answer, "A") == loose
+
+
+@pytest.mark.parametrize("one, other", [
+    ("<5 mm", ">5 mm"), ("≥ 5", "≤ 5"), ("<= 5", "< 5"), ("-5 HU", "5 HU"), ("−5 HU", "5 HU"), ("1.5", "1 5"),
+    (".5", "5"), ("1/2", "1 2"), ("?", ""), ("...", ""), ("+", "-"), ("T1+", "T1-"), ("5 %", "5"), ("~5", "5")])
+def test_what_changes_the_meaning_is_no_punctuation(one, other):
+    assert normalise(one) != normalise(other)
+    assert parse_choice(one, [other, one]) == "B" and parse_choice(other or "-", [other or "-", one]) == "A"
+
+
+@pytest.mark.parametrize("one, other", [("A cyst.", "a cyst"), ("3-4 cm", "3–4 cm"), ("CT, native", "ct native"),
+                                        ("<5 mm", "< 5 mm"), ("-5 HU.", "−5 hu")])
+def test_what_says_the_same_is_the_same(one, other): assert normalise(one) == normalise(other)
+
+
+ORGANS = ["liver", "spleen", "left kidney", "lung"]
+
+
+@pytest.mark.parametrize("answer, letter, how", [
+    ("The answer is B", "B", "stated"), ("Answer: B", "B", "stated"), ("**B**", "B", "letter"),
+    ("b)", "B", "letter"), ("[b]", "B", "letter"), ("Final answer: (B) spleen", "B", "stated"),
+    ("**Answer:** B", "B", "stated"), ("not the liver", None, "nothing"), ("It isn't the liver", None, "nothing"),
+    ("Not liver or spleen.", None, "nothing"), ("liver, not spleen", "A", "words"),
+    ("not the liver, but the spleen", "B", "words"), ("The answer is not B", None, "nothing"),
+    ("It is not A. The answer is B.", "B", "stated"), ("Option A is wrong, option B is right.", "B", "stated"),
+    ("B or C", None, "several options"), ("liver or spleen", None, "several options"),
+    ("A. liver\nB. spleen\nC. left kidney\nD. lung", None, "all options"),
+    ("liver, spleen, left kidney, lung", None, "all options"), ("E", None, "not offered"),
+    ("The answer is a left kidney", "C", "words"), ("Let me see.\n\nD", "D", "letter"),
+    ("\\boxed{D}", "D", "letter"), ("<think>liver?</think><answer>d</answer>", "D", "letter")])
+def test_how_an_answer_in_words_is_read(answer, letter, how):
+    assert read_choice(answer, ORGANS) == (letter, how)
+
+
+def test_ten_options_are_read():
+    ten = [f"segment {n}" for n in range(1, 11)]
+    assert [parse_choice(f"{letter}.", ten) for letter in "AJK"] == ["A", "J", None]
+    assert parse_choice("In segment 10.", ten) == "J" and parse_choice("segment 1", ten) == "A"
 
 
 def test_a_missing_key_is_never_right(): assert not closed_m3d("Anything. At all.", "")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MedVLM3DError', 'project_root', 'home', 'relative', 'atomic_path', 'write_text', 'write_json',
-           'read_json', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device', 'versions',
-           'git_commit', 'hardware', 'RunFolder', 'open_run']
+           'read_json', 'split_lines', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device',
+           'versions', 'git_commit', 'hardware', 'RunFolder', 'open_run']
 
 # %% ../../nbs/base/core.ipynb #77f9cebd
 import hashlib, json, os, platform, random, subprocess, time
@@ -84,6 +84,13 @@ def read_json(path: Path | str) -> Any:
         reason = f"not valid JSON ({e.msg}, line {e.lineno})"
         raise MedVLM3DError(path, reason, "Restore or regenerate the file.") from e
 
+# %% ../../nbs/base/core.ipynb #89665e0a
+def split_lines(text: str) -> list[str]:
+    "The lines of a text, without their ends: cut at line feeds only; a last one need not be closed."
+    lines = text.split("\n")
+    if not lines[-1]: lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
 # %% ../../nbs/base/core.ipynb #36351203
 def sha256_file(path: Path | str) -> str:
     "Hex SHA-256 of a file, read in pieces."
@@ -111,9 +118,21 @@ def seed_everything(seed: int) -> int:
     return seed
 
 def pick_device(name: str = "auto") -> torch.device:
-    "The torch device: a GPU when there is one (`auto`), else the CPU."
+    "The torch device: a GPU when there is one (`auto`), else the CPU; an error if it is not to be had."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise MedVLM3DError(f"device {name!r}", "is not known", "Use auto, cpu, cuda, cuda:0 or mps.")
+    count = _devices(kind)
+    if int(number or 0) >= count:
+        reason = f"is not to be had: torch {torch.__version__} sees {count or 'none'} of this kind"
+        raise MedVLM3DError(f"device {name!r}", reason, "Use auto or cpu, or a torch built for this device.")
     return torch.device(name)
+
+def _devices(kind):
+    "How many devices of a kind torch sees."
+    if kind == "cuda": return torch.cuda.device_count()
+    return int(kind == "cpu" or torch.backends.mps.is_available())
 
 # %% ../../nbs/base/core.ipynb #7f1eb627
 PACKAGES = (
@@ -150,7 +169,7 @@ def hardware() -> dict:
     return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(),
             "instructions": _instructions(), "gpus": gpus}
 
-# %% ../../nbs/base/core.ipynb #42e45564
+# %% ../../nbs/base/core.ipynb #5ad9c99c
 class RunFolder:
     "One run's folder: `config.yaml`, `manifest.json`, `log.jsonl`, `results.json`, `figures/`, `tables/`."
     def __init__(self, path: Path | str): self.path = Path(path)
@@ -181,8 +200,8 @@ class RunFolder:
     def read_log(self) -> list[dict]:
         "All complete lines of `log.jsonl`; a last line cut short by a crash is left out."
         if not (self/"log.jsonl").exists(): return []
-        lines = (self/"log.jsonl").read_text().splitlines(True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        whole = (self/"log.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
+        return [json.loads(line) for line in split_lines(whole)]
 
 # %% ../../nbs/base/core.ipynb #25509703
 def _check_config(run, config):

@@ -143,7 +143,7 @@ def layout(
         out, name.value, studies=studies, shape=(depth, size, size), seed=seed, workers=workers)
     say(f"done: {studies} generated studies in {relative(folder)}")
 
-# %% ../../nbs/front/data.ipynb #2890b4eb
+# %% ../../nbs/front/data.ipynb #0d0b584d
 def write_listing(
     root: Path,
     samples: list,
@@ -183,8 +183,8 @@ def write_listing(
 
 def _report_rejects(rejects: Path | None) -> None:
     "Exit status 1 if the file of rejects holds lines."
-    from medvlm3d.base.core import relative
-    count = len(rejects.read_text().splitlines()) if rejects else 0
+    from medvlm3d.base.core import relative, split_lines
+    count = len(split_lines(rejects.read_text(encoding="utf-8"))) if rejects else 0
     if count:
         say(f"{count} problems set aside: {relative(rejects)}")
         raise typer.Exit(1)
@@ -218,7 +218,7 @@ def autopet(root: Root, out: Listing = None, rejects: Rejects = None, licence: L
     samples = study_samples(load_autopet(root, rejects), root)
     write_listing(root, samples, out=out, licence=licence, rejects=rejects)
 
-# %% ../../nbs/front/data.ipynb #25f209b9
+# %% ../../nbs/front/data.ipynb #93d59cd3
 @data_app.command()
 @modes(Mode("with --show", lambda v: v["show"] is not None, uses=("root", "show"), example=("--show", "1")),
        Mode("without --show", lambda v: v["show"] is None,
@@ -229,10 +229,11 @@ def folder(
 ):
     "List a plain folder of scans, each with a report in a text file."
     from medvlm3d.base.core import MedVLM3DError
-    from medvlm3d.data.corpora import find_scans, left_over, load_folder
+    from medvlm3d.data.corpora import TAKEN, find_scans, left_over, load_folder
     scans = find_scans(root)
     if show is None:
         samples = load_folder(root, source, licence, rejects)
+        say(TAKEN)
         others = left_over(root, scans)
         if others:
             say(f"{len(others)} files are left out: in no format that is read, or links to folders")

@@ -16,6 +16,7 @@ from ..base.core import MedVLM3DError, atomic_path, sha256_file, write_text
 from .connector import MedVLM3DConfig
 from .language import (MedVLM3DProcessor, add_lora, has_lora, merged_state, reference_llm,
                                       saved_folder, widen_emulated)
+from .seen import Seen, read_seen, write_seen
 
 # %% ../../nbs/method/keeping.ipynb #e3dd4baa
 def _part_of(name):
@@ -111,6 +112,8 @@ class Saving(Counting):
 # %% ../../nbs/method/keeping.ipynb #1e2251f3
 class Keeping(Saving):
     "Saving what was trained, and loading it again exactly."
+    seen: Seen | None = None    # the record of the training scans
+
     def save_pretrained(self, folder: str | Path, everything: bool = False, merged: bool = False,
                         state_dict: dict | None = None, is_main_process: bool = True, **_) -> None:
         """Write `config.json`, `model.safetensors` with its hash, and the processor's files into `folder`.
@@ -131,6 +134,7 @@ class Keeping(Saving):
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
         write_tensors(folder/"model.safetensors", tensors)
         if self.processor: self.processor.save_pretrained(folder)
+        write_seen(folder, self.seen)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options):
@@ -213,4 +217,5 @@ def load_saved(cls: type, folder: str | Path, *, llm: str | Path | torch.nn.Modu
     model = cls(config, reference_llm(reference, llm, llm_dtype or torch.float32) if reference else None)
     _fill(model, folder)
     if (folder/"processor_config.json").exists(): model.attach(MedVLM3DProcessor.from_pretrained(folder))
+    model.seen = read_seen(folder)
     return _set_types(model, dtype, llm_dtype).eval()
