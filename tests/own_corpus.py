@@ -26,7 +26,7 @@ def report(n):
 
 
 def write_scans(root, count=12, patients=11):
-    "Scans in HU, one folder a patient, a lesion in each; the first patient has two."
+    "Scans, three of four in HU, one folder a patient, a lesion in each; the first patient has two."
     import nibabel as nib
     for n in range(count):
         rng = np.random.default_rng(n)
@@ -34,6 +34,7 @@ def write_scans(root, count=12, patients=11):
         voxels[4:24, 4:22] = rng.normal(50, 12, (20, 18, 14))
         x, y, z = rng.integers(6, 18, 2).tolist() + [int(rng.integers(2, 10))]
         voxels[x:x + 5, y:y + 4, z:z + 3] = 10 + 25 * (n % 3)
+        if n % 4 == 3: voxels += 1024    # as some archives store it: nothing says that this is CT
         folder = root/f"patient {n % patients:02}"
         folder.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(voxels.astype(np.int16), np.diag([2.5, 2.5, 5., 1.])), folder/f"ct {n:02}.nii.gz")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from medvlm3d.base.core import MedVLM3DError, read_json
 from medvlm3d.data.manifest import read_manifest
 from medvlm3d.evaluation.prediction import read_predictions
+from medvlm3d.features.store import FeatureStore
 from medvlm3d.front.cli import app
 
 SMALL = {"encoder": "tiny", "depth": 8, "size": 32, "rho": 50, "channels": 12, "stage1_epochs": 1, "stage2_epochs": 1,
@@ -72,9 +73,14 @@ def test_every_word_of_the_reports_is_learned_and_nothing_is_cut(finished):
     assert all(" ".join(line["answer"].split()) in texts for line in lines)
 
 
-def test_the_window_is_the_one_of_the_plan_and_is_recorded(finished):
-    facts = read_json(finished[0]/"run"/"prepared.json")
-    assert facts["preprocess"]["window"] == [-1000, 1000] and facts["preprocessing"]["train"]["intensity"] == "HU"
+def test_intensities_are_scaled_as_is_said(finished):
+    "In HU the window, else percentiles; the guess that a scan is not in HU is said too, and kept with its features."
+    base, result = finished
+    facts, store = read_json(base/"run"/"prepared.json"), FeatureStore(base/"run"/"features")
+    assert (facts["preprocess"]["window"], facts["preprocess"]["percentiles"]) == ([-1000, 1000], [.5, 99.5])
+    notes = {s.image: " ".join(store.notes(s.image)) for s in read_manifest(base/"scans"/"study.jsonl")}
+    unknown = {image for image in notes if int(image[-9:-7]) % 4 == 3}
+    assert len(unknown) == 3 and all(("was not applied" in note) == (image in unknown) for image, note in notes.items())
 
 
 def test_nothing_of_the_demonstration_is_in_it(finished):

@@ -273,7 +273,7 @@ def study_plan(preset: Preset | None) -> str:
 def intensity(window: tuple | None, min_max: bool) -> dict:
     "The parameters that say how intensities become 0 to 1; {} for those of the plan."
     if min_max:
-        return {"window": []}
+        return {"window": [], "percentiles": []}
     return {"window": list(window)} if window else {}
 
 def found_llm(llm: str | None) -> str | None:
@@ -508,6 +508,8 @@ def features(
     strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine",
     window: Annotated[Optional[tuple[float, float]],
                       typer.Option(help="LOW HIGH in HU; without it the volume's own range.")] = None,
+    percentiles: Annotated[Optional[tuple[float, float]], typer.Option(
+        help="LOW HIGH of volumes that are not in HU, such as 0.5 99.5; without it their own range.")] = None,
     grid: Annotated[Optional[tuple[int, int]],
                     typer.Option(help="ROWS COLUMNS to which the patches of a slice are resampled.")] = None,
     seed: int = 0,
@@ -525,7 +527,8 @@ def features(
     "Store the features of a corpus: the frozen part of the method, once a volume."
     from medvlm3d.features.store import encode_corpus
     return encode_corpus(
-        data, store, encoder=encoder, depth=depth, size=size, window=window, rho=rho, strategy=strategy,
+        data, store, encoder=encoder, depth=depth, size=size, window=window,
+        percentiles=percentiles, rho=rho, strategy=strategy,
         seed=seed, grid=grid, float32=float32, device=device, shard_size=shard_size, workers=workers,
         rejects=rejects, verify=verify, quiet=quiet)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LISTING', 'EVERYTHING', 'OWN_FILES', 'is_listed', 'listing_path', 'read_corpus', 'corpus_state', 'encode_own',
-           'is_split', 'split_own', 'audit_own', 'prepare_own', 'study_facts']
+           'is_split', 'split_own', 'audit_own', 'prepare_own', 'found_lines', 'intensity_line', 'study_facts']
 
-# %% ../../nbs/studies/own.ipynb #0df80c94
+# %% ../../nbs/studies/own.ipynb #c8e2dcf1
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..data.split import split_corpus
 from ..data.ties import audit, write_audit
 from ..features.store import FeatureStore, encode_corpus
 
-# %% ../../nbs/studies/own.ipynb #4953f77b
+# %% ../../nbs/studies/own.ipynb #4c5ee53b
 LISTING, EVERYTHING = "study.jsonl", "study-all.jsonl"
 
 def is_listed(corpus: Path | str) -> bool:
@@ -34,7 +34,7 @@ def listing_path(corpus: Path | str) -> Path:
         raise MedVLM3DError(relative(corpus), "does not exist", "Give a folder of scans, or a manifest.")
     return samples_root(corpus)/LISTING
 
-# %% ../../nbs/studies/own.ipynb #5cabf422
+# %% ../../nbs/studies/own.ipynb #a43f9363
 def read_corpus(corpus: Path | str, rejects: Path | str) -> list[Sample]:
     "The samples of a corpus that have words; what cannot be listed goes to the file `rejects`."
     if is_listed(corpus): samples = load_samples(corpus, allow_shared=True, rejects=rejects)
@@ -46,7 +46,7 @@ def read_corpus(corpus: Path | str, rejects: Path | str) -> list[Sample]:
                             f"Training needs words: lay a .txt beside each scan.{reasons}")
     return worded
 
-# %% ../../nbs/studies/own.ipynb #e0f1f04a
+# %% ../../nbs/studies/own.ipynb #94fabd91
 OWN_FILES = ("study.", "study-all.", "manifest")
 
 def corpus_state(corpus: Path | str) -> str:
@@ -59,7 +59,7 @@ def corpus_state(corpus: Path | str) -> str:
 
 def _is_ours(path, corpus): return path.parent == corpus and path.name.startswith(OWN_FILES)
 
-# %% ../../nbs/studies/own.ipynb #12f0aba4
+# %% ../../nbs/studies/own.ipynb #da34114b
 def encode_own(samples: Sequence[Sample], listing: Path, *, store: Path | str, rejects: Path | str,
                **settings) -> list[Sample]:
     """Encode the volumes of `samples`; returns the samples whose volume could be read.
@@ -83,7 +83,7 @@ def encode_own(samples: Sequence[Sample], listing: Path, *, store: Path | str, r
     write_manifest(listing, kept)
     return kept
 
-# %% ../../nbs/studies/own.ipynb #44106c96
+# %% ../../nbs/studies/own.ipynb #f650d54c
 def is_split(samples: Sequence[Sample]) -> bool:
     "Whether every sample has a split, and there is something to train on and to test."
     splits = {sample.split for sample in samples}
@@ -103,7 +103,7 @@ def split_own(listing: Path, samples: Sequence[Sample], *, shares: Sequence[floa
     if not is_split(samples):
         split_corpus(listing, "patient", out=listing, shares=shares, seed=seed, **options)
 
-# %% ../../nbs/studies/own.ipynb #20873a39
+# %% ../../nbs/studies/own.ipynb #e4419a48
 def audit_own(listing: Path, folder: Path | str, allow: Sequence[str] = ()) -> dict:
     "The audit of a listing, written into a run folder; leaks that are not allowed are refused."
     result = audit(listing, images=False, allow=allow, progress=False)
@@ -115,7 +115,7 @@ def audit_own(listing: Path, folder: Path | str, allow: Sequence[str] = ()) -> d
                             "Split anew (`medvlm3d data split`), or allow the kind: -p allow=[text].")
     return result
 
-# %% ../../nbs/studies/own.ipynb #e47936a4
+# %% ../../nbs/studies/own.ipynb #7ca79adf
 def prepare_own(out: Path | str, corpus: Path | str, *, store: Path | str,
                 shares: Sequence[float] = (70, 15, 15), allow: Sequence[str] = (), seed: int = 0,
                 workers: int = 2, quiet: bool = False, **settings) -> dict:
@@ -140,11 +140,28 @@ def prepare_own(out: Path | str, corpus: Path | str, *, store: Path | str,
     aside = {"not listed": _count(unlisted), "not read": _count(unread)}
     facts = study_facts(listing, FeatureStore(store), aside)
     write_json(folder/"prepared.json", facts)
+    print("\n".join(found_lines(facts)))
     return facts
 
 def _count(rejects): return len(rejects.read_text().splitlines()) if rejects.exists() else 0
 
-# %% ../../nbs/studies/own.ipynb #4b528d6b
+# %% ../../nbs/studies/own.ipynb #37fdf48d
+def found_lines(facts: dict) -> list[str]:
+    "What was found, for the terminal: volumes, splits, what is set aside, how intensities are scaled."
+    split = ", ".join(f"{n} {name}" for name, n in facts["cases"].items())
+    aside = ", ".join(f"{n} {why}" for why, n in facts["set aside"].items() if n)
+    lines = [f"{sum(facts['cases'].values())} volumes of {facts['patients']} patients: {split}"]
+    return [*lines, f"set aside: {aside or 'none'}", intensity_line(facts["preprocess"])]
+
+def intensity_line(preprocess: dict) -> str:
+    "How intensities become 0 to 1, and the options that change it."
+    window, inner = preprocess["window"], preprocess["percentiles"]
+    known = f"{window[0]:g} to {window[1]:g} HU" if window else "the whole range"
+    unknown = f"percentiles {inner[0]:g} to {inner[1]:g}" if inner else "the whole range"
+    return (f"0 to 1: {known} where the intensity is in HU, {unknown} elsewhere "
+            "(--window LOW HIGH, -p percentiles=[LOW, HIGH], --min-max)")
+
+# %% ../../nbs/studies/own.ipynb #9f9cf641
 def study_facts(listing: Path, store: FeatureStore, aside: dict[str, int]) -> dict:
     "What was prepared: volumes of each split, patients, tasks, settings of the store, what was set aside."
     samples = read_manifest(listing, allow_shared=True)
