@@ -31,10 +31,13 @@ class MedVLM3DError(ValueError):
         return type(self), (self.what, self.why, self.remedy)
 
 # %% ../../nbs/base/core.ipynb #cd54363a
-def _is_root(folder): return (folder/"settings.ini").exists()
+def _is_root(folder):
+    "Whether a folder holds this project's settings; another project may have a `settings.ini` of its own."
+    file = folder/"settings.ini"
+    return file.is_file() and "lib_name = medvlm3d" in file.read_text(encoding="utf-8", errors="replace")
 
 def project_root(start: Path | str | None = None) -> Path:
-    "The nearest folder with `settings.ini` at or above `start`, else the library's clone, else `start`."
+    "The nearest folder with the project's `settings.ini` at or above `start`, else the clone, else `start`."
     here = Path(start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         if _is_root(folder): return folder
