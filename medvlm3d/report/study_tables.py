@@ -311,8 +311,9 @@ PLACES = {"model": "the model, with its card", "tables": "tables (.md, .csv, .te
           "results.json": "all scores", "notebooks": "the executed notebooks", "log.jsonl": "the losses",
           "set-aside.jsonl": "scans that could not be read, with reasons",
           "not-listed.jsonl": "files that could not be listed, with reasons"}
-HEADLINES = {"closed": ("standard", "accuracy", "macro"), "open": ("m3d", "ROUGE-1", "macro"),
-             "report": ("m3d", "ROUGE-1", "all")}
+HEADLINES = {"closed": dict(protocol="standard", metric="accuracy", group="macro"),
+             "open": dict(protocol="m3d", metric="ROUGE-1", group="macro"),
+             "report": dict(protocol="m3d", metric="ROUGE-1", group="all")}
 
 def place_lines(folder: Path | str) -> list[str]:
     "Where what a run wrote lies: one line a place that is there and not empty."
@@ -327,9 +328,9 @@ def _holds(path): return any(path.iterdir()) if path.is_dir() else path.is_file(
 def score_lines(run: AnyRun) -> list[str]:
     "One line a task: the model's score with its interval, and the scores of those it must beat (× 100)."
     results = results_of(run)
-    return [_score_line(results, task, *HEADLINES[task]) for task in tasks_of(results)]
+    return [_score_line(results, task, **HEADLINES[task]) for task in tasks_of(results)]
 
-def _score_line(results, task, protocol, metric, group):
+def _score_line(results, task, *, protocol, metric, group):
     place = dict(protocol=protocol, task=task, metric=metric)
     def cell(system):
         cells = (lookup(results, system, **place, group=name) for name in (group, "macro"))
