@@ -1,0 +1,25 @@
+"""What lies outside the package in a clone, and belongs into the wheel: plans, runners and the demo model."""
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+SHARED = {"runs": ("*.yaml", "*.json", "hostfile", "slurm.sbatch"), "nbs/runners": ("*.ipynb",),
+          "reports/demo/model": ("*",)}
+
+
+class WithShared(build_py):
+    "Copies the shared files to `medvlm3d/share`, under the paths that they have in a clone."
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        for folder, patterns in SHARED.items():
+            for file in sorted({p for pattern in patterns for p in (ROOT/folder).rglob(pattern) if p.is_file()}):
+                target = Path(self.build_lib)/"medvlm3d"/"share"/file.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+
+setup(cmdclass={"build_py": WithShared})
