@@ -1,4 +1,5 @@
-"""What lies outside the package in a clone, and belongs into the wheel: plans, runners and the demo model."""
+"""The wheel holds plans, runners and the demo model as well, and its description links to the repository."""
+import re
 import shutil
 from pathlib import Path
 
@@ -6,6 +7,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+REPOSITORY = "https://github.com/medvlm3d/medvlm3d"
 SHARED = {"runs": ("*.yaml", "*.json", "hostfile", "slurm.sbatch"), "nbs/runners": ("*.ipynb",),
           "reports/demo/model": ("*",)}
 
@@ -22,4 +24,12 @@ class WithShared(build_py):
                 shutil.copyfile(file, target)
 
 
-setup(cmdclass={"build_py": WithShared})
+def description():
+    "The README with links that lead somewhere outside of the clone as well."
+    text = (ROOT/"README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^]]*)\]\((?!https?:|#)", rf"![\1]({REPOSITORY}/raw/main/", text)
+    return re.sub(r"(?<!!)\[([^]]*)\]\((?!https?:|#)", rf"[\1]({REPOSITORY}/blob/main/", text)
+
+
+setup(cmdclass={"build_py": WithShared}, long_description=description(),
+      long_description_content_type="text/markdown")
