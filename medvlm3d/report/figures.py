@@ -34,7 +34,8 @@ class Picture(Figure):
 TICKS = {    # seaborn's ticks style, written out: a picture of a scan needs no seaborn
     "figure.facecolor": "white", "axes.facecolor": "white", "axes.labelcolor": ".15", "axes.edgecolor": ".15",
     "axes.axisbelow": True, "text.color": ".15", "xtick.color": ".15", "ytick.color": ".15",
-    "grid.color": ".8", "lines.solid_capstyle": "round", "patch.edgecolor": "w", "patch.force_edgecolor": True,
+    "grid.color": ".8", "lines.solid_capstyle": "round", "patch.edgecolor": "w",
+    "patch.force_edgecolor": True,
     "font.family": ["sans-serif"],
     "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"]}
 
