@@ -351,10 +351,10 @@ def train(
     changed = merged(p, ranks=ranks, llm=llm, **folders, **allowed)
     run_step("91", config, default="demo", out=out, changed=changed)
 
-# %% ../../nbs/front/cli.ipynb #a7f747d9
+# %% ../../nbs/front/cli.ipynb #83c07792
 SCORING = (
     Mode("with --predictions", lambda v: v["predictions"],
-         uses=("predictions", "out", "questions", "encoder", "layer", "ratescore"),
+         uses=("predictions", "out", "questions", "encoder", "layer", "ratescore", "columns", "protocol"),
          example=("--predictions", "x.csv")),
     Mode("without --predictions", lambda v: not v["predictions"], uses=("config", "out", "p")),
 )
@@ -369,11 +369,18 @@ def evaluate(
     predictions: Annotated[
         Optional[Path],
         typer.Option(
-            help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts."
+            help="Score this file of answers instead: a CSV, JSON or JSONL; evaluation/outputs lists the forms."
         )] = None,
     questions: Annotated[
         Optional[Path],
-        typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
+        typer.Option(help="What was asked: an M3D_VQA or 3D-RAD table gives rows their cases; CT-CHAT's JSON."
+                     )] = None,
+    columns: Annotated[
+        Optional[str],
+        typer.Option(help="Which column is what, where its name does not say: answer=pred,truth=label.")] = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(help="3drad: also score as 3D-RAD's script does; its own files always are.")] = None,
     encoder: Annotated[
         Optional[Path],
         typer.Option(
@@ -387,9 +394,11 @@ def evaluate(
     "Predict the test set and score it; or score a file of answers."
     if predictions is None:
         return run_step("92", config, default="demo", out=out, changed=changes(p))
+    from medvlm3d.evaluation.columns import parse_columns
     from medvlm3d.evaluation.outputs import evaluate_file
     evaluate_file(predictions, out, questions=questions, encoder=encoder, layer=5 if layer is None else layer,
-                  tell=typer.echo, ratescore=ratescore)
+                  tell=typer.echo, ratescore=ratescore, columns=parse_columns(columns) if columns else None,
+                  protocol=protocol)
 
 # %% ../../nbs/front/cli.ipynb #cea6d6a4
 @app.command()
