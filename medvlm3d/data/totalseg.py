@@ -141,13 +141,15 @@ def _pair_questions(case, organs):
     for (a, first), (b, second) in combinations(whole.items(), 2):
         pair = f"the {words_of(a)} or the {words_of(b)}"
         if max(first.ml, second.ml) >= LARGER * min(first.ml, second.ml):
-            yield _either(case, "Size", f"Which is larger in this scan, {pair}?", a, b, first.ml > second.ml)
+            text = f"Which is larger in this scan, {pair}?"
+            yield _either(case, "Size", text=text, names=(a, b), first=first.ml > second.ml)
         if abs(first.centre[2] - second.centre[2]) >= HIGHER:
             higher = first.centre[2] > second.centre[2]
-            yield _either(case, "Height", f"Which lies closer to the head, {pair}?", a, b, higher)
+            text = f"Which lies closer to the head, {pair}?"
+            yield _either(case, "Height", text=text, names=(a, b), first=higher)
 
-def _either(case, kind, text, a, b, first):
-    right, wrong = (a, b) if first else (b, a)
+def _either(case, kind, *, text, names, first):
+    right, wrong = names if first else names[::-1]
     return Question(case, kind, text, words_of(right).capitalize(), (words_of(wrong).capitalize(),))
 
 def _side_questions(case, organs):

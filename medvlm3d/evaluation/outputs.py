@@ -156,10 +156,10 @@ def csv_lines(path: Path, text: str, columns: Mapping[str, str] | None = None,
     def make(item: tuple, where: str) -> dict: return csv_line(task, _record(item, where), where, aside)
     if task: return gathered(rows, make, aside), ""
     roles = roles_of(header, columns or {}, f"{relative(path)}:1")
-    return _by_roles(rows, roles, header, read=_record, aside=aside)
+    return _by_roles(rows, roles, columns=header, read=_record, aside=aside)
 
 # %% ../../nbs/evaluation/outputs.ipynb #ef76337c
-def _by_roles(items, roles, columns, *, read, aside):
+def _by_roles(items, roles, *, columns, read, aside):
     "(lines, how it was read) of records whose columns have these roles; each id stands once."
     numbers, seen = {where: n for n, (where, _) in enumerate(items, 1)}, {}
     def make(item: object, where: str) -> dict:
@@ -287,7 +287,7 @@ def _json_file(path, text, *, columns, questions, aside):
         return ct_chat_lines(items, questions, aside), "read as CT-CHAT's answers to the conversations asked"
     if not columns and {*NEEDED} <= {*keys}: return json_lines(items, aside), ""
     roles = roles_of(keys, columns or {}, items[0][0]) if items else {}
-    return _by_roles(items, roles, keys, read=parsed, aside=aside)
+    return _by_roles(items, roles, columns=keys, read=parsed, aside=aside)
 
 # %% ../../nbs/evaluation/outputs.ipynb #66999fa0
 def read_file(path: Path | str, questions: Path | str | None = None, *,
@@ -470,6 +470,19 @@ def _names_cases(lines, path):
     own_row = re.compile(re.escape(relative(path)) + r"(:\d+|\[\d+\])")
     return not all(own_row.fullmatch(line["case"]) for line in lines)
 
+def _facts_of(path, lines):
+    "What was scored, and what its intervals resample."
+    return {"source": {"file": Path(path).name, "sha256": sha256_file(path)},
+            "resampled": "cases" if _names_cases(lines, path) else ROWS}
+
+def _publish(results, out, tell):
+    "Tell the table, and write it with the results to the folder `out` if there is one."
+    table = outputs_table(results)
+    tell(table)
+    if not out: return
+    write_json(Path(out)/"results.json", results)
+    write_text(Path(out)/"table.txt", table + "\n")
+
 def check_most(path: Path, lines: list[dict], aside: list) -> None:
     "Refuse a file of which more rows are odd than not: it was read as something that it is not."
     odd = [p for p in aside if not p.why.endswith(STAYS)]
@@ -505,17 +518,11 @@ def evaluate_file(path: Path | str, out: Path | str | None = None, *, questions:
     lines, note = read_file(path, questions, columns=columns, aside=aside)
     check_most(path, lines, aside)
     meteor, bertscore = _text_metrics(lines, encoder, layer)
-    source = {"file": Path(path).name, "sha256": sha256_file(path)}
-    resampled = "cases" if _names_cases(lines, path) else ROWS
     results = evaluate_systems({"model": lines}, meteor=meteor, bertscore=bertscore, seed=seed, n=n,
-                               source=source, versions=versions(), resampled=resampled)
+                               versions=versions(), **_facts_of(path, lines))
     scorer = load_ratescore(ratescore) if ratescore else None
     results |= {"agreement": agreement(lines, meteor), "clinical": clinical(lines, seed, n, scorer),
                 "read as": note, "set aside": aside_counts(aside)}
     if is_rad: results["3drad"] = scores_3drad(lines, meteor, bertscore)
-    table = outputs_table(results)
-    tell(table)
-    if out:
-        write_json(Path(out)/"results.json", results)
-        write_text(Path(out)/"table.txt", table + "\n")
+    _publish(results, out, tell)
     return results

@@ -369,7 +369,7 @@ def evaluate(
     predictions: Annotated[
         Optional[Path],
         typer.Option(
-            help="Score this file of answers instead: a CSV, JSON or JSONL; evaluation/outputs lists the forms."
+            help="Score this file of answers instead: a CSV, JSON or JSONL (evaluation/outputs)."
         )] = None,
     questions: Annotated[
         Optional[Path],
@@ -377,7 +377,7 @@ def evaluate(
                      )] = None,
     columns: Annotated[
         Optional[str],
-        typer.Option(help="Which column is what, where its name does not say: answer=pred,truth=label.")] = None,
+        typer.Option(help="Which column is what, if its name does not say: answer=pred,truth=label.")] = None,
     protocol: Annotated[
         Optional[str],
         typer.Option(help="3drad: also score as 3D-RAD's script does; its own files always are.")] = None,
