@@ -7,7 +7,7 @@ ARGS   ?=
 BIN    := .venv/bin
 STAMP  := .venv/installed
 COMPONENTS = $(filter-out $(wildcard nbs/runners/*),$(wildcard nbs/*/*.ipynb)) nbs/index.ipynb
-REFRESH := $(BIN)/python -c "import sys; from medvlm3d.front.pages import refresh; refresh(*sys.argv[1:])"
+REFRESH := $(BIN)/python -c "import sys; from medvlm3d.front.kernels import refresh; refresh(*sys.argv[1:])"
 # one thread a kernel and no GPU: stored outputs are the same whatever else the machine does
 STEADY := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= TOKENIZERS_PARALLELISM=false
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml; }

@@ -178,6 +178,109 @@ def test_debug_keeps_the_traceback():
     assert "Traceback" in run("--debug", "train", "-p", "seed").stderr
 
 
+WRONG = {  # what was typed wrong: the options, what the one line says
+    "a GPU that is not there": (["--device", "cuda:99"], "device 'cuda:99': is not to be had"),
+    "a device misspelt": (["--device", "cudda"], "device 'cudda': is not known. Use auto"),
+    "an overlay": (["--overlay", "o.xyz"], "--overlay o.xyz: has an ending that is not written. Let it end in .png"),
+    "an overlay on the grid": (["--overlay-nifti", "o.png"], "--overlay-nifti o.png: has an ending that is not written"),
+    "options without a question": (["--choices", "a,b"], "--choices: are the options of a question, and none is typed"),
+    "a table": (["--out", "answers.xlsx"], "Let it end in .csv or .jsonl"),
+    "JSON beside a table": (["--out", "answers.csv", "--json"], "--json: is about one scan, and --out writes a table"),
+    "a file of questions": (["--questions", "gone.txt"], "gone.txt: does not exist"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_typed_wrong_is_told_before_a_model_is_loaded(wrong, scan, monkeypatch):
+    from medvlm3d.front import scan as front
+    monkeypatch.setattr(front, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    options, message = WRONG[wrong]
+    refused = CliRunner().invoke(app, ["predict", str(scan), *options])
+    assert refused.exit_code == 1 and isinstance(refused.exception, MedVLM3DError) and message in str(refused.exception)
+    missing = CliRunner().invoke(app, ["predict", "missing.nii.gz"])
+    assert missing.exit_code == 1 and "missing.nii.gz: does not exist" in str(missing.exception)
+
+
+def test_the_answer_is_printed_before_a_picture_fails(model, scan, tmp_path, monkeypatch):
+    from medvlm3d.front import scan as front
+    def fails(*_): raise MedVLM3DError("o.png", "cannot be drawn", "Try again.")
+    monkeypatch.setattr(front, "draw_overlay", fails)
+    shown = CliRunner().invoke(app, ["predict", str(scan), "--model", str(model), "-q", "Which organ?", "--choices", "liver,spleen",
+                                     "--overlay", str(tmp_path/"o.png"), "--json"])
+    assert shown.exit_code == 1 and "cannot be drawn" in str(shown.exception)
+    assert json.loads(shown.stdout)["answers"][0]["text"] in ("liver", "spleen")
+
+
+def test_json_says_what_answered(model, scan, tmp_path):
+    "Model hash, versions, device, time and the reader's notes; a single option has no probability; a cut answer is marked."
+    def ask(*options):
+        shown = CliRunner().invoke(app, ["predict", str(scan), "--model", str(model), "--json", *options])
+        assert shown.exit_code == 0, shown.exception
+        return json.loads(shown.stdout)
+    told = ask("-q", "Which organ?", "--choices", '["liver, right lobe"]')
+    (answer,) = told["answers"]
+    assert (answer["text"], answer["probabilities"]) == ("liver, right lobe", None)
+    weights = (model/"model.safetensors.sha256").read_text().split()[0]
+    assert told["model"]["weights"] == weights and told["device"] == "cpu" and told["versions"]["torch"]
+    assert told["time"].endswith("Z") and "taken for CT in HU because of its values" in told["scan"]["warnings"]
+    cut = ask("-q", "Where is it?", "--max-new-tokens", "1")["answers"][0]
+    assert cut["cut"] is True and ask("--max-new-tokens", "1")["cut"] is True
+
+
+def test_a_scan_unlike_the_training_is_answered_with_a_warning_or_refused(scan, tmp_path):
+    "A model that was trained on thin MR slices, asked about a thick CT; a confidence below its threshold gives no answer."
+    from medvlm3d import tiny
+    from medvlm3d.method.seen import Seen
+    known = dict(modalities={"MR": 9}, intensities={"arbitrary": 9}, spacing=[[.5, 1.], [.5, 1.], [.5, 1.]])
+    network = tiny()
+    network.seen = Seen(volumes=9, **known, temperature=50., threshold=.9)
+    network.save_pretrained(tmp_path/"model")
+    typed = ["predict", str(scan), "--model", str(tmp_path/"model"), "-q", "Which organ?", "--choices", "liver,spleen"]
+    told = json.loads(CliRunner().invoke(app, [*typed, "--json"]).stdout)
+    assert "modality CT: the model was trained on MR" in told["outside"] and any("spacing of slices 5 mm" in line for line in told["outside"])
+    assert told["answers"][0]["abstained"] is True and told["answers"][0]["text"] == ""
+    shown = CliRunner().invoke(app, typed).stdout
+    assert "warning: modality CT: the model was trained on MR" in shown and "below the threshold of 90.0%" in shown
+    refused = CliRunner().invoke(app, [*typed, "--strict"])
+    assert refused.exit_code == 1 and "is unlike the training scans (modality CT" in str(refused.exception) and not refused.stdout
+
+
+def test_a_folder_without_reports_becomes_one_table(model, scan, tmp_path):
+    "Two scans and a cut one, questions from a file: a row each, one file of what was set aside, and nothing is answered twice."
+    folder = tmp_path/"scans"
+    folder.mkdir()
+    for name in "ab": (folder/f"{name}.nii.gz").write_bytes(scan.read_bytes())
+    (folder/"cut.nii.gz").write_bytes(scan.read_bytes()[:900])
+    (tmp_path/"asked.txt").write_text("Which plane?\nWhere is it?\n")
+    typed = ["predict", folder, "--model", model, "--questions", tmp_path/"asked.txt", "--max-new-tokens", 3, "--out", tmp_path/"answers.csv"]
+    shown = run(*typed)
+    assert shown.returncode == 1 and "done: 2 of 3 scans" in shown.stderr and "1 scans set aside" in shown.stderr, shown.stderr
+    rows = (tmp_path/"answers.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("scan,question,choices,answer")
+    (row,) = map(json.loads, (tmp_path/"answers.rejects.jsonl").read_text().splitlines())
+    assert row["where"].endswith("cut.nii.gz") and row["why"] and row["remedy"]
+    assert json.loads((tmp_path/"answers.about.json").read_text())["max_new_tokens"] == 3
+    (folder/"cut.nii.gz").write_bytes(scan.read_bytes())
+    again = CliRunner().invoke(app, [*map(str, typed), "--quiet"])
+    assert again.exit_code == 0 and "done: 3 of 3 scans in" in again.stderr and "1 of them now" in again.stderr
+    assert (tmp_path/"answers.csv").read_text().splitlines()[:5] == rows
+
+
+def test_an_overlay_lies_on_the_grid_of_its_scan(model, tmp_path):
+    "Shape and affine of a sagittal file, stored from head to feet, are those of the map and of the mask of kept slices."
+    affine = np.array([[0, 0, 4., -30], [0, -1.5, 0, 60], [-2., 0, 0, 20], [0, 0, 0, 1]])
+    values = np.random.default_rng(0).normal(0, 300, (40, 36, 12)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, affine), tmp_path/"x.nii.gz")
+    shown = CliRunner().invoke(app, ["predict", str(tmp_path/"x.nii.gz"), "--model", str(model), "-q", "Which organ?", "--choices", "liver,spleen",
+                                     "--overlay-nifti", str(tmp_path/"map.nii.gz")])
+    assert shown.exit_code == 0, shown.exception
+    for name in ("map", "map-kept"):
+        image = nib.load(tmp_path/f"{name}.nii.gz")
+        assert image.shape == values.shape and np.allclose(image.affine, affine)
+        marked = image.get_fdata().any((0, 1))
+        assert 0 < marked.sum() < 12, "some slices are kept, and not all"
+
+
 def test_truncated_scan_is_named_not_answered(model, scan, tmp_path):
     (tmp_path/"cut.nii.gz").write_bytes(scan.read_bytes()[:4000])
     shown = run("predict", tmp_path/"cut.nii.gz", "--model", model, "-q", "Which plane?", "--json")
@@ -214,6 +317,16 @@ def test_encode_takes_the_options_of_predict_and_a_bad_scan_does_not_stop_the_ot
     assert len(list((tmp_path/"out").glob("*.safetensors"))) == 2
     scans[1].write_bytes(whole)
     assert ask("--axis-order", "HWD").exit_code == 0 and (tmp_path/"out"/"rejects.jsonl").read_text() == ""
+
+
+def test_encode_names_a_file_by_all_that_determines_it(tmp_path):
+    "Two frames of one file, and two depths of one frame, are three files."
+    nib.save(nib.Nifti1Image(np.stack([VOXELS, VOXELS + 1], -1), np.diag([2., 2., 5., 1.])), tmp_path/"four.nii.gz")
+    for frame, depth in ((0, 8), (1, 8), (1, 6)):
+        done = CliRunner().invoke(app, ["encode", str(tmp_path/"four.nii.gz"), "--encoder", "tiny", "--depth", str(depth), "--size", "32",
+                                        "--frame", str(frame), "--modality", "MR", "--out", str(tmp_path/"out")])
+        assert done.exit_code == 0, done.exception
+    assert len(list((tmp_path/"out").glob("*.safetensors"))) == 3
 
 
 def test_encode(scan, tmp_path):

@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from conftest import COMPONENTS, place
 
-from medvlm3d.front.pages import execute
+from medvlm3d.front.kernels import execute
 
 TEXT = ("text/plain", "text/markdown", "text/html", "text/latex")
 SLOW_FIRST = sorted(COMPONENTS, key=lambda p: -p.stat().st_size)

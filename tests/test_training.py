@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,18 +18,25 @@ from safetensors.torch import load_file
 from medvlm3d.training.checkpoint import newest_whole, step_of
 from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json, write_text
 from medvlm3d.data.m3d import load_m3d
+from medvlm3d.data.manifest import write_manifest
 from medvlm3d.method.encoders import load_encoder
-from medvlm3d.features.store import encode_images
+from medvlm3d.features.store import FeatureStore, encode_images
 from medvlm3d.method.language import base_hash, load_llm
 from medvlm3d.method.model import MedVLM3D
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.evaluation.prediction import predict_items
 from medvlm3d.training.reader import make_reader, reader_tokenizer
-from medvlm3d.method.tokens import prompt_ids, target_ids
-from medvlm3d.training.stages import PackedVolumes, measure_targets, train, train_stage
+from medvlm3d.method.tokens import image_prefix, prompt_ids, target_ids
+from medvlm3d.training.bases import base_fields
+from medvlm3d.training.own import piece_tokenizer
+from medvlm3d.training.stages import PackedVolumes, train, train_stage
+from medvlm3d.training.words import measure_targets
 from medvlm3d.training.plan import Plan, initial_model
 from medvlm3d.training.launch import launch
 from medvlm3d.scans.prepare import Preprocess
+
+# after medvlm3d, which lets torchvision stand beside a CPU torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
 STAGES = [
     {"stage": 1, "tasks": ["report"], "epochs": 2, "lr": 5e-3, "batch": 4, "accumulation": 1},
@@ -409,3 +417,54 @@ def test_smollm2_learns_speaks_and_is_saved_as_a_reference(corpus, tmp_path):
         for m in (model, loaded)
     ]
     assert said[0] == said[1] and said[0].strip()
+
+
+TURNS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def base_of(folder, kind, template, texts, positions=512):
+    "A random language model of a family, with a byte-level tokenizer learned from `texts`."
+    tokenizer = piece_tokenizer(texts, 400)
+    tokenizer.chat_template = template
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    config = kind(vocab_size=len(tokenizer) + 3, max_position_embeddings=positions, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family, template", [(LlamaConfig, None), (Qwen2Config, TURNS), (GPTNeoXConfig, TURNS)])
+def test_any_causal_language_model_learns_and_is_saved_with_its_template(corpus, tmp_path, family, template):
+    root, fields = corpus
+    texts = [s.answer for s in load_m3d(root/"data")]
+    llm = base_of(tmp_path/"base", family, template, texts)
+    name, own = base_fields(llm, reader="")
+    stages = [{**stage, "epochs": 1, "lora": stage.get("lora") and {**stage["lora"], "targets": "all-linear"}} for stage in STAGES]
+    model = {**fields, "whiten": True, "channels": 16, **own}
+    run = train(tmp_path/"run", plan(corpus, llm=name, model=model, stages=stages), progress=False)
+    saved = MedVLM3D.from_pretrained(run/"model")
+    assert type(saved.llm.config) is family and saved.config.llm_reference is None
+    tokenizer = saved.processor.tokenizer
+    head = "<|user|>" if template else ""
+    assert tokenizer.decode(image_prefix(tokenizer, 1)).startswith(f"{head}<image>")
+    assert tokenizer.decode(prompt_ids(tokenizer, "Where is the lesion?")).endswith("lesion?" + ("<eos><|assistant|>" if template else ""))
+    sample = next(s for s in load_m3d(root/"data") if s.task == "report")
+    options = dict(features=FeatureStore(root/"store"), batch_size=1, out_path=tmp_path/"answers.jsonl", max_new_tokens=4)
+    line, = predict_items(saved, saved.processor, samples=[sample], **options)
+    assert line["error"] is None and run.manifest["unknown"]["train"]["unknown"] == 0
+
+
+def test_reports_that_the_small_reader_cannot_read_are_refused_with_the_ways_out(corpus, tmp_path, capsys):
+    root, _ = corpus
+    samples = [replace(s, answer=f"Hepatic steatosis with {n} cm hypodense lesion in segment VI, no ascites.", where="")
+               if s.task == "report" else s for n, s in enumerate(load_m3d(root/"data"))]
+    shutil.copytree(root/"data", tmp_path/"data")
+    write_manifest(tmp_path/"data"/"own.jsonl", samples)
+    own = plan(corpus, data=str(tmp_path/"data"/"own.jsonl"))
+    with pytest.raises(MedVLM3DError, match="llm=own.*smollm2.*folder or hub id"): train(tmp_path/"run", own, progress=False)
+    shown = capsys.readouterr().out
+    assert "train: " in shown and "test: " in shown and "are unknown (" in shown
+    assert RunFolder(tmp_path/"run").manifest["unknown"]["train"]["share"] > .1

@@ -111,9 +111,21 @@ def seed_everything(seed: int) -> int:
     return seed
 
 def pick_device(name: str = "auto") -> torch.device:
-    "The torch device: a GPU when there is one (`auto`), else the CPU."
+    "The torch device: a GPU when there is one (`auto`), else the CPU; an error if it is not to be had."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise MedVLM3DError(f"device {name!r}", "is not known", "Use auto, cpu, cuda, cuda:0 or mps.")
+    count = _devices(kind)
+    if int(number or 0) >= count:
+        reason = f"is not to be had: torch {torch.__version__} sees {count or 'none'} of this kind"
+        raise MedVLM3DError(f"device {name!r}", reason, "Use auto or cpu, or a torch built for this device.")
     return torch.device(name)
+
+def _devices(kind):
+    "How many devices of a kind torch sees."
+    if kind == "cuda": return torch.cuda.device_count()
+    return int(kind == "cpu" or torch.backends.mps.is_available())
 
 # %% ../../nbs/base/core.ipynb #7f1eb627
 PACKAGES = (

@@ -45,6 +45,7 @@ class MedVLM3DConfig(PreTrainedConfig):
         lora=None,               # {"r", "alpha", "dropout", "targets"}; the paper: 16, 32, 0.1 (second stage)
         context=512,             # tokens; the paper: 512 (second stage)
         answer_style="letter",   # or "text" (ours)
+        chat=None,               # {"head", "tail", "end"} of a chat template; the paper: none
         image_token_id=None,     # the id of <image> in the tokenizer
         seed=0,                  # of the connector's start
         **common):
@@ -59,7 +60,7 @@ class MedVLM3DConfig(PreTrainedConfig):
         self.projector = projector
         self.text_config = _as_text_config(text_config, common.pop("tie_word_embeddings", None))
         self.llm_reference, self.lora = llm_reference, lora
-        self.context, self.answer_style = context, answer_style
+        self.context, self.answer_style, self.chat = context, answer_style, chat
         self.image_token_id, self.seed = image_token_id, seed
         self._check_channels()
         super().__init__(**common)

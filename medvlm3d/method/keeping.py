@@ -16,6 +16,7 @@ from ..base.core import MedVLM3DError, atomic_path, sha256_file, write_text
 from .connector import MedVLM3DConfig
 from .language import (MedVLM3DProcessor, add_lora, check_finite, has_lora, merged_state,
                                       reference_llm, saved_folder, widen_emulated)
+from .seen import Seen, read_seen, write_seen
 
 # %% ../../nbs/method/keeping.ipynb #e3dd4baa
 def _part_of(name):
@@ -108,7 +109,7 @@ class Saving(Counting):
         if merged: config.lora = None
         return config
 
-# %% ../../nbs/method/keeping.ipynb #ead736bf
+# %% ../../nbs/method/keeping.ipynb #df78cfc5
 # what transformers and its trainer hand on to saving: safetensors in one file, and so anyway
 SAVED_SO_ANYWAY = {"safe_serialization", "save_peft_format", "token"}
 
@@ -122,6 +123,8 @@ def _refuse(words, known, where):
 # %% ../../nbs/method/keeping.ipynb #1e2251f3
 class Keeping(Saving):
     "Saving what was trained, and loading it again exactly."
+    seen: Seen | None = None    # the record of the training scans
+
     def save_pretrained(self, folder: str | Path, everything: bool = False, merged: bool = False,
                         state_dict: dict | None = None, is_main_process: bool = True, **other) -> None:
         """Write configurations, `model.safetensors` with its hash, and the processor's files into `folder`.
@@ -144,6 +147,7 @@ class Keeping(Saving):
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
         write_tensors(folder/"model.safetensors", tensors)
         if self.processor: self.processor.save_pretrained(folder)
+        write_seen(folder, self.seen)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options):
@@ -207,7 +211,7 @@ def _fill(model, folder):
     model.load_state_dict(state, strict=False, assign=True)
     model.llm.tie_weights()
 
-# %% ../../nbs/method/keeping.ipynb #41da7b5a
+# %% ../../nbs/method/keeping.ipynb #2fd2c405
 def _attach(model, folder):
     "Give a model the processor and the settings of generation that lie in its folder."
     from transformers import GenerationConfig
@@ -243,4 +247,5 @@ def load_saved(cls: type, folder: str | Path, *, llm: str | Path | torch.nn.Modu
     model = cls(config, reference_llm(reference, llm, llm_dtype or torch.float32) if reference else None)
     _fill(model, folder)
     _attach(model, folder)
+    model.seen = read_seen(folder)
     return _set_types(model, dtype, llm_dtype).eval()

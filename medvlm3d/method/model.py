@@ -332,7 +332,8 @@ def assemble(config: MedVLM3DConfig, llm: nn.Module | None = None,
 
 def _processor(config, tokenizer):
     "The processor of a model with this configuration."
-    return MedVLM3DProcessor(tokenizer, Preprocess.from_dict(config.preprocess), config.visual_tokens)
+    preprocess = Preprocess.from_dict(config.preprocess)
+    return MedVLM3DProcessor(tokenizer, preprocess, config.visual_tokens, config.chat)
 
 # %% ../../nbs/method/08_model.ipynb #08ba3630
 WORDS = ("Which organ is enlarged? Where is the lesion? "

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['IMAGE_TOKEN', 'IMAGE_PREFIX', 'LETTERS', 'INSTRUCTIONS', 'visual_token_count', 'flatten_tokens', 'lettered',
            'closed_prompt', 'open_prompt', 'ask_prompt', 'closed_target', 'report_prompt', 'instruction_index',
-           'add_image_token', 'image_token_id', 'plain_text', 'continuation_ids', 'start_ids', 'image_prefix',
-           'prompt_ids', 'target_ids', 'build_prompt', 'Example', 'fit_target', 'build_example', 'target_logprobs',
-           'target_loss']
+           'add_image_token', 'image_token_id', 'plain_text', 'continuation_ids', 'set_chat', 'chat_ids', 'start_ids',
+           'image_prefix', 'prompt_ids', 'target_ids', 'build_prompt', 'Example', 'fit_target', 'build_example',
+           'target_logprobs', 'target_loss']
 
 # %% ../../nbs/method/06_tokens.ipynb #2c2a27d9
 import hashlib
@@ -139,6 +139,19 @@ def continuation_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list:
         raise MedVLM3DError(repr(text[:60]), problem, "Begin the text with a space or another word.")
     return whole[len(anchor):]
 
+# %% ../../nbs/method/06_tokens.ipynb #65d56681
+def set_chat(tokenizer: "PreTrainedTokenizerBase", chat: dict | None) -> None:
+    "Have `tokenizer` (changed in place) write prompts between `head` and `tail`, and `end` behind answers."
+    tokenizer.chat_frame = chat
+    if chat: tokenizer.eos_token = chat["end"]
+
+def chat_ids(tokenizer: "PreTrainedTokenizerBase", part: str) -> list:
+    "Ids of the `head` or `tail` of a chat; none if `tokenizer` writes no chat."
+    chat = getattr(tokenizer, "chat_frame", None)
+    if not chat: return []
+    if part == "head": return tokenizer(chat["head"], add_special_tokens=False)["input_ids"]
+    return continuation_ids(tokenizer, chat[part])
+
 # %% ../../nbs/method/06_tokens.ipynb #23671e42
 def start_ids(tokenizer: "PreTrainedTokenizerBase") -> list:
     "[bos] if the tokenizer itself begins a text with it, else []: neither a missing nor a double one."
@@ -149,12 +162,14 @@ def image_prefix(tokenizer: "PreTrainedTokenizerBase", visual_tokens: int) -> li
     "Ids of the paper's prefix, with `<image>` repeated `visual_tokens` times."
     images = [image_token_id(tokenizer)] * visual_tokens
     words = IMAGE_PREFIX.removeprefix(IMAGE_TOKEN).rstrip()
-    return start_ids(tokenizer) + images + continuation_ids(tokenizer, words)
+    start = chat_ids(tokenizer, "head") or start_ids(tokenizer)
+    return start + images + continuation_ids(tokenizer, words)
 
 # %% ../../nbs/method/06_tokens.ipynb #34b5cdda
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list:
-    "Ids of a prompt behind the prefix."
-    return continuation_ids(tokenizer, " " + plain_text(tokenizer, prompt))
+    "Ids of a prompt behind the prefix; in a chat also of what invites the answer."
+    words = continuation_ids(tokenizer, " " + plain_text(tokenizer, prompt))
+    return words + chat_ids(tokenizer, "tail")
 
 def target_ids(tokenizer: "PreTrainedTokenizerBase", target: str) -> list:
     "Ids of a target behind its prompt, closed by the end-of-sequence token."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'PHASES', 'ORGANS', 'KINDS', 'MORE_KINDS', 'LEVELS', 'LOCATIONS', 'FACTORS', 'ORGAN_SIDES', 'ANATOMY',
-           'BODY', 'MUSCLE', 'FAT', 'FIELD', 'TISSUES', 'Case', 'balanced', 'draw_balanced', 'table_of_cases',
-           'sample_cases', 'build_patient', 'unit_lines', 'coordinates', 'inside', 'lesion_shape', 'finding_shape',
-           'Scene', 'draw_scene']
+           'BODY', 'MUSCLE', 'FAT', 'FIELD', 'TO_MILLIMETRES', 'TISSUES', 'Case', 'balanced', 'draw_balanced',
+           'table_of_cases', 'sample_cases', 'build_patient', 'unit_lines', 'coordinates', 'inside', 'lesion_shape',
+           'finding_shape', 'Scene', 'draw_scene']
 
 # %% ../../nbs/phantoms/anatomy.ipynb #551c3853
 from collections.abc import Callable, Sequence
@@ -62,12 +62,13 @@ def draw_balanced(values: Sequence, n: int, rng: np.random.Generator) -> list:
     "`n` balanced draws from `values`, in random order."
     return [values[k] for k in balanced(values, n, rng)]
 
+# %% ../../nbs/phantoms/anatomy.ipynb #2ba14b9a
 def table_of_cases(facts: dict, *, first: int, rng: np.random.Generator) -> list[Case]:
-    """The cases whose facts are the columns of a table (fact → values). Ids count from `first`; each draws
-    a seed."""
+    "The cases whose facts are the columns of a table (fact → values); their ids count from `first`."
     cases = []
-    for i, row in enumerate(zip(*facts.values()), first):
-        cases.append(Case(f"{i:06d}", int(rng.integers(2**31)), **dict(zip(facts, row))))
+    for number, row in enumerate(zip(*facts.values()), first):
+        seed = int(rng.integers(2**31))
+        cases.append(Case(f"{number:06d}", seed, **dict(zip(facts, row))))
     return cases
 
 # %% ../../nbs/phantoms/anatomy.ipynb #92e2ce63
@@ -109,10 +110,13 @@ def build_patient(rng: np.random.Generator) -> dict:
     scale, shift = rng.uniform(.92, 1.08), rng.normal(0, (5, 5, 9))
     patient = {"body": (shift, np.array(BODY) * scale * rng.uniform(.96, 1.04, 3))}
     for name, (centre, axes, _, _) in ANATOMY.items():
-        jitter = rng.normal(0, 4, 3) if name not in ("aorta", "spine") else 0
-        middle = np.array(centre) * scale + shift + jitter
+        middle = np.array(centre) * scale + shift + _jitter(name, rng)
         patient[name] = middle, np.array(axes) * scale * rng.uniform(.92, 1.08, 3)
     return patient
+
+def _jitter(name, rng):
+    "How far an organ lies from its usual place (mm)."
+    return 0 if name in ("aorta", "spine") else rng.normal(0, 4, 3)
 
 # %% ../../nbs/phantoms/anatomy.ipynb #a7556969
 FIELD = {"x": 185., "y": 135., "z": 222.}  # half field of view (mm)
@@ -125,41 +129,52 @@ def unit_lines(shape: Sequence[int]) -> list[np.ndarray]:
         lines.append(np.expand_dims(np.linspace(-1, 1, n, dtype=np.float32), others))
     return lines
 
-def coordinates(plane: str, shape: Sequence[int]) -> tuple:
-    "Broadcastable (x, y, z) in mm of every voxel of a (D, H, W) volume acquired in `plane`."
-    d, h, w = unit_lines(shape)
-    left, back, head = FIELD["x"], FIELD["y"], FIELD["z"]
-    if plane == "axial": return w * left, h * back, d * head
-    if plane == "coronal": return w * left, d * back * .85, -h * head
-    if plane == "sagittal": return d * left * .9, w * back, -h * head
-    if plane == "oblique": return w * left, *_turned(d * 170, h * 180)
-    remedy = f"Choose one of {', '.join(PLANES)}."
-    raise MedVLM3DError(plane, "is not a plane the phantom can be acquired in", remedy)
+def _axial(d, h, w): return w * FIELD["x"], h * FIELD["y"], d * FIELD["z"]
+def _coronal(d, h, w): return w * FIELD["x"], d * FIELD["y"] * .85, -h * FIELD["z"]
+def _sagittal(d, h, w): return d * FIELD["x"] * .9, w * FIELD["y"], -h * FIELD["z"]
+def _oblique(d, h, w): return w * FIELD["x"], *_turned(d * 170, h * 180)
 
 def _turned(a, b):
     "Two coordinates after a turn by 45 degrees."
     return (a + b) * np.float32(.7071), (a - b) * np.float32(.7071)
 
+# %% ../../nbs/phantoms/anatomy.ipynb #4043fc2f
+TO_MILLIMETRES = dict(zip(PLANES, (_axial, _coronal, _sagittal, _oblique)))   # unit lines d, h, w → x, y, z
+
+def coordinates(plane: str, shape: Sequence[int]) -> tuple:
+    "Broadcastable (x, y, z) in mm of every voxel of a (D, H, W) volume acquired in `plane`."
+    if plane not in TO_MILLIMETRES:
+        remedy = f"Choose one of {', '.join(PLANES)}."
+        raise MedVLM3DError(plane, "is not a plane the phantom can be acquired in", remedy)
+    return TO_MILLIMETRES[plane](*unit_lines(shape))
+
 # %% ../../nbs/phantoms/anatomy.ipynb #8ef45eec
+def _squared_distances(xyz, centre, axes):
+    "For each direction the squared distance from the centre, in half-axes."
+    return [((u - c) / a)**2 for u, c, a in zip(xyz, centre, axes)]
+
 def inside(xyz: Sequence, centre: Sequence, axes: Sequence) -> np.ndarray:
     "Function of an ellipsoid with `centre` and half-`axes` (mm): below 1 inside, 1 on the surface."
-    return sum(((u - c) / a)**2 for u, c, a in zip(xyz, centre, axes))
+    return sum(_squared_distances(xyz, centre, axes))
 
-def _span(terms, axis):
-    "The slice along `axis` outside of which the sum of `terms` is nowhere below 1."
+# %% ../../nbs/phantoms/anatomy.ipynb #2c937d58
+def _span(distances, axis):
+    "The slice along `axis` outside of which the sum of the squared distances is nowhere below 1."
     others = tuple({0, 1, 2} - {axis})
-    smallest = sum(t.min(others) for t in terms)
+    smallest = sum(distance.min(others) for distance in distances)
     hits = np.flatnonzero(smallest < 1)
     return slice(hits[0], hits[-1] + 1) if len(hits) else slice(0)
 
+def _in_box(array, box):
+    "The part in a box of an array that broadcasts to the grid."
+    parts = [part if n > 1 else slice(None) for part, n in zip(box, array.shape)]
+    return array[tuple(parts)]
+
 def _ellipsoid(xyz, centre, axes):
     "(box, q): the slices that hold the ellipsoid, and its function (below 1 inside) there."
-    terms = [((u - c) / a)**2 for u, c, a in zip(xyz, centre, axes)]
-    box = tuple(_span(terms, axis) for axis in range(3))
-    q = 0
-    for t in terms:
-        q = q + t[tuple(part if n > 1 else slice(None) for part, n in zip(box, t.shape))]
-    return box, q
+    distances = _squared_distances(xyz, centre, axes)
+    box = tuple(_span(distances, axis) for axis in range(3))
+    return box, sum(_in_box(distance, box) for distance in distances)
 
 # %% ../../nbs/phantoms/anatomy.ipynb #b5a9c465
 def lesion_shape(case: Case, patient: dict, rng: np.random.Generator) -> tuple:
@@ -169,6 +184,7 @@ def lesion_shape(case: Case, patient: dict, rng: np.random.Generator) -> tuple:
     offset[2] = rng.uniform(.38, .58) * (1 if case.level == "upper" else -1)
     return centre + offset * axes, case.radius * rng.uniform(.85, 1.12, 3)
 
+# %% ../../nbs/phantoms/anatomy.ipynb #54c73ddd
 def _effusion(case, lung, xyz):
     "The function of fluid behind a lung; it rises with its amount and fills the upper or the lower half."
     _, y, z = ((u - c) / a for u, c, a in zip(xyz, *lung))
@@ -218,10 +234,16 @@ def _smooth_noise(shape, rng, sigma):
     "Gaussian noise (D, H, W) float32, blurred by `sigma` voxels along each axis."
     return gaussian_filter(rng.standard_normal(shape, dtype=np.float32), sigma)
 
+def _textures(shape, rng):
+    "The fine and the coarse noise of a scene."
+    fine = _smooth_noise(shape, rng, (.6, 1, 1)) * 3
+    return fine, _smooth_noise(shape, rng, (.9, 2.2, 2.2)) * 8
+
 def _body_labels(body):
     "Fat, muscle and mesentery as indices into TISSUES, from the function of the body."
     return np.select([body < .74, body < .88, body < 1], [3, 2, 1], 0).astype(np.uint8)
 
+# %% ../../nbs/phantoms/anatomy.ipynb #c7d0e6ba
 def _draw_organs(labels, patient, *, xyz, body, rng):
     "Write the number of each organ into `labels`; returns the kidneys' medulla and the gain of each organ."
     medulla, gains = np.zeros(labels.shape, bool), []
@@ -229,7 +251,7 @@ def _draw_organs(labels, patient, *, xyz, body, rng):
         box, q = _ellipsoid(xyz, *patient[name])
         organ = (q < 1) & (body[box] < .9)
         labels[box][organ] = number
-        medulla[box][organ] = q[organ] < .25 if name.endswith("kidney") else False
+        medulla[box][organ] = name.endswith("kidney") & (q[organ] < .25)
         gains.append(rng.uniform(.93, 1.07))
     return medulla, tuple(gains)
 
@@ -247,8 +269,7 @@ def draw_scene(case: Case, shape: Sequence[int] = (32, 112, 112), place: Callabl
     """
     rng = np.random.default_rng(case.seed)
     patient, xyz = build_patient(rng), grid(case.plane, shape)
-    fine = _smooth_noise(shape, rng, (.6, 1, 1)) * 3
-    coarse = _smooth_noise(shape, rng, (.9, 2.2, 2.2)) * 8
+    fine, coarse = _textures(shape, rng)
     body = inside(xyz, *patient["body"])
     labels = _body_labels(body)
     medulla, gains = _draw_organs(labels, patient, xyz=xyz, body=body, rng=rng)

@@ -24,11 +24,14 @@ def _balanced_organs(kinds, rng):
     chosen = [None] * len(kinds)
     effusions_first = sorted(range(len(kinds)), key=lambda i: kinds[i] != "effusion")
     for i in effusions_first:
-        position = 0
-        if kinds[i] == "effusion":
-            position = next((k for k, organ in enumerate(due) if organ.endswith("lung")), 0)
-        chosen[i] = due.pop(position)
+        place = _first_lung(due) if kinds[i] == "effusion" else 0
+        chosen[i] = due.pop(place)
     return chosen
+
+def _first_lung(organs):
+    "Where the first lung stands among the organs; 0 if there is none."
+    lungs = [place for place, organ in enumerate(organs) if organ.endswith("lung")]
+    return lungs[0] if lungs else 0
 
 # %% ../../nbs/phantoms/benchmark.ipynb #9def89a2
 def sample_findings(n: int, seed: int = 0, *, radius: tuple = (22., 42.), first: int = 0,
@@ -60,25 +63,27 @@ def asked_of(modality: str, kinds: Sequence[str] | None = None) -> dict:
 
 def report_about(case: Case, modality: str) -> str:
     "The report of a case in a modality: technique, finding, negative statement, impression."
-    return fill_report(case, {**REPORTS, "technique": mode_of(modality).technique})
+    templates = REPORTS | {"technique": mode_of(modality).technique}
+    return fill_report(case, templates)
 
 # %% ../../nbs/phantoms/benchmark.ipynb #ffe31ace
 def draw_variant(item: Item) -> tuple:
     "An item as the modality named by its variant draws it."
-    volume, scene = draw_mode(item.case, item.variant, item.shape, item.contrast)
-    words = report_about(item.case, item.variant)
-    facts = {"modality": item.variant, "contrast": item.contrast, "report": words}
-    return mode_of(item.variant).unit(volume), scene.masks, facts
+    modality, case = item.variant, item.case
+    volume, scene = draw_mode(case, modality, item.shape, item.contrast)
+    facts = {"modality": modality, "contrast": item.contrast, "report": report_about(case, modality)}
+    return mode_of(modality).unit(volume), scene.masks, facts
 
+# %% ../../nbs/phantoms/benchmark.ipynb #b1468181
 def _check_kinds(kinds):
     "Raise unless all kinds of finding are known and there are at least two of them."
-    names = ", ".join(kinds)
-    if unknown := sorted(set(kinds) - {*MORE_KINDS}):
+    unknown = sorted({*kinds} - {*MORE_KINDS})
+    if unknown:
         remedy = f"Choose from {', '.join(MORE_KINDS)}."
         raise MedVLM3DError(", ".join(unknown), "is no kind of finding", remedy)
     if len(kinds) < 2:
-        raise MedVLM3DError(names, "is the only kind of finding: to ask for it would be to answer",
-                            "Give two kinds or more.")
+        reason = "is the only kind of finding: to ask for it would be to answer"
+        raise MedVLM3DError(", ".join(kinds), reason, "Give two kinds or more.")
 
 # %% ../../nbs/phantoms/benchmark.ipynb #d26cafcf
 def make_benchmark(root: Path | str, modality: str = "CT", *, train: int = 840, validation: int = 120,
@@ -105,11 +110,17 @@ def make_benchmark(root: Path | str, modality: str = "CT", *, train: int = 840, 
     _check_kinds(kinds)
     config = dict(modality=modality, **sizes, shape=list(shape), radius=list(radius), contrast=contrast,
                   kinds=list(kinds), seed=seed, version=1)
-    items = []
-    for split, n, first in numbered(sizes):
-        cases = sample_findings(n, seed, radius=radius, first=first, phases=mode.phases, kinds=kinds)
-        more = dict(draw=draw_variant, shape=tuple(shape), contrast=contrast, variant=modality)
-        items += [Item(case, split, **more) for case in cases]
+    facts = dict(seed=seed, radius=radius, phases=mode.phases, kinds=kinds)
+    drawing = dict(draw=draw_variant, shape=tuple(shape), contrast=contrast, variant=modality)
+    items = _items_of_splits(sizes, facts, drawing)
     asked = asked_of(modality, kinds)
     return write_corpus(root, items, config=config, seed=seed, asked=asked, workers=workers,
                         progress=progress)
+
+def _items_of_splits(sizes, facts, drawing):
+    "The items of all splits; `facts` go to `sample_findings`, `drawing` to each item."
+    items = []
+    for split, n, first in numbered(sizes):
+        cases = sample_findings(n, first=first, **facts)
+        items += [Item(case, split, **drawing) for case in cases]
+    return items

@@ -11,6 +11,7 @@ __all__ = ['BRAIN', 'BRAIN_SEQUENCES', 'AIR', 'WHITE', 'GREY', 'FLUID', 'CEREBEL
 # %% ../../nbs/phantoms/layouts.ipynb #b20fe2a8
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,20 @@ from ..scans.volume import codes_affine
 def write_nifti(path: Path, array: np.ndarray, spacing: Sequence[float]) -> None:
     """Write an axial (D, H, W) array as NIfTI in LPS order; `spacing` in mm. Integers stay, others become
     float32."""
+    import gzip
+
     import nibabel as nib
     array = array.transpose(2, 1, 0)
     if array.dtype.kind not in "iu": array = array.astype(np.float32)
-    affine = codes_affine("LPS", spacing[::-1])
-    affine[:3, 3] = -affine[:3, :3] @ (np.array(array.shape) - 1) / 2
-    with atomic_path(path) as part: part.write_bytes(_gzip(nib.Nifti1Image(array, affine).to_bytes()))
+    image = nib.Nifti1Image(array, _centred_affine(array.shape, spacing[::-1]))
+    packed = gzip.compress(image.to_bytes(), 1, mtime=0)   # no time stamp: equal volumes give equal bytes
+    with atomic_path(path) as part: part.write_bytes(packed)
 
-def _gzip(data):
-    import gzip
-    return gzip.compress(data, 1, mtime=0)   # no time stamp: the same volume gives the same bytes
+def _centred_affine(shape, spacing):
+    "The affine of a volume in LPS order whose middle is the origin; `spacing` in mm along its axes."
+    affine = codes_affine("LPS", spacing)
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
+    return affine
 
 # %% ../../nbs/phantoms/layouts.ipynb #d6f6f368
 BRAIN = {  # tissue: proton density, T1, T2 (ms, near 3 T), contrast agent (mmol/l)
@@ -64,12 +69,12 @@ class BrainCase:
 def sample_brains(n: int, seed: int = 0, radius: tuple = (16., 30.)) -> list[BrainCase]:
     "`n` brains in which sides and levels are balanced; `radius` is the range of tumour radii (mm)."
     rng = np.random.default_rng((seed, 11))
-    corners = [(side, level) for side in ("right", "left") for level in ("upper", "lower")]
-    places = draw_balanced(corners, n, rng)
-    radii, brains = rng.uniform(*radius, n), []
-    for i, ((side, level), r) in enumerate(zip(places, radii)):
-        place = dict(side=side, level=level, radius=float(r.round(1)))
-        brains.append(BrainCase(f"BraTS-GEN-{i:05d}-000", int(rng.integers(2**31)), **place))
+    places = draw_balanced(list(product(("right", "left"), ("upper", "lower"))), n, rng)
+    radii = rng.uniform(*radius, n).round(1).tolist()
+    brains = []
+    for number, ((side, level), size) in enumerate(zip(places, radii)):
+        name, own_seed = f"BraTS-GEN-{number:05d}-000", int(rng.integers(2**31))
+        brains.append(BrainCase(name, own_seed, side=side, level=level, radius=size))
     return brains
 
 # %% ../../nbs/phantoms/layouts.ipynb #00349ddf
@@ -82,12 +87,15 @@ def brain_axes(shape: Sequence[int], reach: float = 1.12) -> tuple:
 def _paint_brain(head, xyz, fold):
     "Tissues (D, H, W) of a healthy brain as indices into BRAIN; `head` is below 1 inside."
     labels = np.where(head + .25*fold < .7, WHITE, GREY).astype(np.uint8)
-    sulci = (head > .74) & (fold > .5)
-    labels[sulci | _ventricles(xyz)] = FLUID
-    labels[inside(xyz, (0, 48, -40), (48, 26, 20)) < 1] = CEREBELLUM
+    labels[_sulci(head, fold) | _ventricles(xyz)] = FLUID
+    labels[_cerebellum(xyz)] = CEREBELLUM
     labels[_surface(head, xyz)] = FLUID
     labels[head >= 1] = AIR
     return labels
+
+# %% ../../nbs/phantoms/layouts.ipynb #fd35017b
+def _sulci(head, fold): return (head > .74) & (fold > .5)
+def _cerebellum(xyz): return inside(xyz, (0, 48, -40), (48, 26, 20)) < 1
 
 def _ventricles(xyz):
     right, left = (inside(xyz, (x, -5, 8), (9, 32, 14)) for x in (-13, 13))
@@ -108,25 +116,34 @@ def tumour_centre(case: BrainCase, axes: Sequence[float], rng: np.random.Generat
     y = rng.uniform(-.35, .35) * axes[1]
     return x, y, level * rng.uniform(.25, .45) * axes[2]
 
+# %% ../../nbs/phantoms/layouts.ipynb #558e6665
 def _paint_tumour(q, room, fold):
     "The parts of a tumour (D, H, W) uint8 as in BraTS, where `room` is True; `q` is below 1 inside it."
-    rough = q + .1*fold
-    necrosis, enhancing, oedema = room & (rough < .13), room & (rough < .38), room & (q + .25*fold < 1)
-    return np.select([necrosis, enhancing, oedema], [1, 3, 2], 0).astype(np.uint8)
+    core, oedema = q + .1*fold, q + .25*fold
+    parts = {1: core < .13, 3: core < .38, 2: oedema < 1}
+    return np.select([room & part for part in parts.values()], list(parts), 0).astype(np.uint8)
 
 # %% ../../nbs/phantoms/layouts.ipynb #0a4e2989
 def draw_brain(case: BrainCase, shape: Sequence[int] = (40, 64, 64)) -> tuple:
     "Two arrays (D, H, W) uint8: tissues as indices into BRAIN, and the tumour's parts as in BraTS."
     rng, xyz = np.random.default_rng(case.seed), brain_axes(shape)
     axes = np.array(BRAIN_MM) * rng.uniform(.93, 1.03, 3)
-    fold = gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.6) * 6
+    fold = _folds(shape, rng)
     head = inside(xyz, (0, 0, 0), axes)
     labels = _paint_brain(head, xyz, fold)
-    centre = tumour_centre(case, axes, rng)
-    q = inside(xyz, centre, case.radius * rng.uniform(.85, 1.1, 3))
-    segmentation = _paint_tumour(q, (head < .95) & (labels != FLUID), fold)
+    room = (head < .95) & (labels != FLUID)
+    segmentation = _paint_tumour(_tumour(case, xyz, axes, rng), room, fold)
     for part, tissue in TUMOUR.items(): labels[segmentation == part] = tissue
     return labels, segmentation
+
+def _folds(shape, rng):
+    "Smooth noise (D, H, W) that folds the cortex."
+    return gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 1.6) * 6
+
+def _tumour(case, xyz, axes, rng):
+    "The function of the tumour, below 1 inside."
+    centre = tumour_centre(case, axes, rng)
+    return inside(xyz, centre, case.radius * rng.uniform(.85, 1.1, 3))
 
 # %% ../../nbs/phantoms/layouts.ipynb #07683092
 def draw_sequence(labels: np.ndarray, sequence: str, seed: int, noise: float = 9.) -> np.ndarray:
@@ -140,11 +157,16 @@ def draw_sequence(labels: np.ndarray, sequence: str, seed: int, noise: float = 9
     noise : standard deviation in each channel
     """
     rng = np.random.default_rng((seed, list(BRAIN_SEQUENCES).index(sequence)))
-    signal = [1000 * spin_echo(tissue, BRAIN_SEQUENCES[sequence]) for tissue in BRAIN.values()]
     texture = 1 + .04 * rng.standard_normal(labels.shape, dtype=np.float32)
-    smooth = gaussian_filter(np.array(signal, np.float32)[labels] * texture, .45)
+    smooth = gaussian_filter(_brain_signals(sequence)[labels] * texture, .45)
     image = smooth * bias_field(labels.shape, rng)
-    return np.where(labels > 0, rician(image, noise, rng), 0).round().astype(np.int16)
+    magnitude = rician(image, noise, rng)
+    return np.where(labels > 0, magnitude, 0).round().astype(np.int16)
+
+def _brain_signals(sequence):
+    "The signal of each tissue of BRAIN under a sequence."
+    signals = [1000 * spin_echo(tissue, BRAIN_SEQUENCES[sequence]) for tissue in BRAIN.values()]
+    return np.array(signals, np.float32)
 
 # %% ../../nbs/phantoms/layouts.ipynb #4d84979c
 def _brain_spacing(shape): return tuple(2 * 1.12 * half / (n - 1) for half, n in zip(BRAIN_MM[::-1], shape))
@@ -153,12 +175,15 @@ def write_brain(job: tuple) -> None:
     "Write one generated study in BraTS's layout; `job` is (root, case, shape)."
     root, case, shape = job
     folder, spacing = Path(root)/case.id, _brain_spacing(shape)
-    if folder.exists() and len(list(folder.glob("*.nii.gz"))) == 5: return
+    if _is_complete(folder): return
     labels, segmentation = draw_brain(case, shape)
-    for sequence in BRAIN_SEQUENCES:
-        image = draw_sequence(labels, sequence, case.seed)
-        write_nifti(folder/f"{case.id}-{sequence}.nii.gz", image, spacing)
-    write_nifti(folder/f"{case.id}-seg.nii.gz", segmentation, spacing)
+    images = {sequence: draw_sequence(labels, sequence, case.seed) for sequence in BRAIN_SEQUENCES}
+    for name, image in (images | {"seg": segmentation}).items():
+        write_nifti(folder/f"{case.id}-{name}.nii.gz", image, spacing)
+
+def _is_complete(folder):
+    "Whether a study has its four sequences and its segmentation."
+    return len(list(folder.glob("*.nii.gz"))) == len(BRAIN_SEQUENCES) + 1
 
 # %% ../../nbs/phantoms/layouts.ipynb #73e9889d
 @dataclass(frozen=True)
@@ -181,10 +206,15 @@ def write_body(job: BodyJob) -> None:
     if (job.folder/job.mask).exists(): return
     spacing = spacing_of("axial", job.shape)
     for modality, name in job.names.items():
-        volume, scene = draw_mode(_timed(job.case, modality), modality, job.shape, job.contrast)
-        if modality != "PT": volume = volume.round().astype(np.int16)
+        volume, scene = _draw_body(job, modality)
         write_nifti(job.folder/name, volume, spacing)
-    write_nifti(job.folder/job.mask, (scene.lesion & (job.contrast > 0)).astype(np.uint8), spacing)
+    visible = scene.lesion & (job.contrast > 0)
+    write_nifti(job.folder/job.mask, visible.astype(np.uint8), spacing)
+
+def _draw_body(job, modality):
+    "(volume, scene) of a job; HU and MR are whole numbers."
+    volume, scene = draw_mode(_timed(job.case, modality), modality, job.shape, job.contrast)
+    return volume if modality == "PT" else volume.round().astype(np.int16), scene
 
 # %% ../../nbs/phantoms/layouts.ipynb #691a7961
 def body_cases(n: int, seed: int, kinds: Sequence[str] = ("mass", "abscess")) -> list[Case]:
@@ -195,11 +225,11 @@ def body_cases(n: int, seed: int, kinds: Sequence[str] = ("mass", "abscess")) ->
 def _autopet_jobs(root, studies, *, seed, shape):
     "Jobs for studies in AutoPET's layout."
     rng, jobs, patient = np.random.default_rng((seed, 12)), [], ""
-    names = {"CT": "CTres.nii.gz", "PT": "SUV.nii.gz"}
+    same = dict(names={"CT": "CTres.nii.gz", "PT": "SUV.nii.gz"}, shape=shape)
     for i, case in enumerate(body_cases(studies, seed + 1)):
-        if i % 6 != 5: patient = f"PETCT_{rng.integers(2**40):010x}"
+        if i % 6 != 5: patient = f"PETCT_{rng.integers(2**40):010x}"     # each sixth is a second visit
         folder = root/patient/f"01-01-2000-generated-{i:05d}"
-        jobs.append(BodyJob(folder, case, names=names, shape=shape, contrast=float(i % 4 != 3)))
+        jobs.append(BodyJob(folder, case, contrast=float(i % 4 != 3), **same))
     return jobs
 
 def _phantom_jobs(root, studies, *, seed, shape):
@@ -220,12 +250,17 @@ def _jobs_of(root, layout, *, studies, seed, shape):
 def _check_target(root, config):
     "Raise if the folder holds anything that was not generated with this configuration."
     mark = root/"GENERATED.json"
-    if root.exists() and not mark.exists() and any(root.iterdir()):
-        raise MedVLM3DError(relative(root), "holds files that were not generated",
-                            "Choose an empty folder: nothing real is ever written over.")
-    if mark.exists() and read_json(mark) != config:
-        raise MedVLM3DError(relative(root), "holds a layout with other parameters",
-                            "Choose a new folder, or delete this one.")
+    if mark.exists():
+        _check_same(root, read_json(mark), config)
+    elif root.exists() and any(root.iterdir()):
+        remedy = "Choose an empty folder: nothing real is ever written over."
+        raise MedVLM3DError(relative(root), "holds files that were not generated", remedy)
+
+def _check_same(root, old, new):
+    "Raise if the parameters of a layout changed."
+    if old == new: return
+    remedy = "Choose a new folder, or delete this one."
+    raise MedVLM3DError(relative(root), "holds a layout with other parameters", remedy)
 
 # %% ../../nbs/phantoms/layouts.ipynb #97b16a5b
 def write_layout(root: Path | str, layout: str, *, studies: int = 12, shape: Sequence[int] = (40, 64, 64),

@@ -133,6 +133,13 @@ def _options(values, answer, *, letter, rng):
     choices.insert("ABCD".index(letter), answer)
     return choices + ["NA"] * (4 - len(choices))
 
+def _question(wordings, values, *, answer, letter, rng):
+    "Wording, options, answer and letter of one question."
+    choices = _options(values, answer, letter=letter, rng=rng)
+    wording = wordings[rng.integers(len(wordings))]
+    return {"question": wording, "choices": choices, "answer": answer, "letter": letter}
+
+# %% ../../nbs/phantoms/phantom.ipynb #f7d4ef01
 def questions(case: Case, letters: Sequence[str], asked: Mapping = ASKED,
               facts: Mapping | None = None) -> list[dict]:
     """One question of each type.
@@ -147,10 +154,8 @@ def questions(case: Case, letters: Sequence[str], asked: Mapping = ASKED,
     rng, rows = np.random.default_rng((case.seed, 2)), []
     for (kind, (fact, values, wordings)), letter in zip(asked.items(), letters):
         answer = facts[fact] if facts else getattr(case, fact)
-        choices = _options(values, answer, letter=letter, rng=rng)
-        wording = wordings[rng.integers(len(wordings))]
-        rows.append({"type": kind, "number": 1 + TYPES.index(kind), "question": wording,
-                     "choices": choices, "answer": answer, "letter": letter})
+        question = _question(wordings, values, answer=answer, letter=letter, rng=rng)
+        rows.append({"type": kind, "number": 1 + TYPES.index(kind)} | question)
     return rows
 
 # %% ../../nbs/phantoms/phantom.ipynb #0d9d09fd
@@ -178,14 +183,25 @@ def series_name(case: Case) -> str:
 
 def _case_folder(case): return f"M3D_Cap_npy/phantom/{case.id}"
 
+def _case_facts(case):
+    "The facts of a case, with those that follow from others."
+    return asdict(case) | {"side": case.side, "location": case.location, "size": case.size}
+
+def _case_files(case):
+    "Where volume and text of a case lie below the root."
+    folder = _case_folder(case)
+    return {"image": f"{folder}/{series_name(case)}.npy", "text": f"{folder}/text.txt"}
+
+def _lesion_facts(lesion):
+    "In which slices a lesion lies, and its voxels."
+    slices = np.flatnonzero(lesion.any((1, 2)))
+    return {"lesion_slices": slices.tolist(), "lesion_voxels": int(lesion.sum())}
+
+# %% ../../nbs/phantoms/phantom.ipynb #921fea1f
 def _truth_row(item, masks, facts):
     "The row of `truth.jsonl` of an item with these masks; `facts` replace or join those of the case."
-    case, folder = item.case, _case_folder(item.case)
-    lesion = masks > 127
-    row = asdict(case) | {"side": case.side, "location": case.location, "size": case.size}
-    row |= {"split": item.split, "image": f"{folder}/{series_name(case)}.npy", "text": f"{folder}/text.txt"}
-    row |= {"lesion_slices": np.flatnonzero(lesion.any((1, 2))).tolist(), "lesion_voxels": int(lesion.sum())}
-    return row | facts
+    row = _case_facts(item.case) | {"split": item.split} | _case_files(item.case)
+    return row | _lesion_facts(masks > 127) | facts
 
 # %% ../../nbs/phantoms/phantom.ipynb #b93b71a1
 def _write_files(root, item):
@@ -203,6 +219,7 @@ def _write_arrays(image, unit, masks):
     with atomic_path(image.with_name("masks.npz")) as part, open(part, "wb") as f:
         np.savez_compressed(f, masks=masks)
 
+# %% ../../nbs/phantoms/phantom.ipynb #c1a99759
 def write_item(job: tuple) -> dict:
     "Write volume (1, D, H, W; float16), masks and text of `job` (root, item); returns its row of truth."
     root, item = Path(job[0]), job[1]
@@ -218,9 +235,12 @@ def draw_letters(asked: Mapping, n: int, seed: int) -> list[list[str]]:
     everything = draw_balanced("ABCD", n * len(asked), np.random.default_rng((seed, 3)))
     letters = np.array(everything).reshape(n, len(asked))
     for column, (_, values, _) in enumerate(asked.values()):
-        rng, possible = np.random.default_rng((seed, 3, column)), "ABCD"[:len(values)]
-        if len(possible) < 4: letters[:, column] = draw_balanced(possible, n, rng)
+        if len(values) < 4: letters[:, column] = _fewer_letters(len(values), n, (seed, 3, column))
     return letters.tolist()
+
+def _fewer_letters(values, n, seed):
+    "Balanced letters of a type that has fewer than four values."
+    return draw_balanced("ABCD"[:values], n, np.random.default_rng(seed))
 
 # %% ../../nbs/phantoms/phantom.ipynb #e0edc6c1
 COLUMNS = ("Image Path", "Text", "Question Type", "Question",
@@ -246,13 +266,13 @@ def write_questions(root: Path | str, cases: Sequence[Case], *, rows: Sequence[d
 # %% ../../nbs/phantoms/phantom.ipynb #c45aa492
 def _question_lines(chosen, seed, asked):
     "The lines of the table about these pairs (case, row of truth)."
-    for (case, row), letters in zip(chosen, draw_letters(asked, len(chosen), seed)):
+    letters_of = draw_letters(asked, len(chosen), seed)
+    for (case, row), letters in zip(chosen, letters_of):
         for q in questions(case, letters, asked, row): yield _question_line(row, q)
 
 def _question_line(row, q):
     "A line of M3D's table of questions."
     return [row["image"], row["text"], q["number"], q["question"], *q["choices"], q["answer"], q["letter"]]
-
 
 # %% ../../nbs/phantoms/phantom.ipynb #44c5caf8
 def _write_items(root, items, *, workers, progress):
@@ -286,19 +306,25 @@ def write_corpus(root: Path | str, items: Sequence[Item], *, config: dict, seed:
     progress : whether to show a progress bar
     """
     root = Path(root)
-    if (root/"phantom.json").exists() and read_json(root/"phantom.json") != config:
-        remedy = "Choose a new folder, or delete this one."
-        raise MedVLM3DError(relative(root), "holds a phantom with other parameters", remedy)
+    _check_target(root, config)
     write_json(root/"phantom.json", config)
     rows = _write_items(root, items, workers=workers, progress=progress)
     write_questions(root, [item.case for item in items], rows=rows, seed=seed, asked=asked)
     _write_lists(root, rows)
     return rows
 
+def _check_target(root, config):
+    "Refuse a folder that holds a phantom with other parameters."
+    mark = root/"phantom.json"
+    if mark.exists() and read_json(mark) != config:
+        remedy = "Choose a new folder, or delete this one."
+        raise MedVLM3DError(relative(root), "holds a phantom with other parameters", remedy)
+
 # %% ../../nbs/phantoms/phantom.ipynb #322a48ae
 def numbered(sizes: Mapping[str, int]) -> Iterator[tuple]:
     "(split, number of cases, first id) of each split of a corpus."
-    return zip(sizes, sizes.values(), np.cumsum([0, *sizes.values()]).tolist())
+    first_ids = np.cumsum([0, *sizes.values()]).tolist()
+    return zip(sizes, sizes.values(), first_ids)
 
 # %% ../../nbs/phantoms/phantom.ipynb #de22d5b6
 def make_phantom(root: Path | str, train: int = 840, *, validation: int = 120, test: int = 240,
@@ -317,10 +343,10 @@ def make_phantom(root: Path | str, train: int = 840, *, validation: int = 120, t
     contrast : of the findings, from 0 (invisible) to 1
     """
     sizes = {"train": train, "validation": validation, "test": test}
+    dial = dict(draw=draw_item, shape=tuple(shape), contrast=contrast)
     items = []
     for split, n, first in numbered(sizes):
-        for case in sample_cases(n, seed, first=first):
-            items.append(Item(case, split, draw=draw_item, shape=tuple(shape), contrast=contrast))
+        items += [Item(case, split, **dial) for case in sample_cases(n, seed, first=first)]
     config = {**sizes, "shape": list(shape), "seed": seed, "version": 2}
     if contrast != 1: config["contrast"] = contrast
     return write_corpus(root, items, config=config, seed=seed, workers=workers, progress=progress)
@@ -335,7 +361,8 @@ def read_masks(root: Path | str, row: Mapping) -> tuple:
     "(tissues (D, H, W) as indices into TISSUES, lesion (D, H, W) bool) of a row of truth."
     path = (Path(root)/row["image"]).with_name("masks.npz")
     if not path.exists():
-        raise MedVLM3DError(relative(path), "is missing: the phantom was drawn before masks were stored",
-                            "Make the phantom again in the same folder: it adds what is missing.")
+        reason = "is missing: the phantom was drawn before masks were stored"
+        remedy = "Make the phantom again in the same folder: it adds what is missing."
+        raise MedVLM3DError(relative(path), reason, remedy)
     with np.load(path, allow_pickle=False) as f: masks = f["masks"]
     return masks & 127, masks > 127

@@ -39,12 +39,15 @@ def confined(case: Case, patient: dict, *, xyz: Sequence, rng: np.random.Generat
     shape = np.broadcast_shapes(*(u.shape for u in xyz))
     q = np.broadcast_to(inside(xyz, *lesion_shape(case, patient, rng)), shape)
     nearest = int(q.min((1, 2)).argmin())
-    last = len(q) - slices
-    start = min(max(0, nearest - (slices - 1) // 2), last)
-    if anywhere: start = int(rng.integers(last + 1))
-    out = np.full(q.shape, 2.)
-    out[start:start + slices] = q[nearest] - q[nearest].min()     # at least the voxel at its centre
-    return out
+    first = _first_slice(nearest, slices, depth=len(q))
+    if anywhere: first = int(rng.integers(len(q) - slices + 1))
+    finding = np.full(q.shape, 2.)
+    finding[first:first + slices] = q[nearest] - q[nearest].min()     # at least the voxel at its centre
+    return finding
+
+def _first_slice(nearest, slices, *, depth):
+    "The first of so many neighbouring slices around the nearest one."
+    return min(max(0, nearest - (slices - 1) // 2), depth - slices)
 
 # %% ../../nbs/phantoms/probes.ipynb #8ab68c04
 def draw_tiny(item: Item) -> tuple:
@@ -66,9 +69,14 @@ def pattern(name: str, shape: Sequence[int], rng: np.random.Generator) -> np.nda
     noise = rng.standard_normal(shape, dtype=np.float32)
     if name == "fine": return noise
     if name == "coarse": return gaussian_filter(noise, (1, 2.5, 2.5)) + 1e-3 * noise
-    line = np.arange(shape[1])[:, None] if name == "striped across" else np.arange(shape[2])[None]
-    return np.sin(2 * np.pi * line / 5 + rng.uniform(0, 6.28))[None] + .15 * noise
+    _, rows, columns = np.ogrid[:1, :shape[1], :shape[2]]
+    return _stripes(rows if name == "striped across" else columns, rng) + .15 * noise
 
+def _stripes(line, rng):
+    "A wave that repeats after five voxels, with a random phase."
+    return np.sin(2 * np.pi * line / 5 + rng.uniform(0, 6.28))
+
+# %% ../../nbs/phantoms/probes.ipynb #99f867ba
 def normal_quantiles(field: np.ndarray, mean: float, spread: float) -> np.ndarray:
     "Normal quantiles in the order of a 1D `field`: the same values whatever the field."
     ranks = np.empty(len(field))
@@ -82,8 +90,10 @@ def draw_texture(item: Item) -> tuple:
     hu, scene = draw_mode(case, "CT", item.shape)
     field = pattern(texture, hu.shape, scene.rng)[scene.lesion]
     hu[scene.lesion] = normal_quantiles(field, TEXTURE_MEAN, TEXTURE_SPREAD * item.contrast)
-    words = f"There is a mass in the {case.level} part of the {case.organ}. Its texture is {texture}."
-    return to_unit(hu), scene.masks, {"texture": texture, "report": words}
+    return to_unit(hu), scene.masks, {"texture": texture, "report": _texture_report(case, texture)}
+
+def _texture_report(case, texture):
+    return f"There is a mass in the {case.level} part of the {case.organ}. Its texture is {texture}."
 
 def _texture_items(n, split, *, first, seed, shape, size, contrast):
     "Items of the probe `texture`: masses whose variant is one of the TEXTURES."
@@ -108,7 +118,8 @@ def slab_middle(case: Case) -> float:
     centre, axes = build_patient(np.random.default_rng(case.seed))[case.organ]
     axis = THROUGH[case.plane]
     if axis != 2: return float(centre[axis])
-    return float(centre[axis] + .48 * axes[axis] * (1 if case.level == "upper" else -1))
+    towards_head = 1 if case.level == "upper" else -1
+    return float(centre[axis] + .48 * axes[axis] * towards_head)
 
 # %% ../../nbs/phantoms/probes.ipynb #8e9914de
 def draw_slices(item: Item) -> tuple:
@@ -139,6 +150,7 @@ def reflected(case: Case, variant: str) -> dict:
     if variant == "up-down": level = OPPOSITE[level]
     return {"organ": organ, "side": side, "level": level, "location": f"{side} {level}"}
 
+# %% ../../nbs/phantoms/probes.ipynb #61fd595b
 def draw_mirror(item: Item) -> tuple:
     "A CT, reflected as the variant says."
     case = item.case
@@ -146,21 +158,28 @@ def draw_mirror(item: Item) -> tuple:
     unit, masks, axis = to_unit(hu), scene.masks, FLIPS.get((case.plane, item.variant))
     if axis is not None: unit, masks = np.flip(unit, axis), np.flip(masks, axis)
     facts = reflected(case, item.variant)
-    article = "an" if case.kind == "abscess" else "a"
-    words = f"There is {article} {case.kind}, {facts['location']}, in the {facts['organ']}."
-    return unit, masks, {**facts, "pair": case.seed, "report": words}
+    return unit, masks, {**facts, "pair": case.seed, "report": _mirror_report(case.kind, facts)}
+
+def _mirror_report(kind, facts):
+    article = "an" if kind == "abscess" else "a"
+    return f"There is {article} {kind}, {facts['location']}, in the {facts['organ']}."
 
 # %% ../../nbs/phantoms/probes.ipynb #6950a89c
 def _mirror_items(n, split, *, first, seed, shape, size, contrast):
     "Items of the probe `mirror`: pairs of a case and its reflection."
     radius, half = (22. * size, 36. * size), (n + 1) // 2
     cases = sample_findings(half, seed, radius=radius, first=first, kinds=KINDS, planes=("axial", "coronal"))
-    items, same = [], dict(draw=draw_mirror, shape=shape, contrast=contrast)
-    for i, case in enumerate(cases):
-        for variant in ("as it is", ("left-right", "up-down")[i % 2]):
-            numbered_case = replace(case, id=f"{first + len(items):06d}")
-            items.append(Item(numbered_case, split, variant=variant, **same))
+    same = dict(draw=draw_mirror, shape=shape, contrast=contrast)
+    items = []
+    for number, (case, variant) in enumerate(_mirror_pairs(cases), first):
+        items.append(Item(replace(case, id=f"{number:06d}"), split, variant=variant, **same))
     return items[:n]
+
+def _mirror_pairs(cases):
+    "(case, variant) of each case and its reflection; the directions take turns."
+    for i, case in enumerate(cases):
+        yield case, "as it is"
+        yield case, ("left-right", "up-down")[i % 2]
 
 # %% ../../nbs/phantoms/probes.ipynb #104c8e9d
 ORGAN_PLACE = {kind: ASKED[kind] for kind in ("Organ", "Location")}
@@ -177,8 +196,8 @@ def _check_probe(name, sizes):
     "Raise unless `name` is a probe; a split of mirrors needs an even number of cases."
     if name not in PROBES: raise MedVLM3DError(name, "is no probe", f"Choose one of {', '.join(PROBES)}.")
     if name == "mirror" and any(n % 2 for n in sizes.values()):
-        raise MedVLM3DError("mirror", "comes in pairs, which stand on one side of a split",
-                            "Ask for even numbers of cases.")
+        reason = "comes in pairs, which stand on one side of a split"
+        raise MedVLM3DError("mirror", reason, "Ask for even numbers of cases.")
 
 # %% ../../nbs/phantoms/probes.ipynb #b21b940d
 def make_probe(root: Path | str, name: str, *, train: int = 0, validation: int = 0, test: int = 96,
@@ -200,10 +219,15 @@ def make_probe(root: Path | str, name: str, *, train: int = 0, validation: int =
     sizes = {"train": train, "validation": validation, "test": test}
     _check_probe(name, sizes)
     _, items_of, asked = PROBES[name]
-    dial = dict(seed=seed, size=size, contrast=contrast)
-    items = []
-    for split, n, first in numbered(sizes):
-        if n: items += items_of(n, split, first=first, shape=tuple(shape), **dial)
-    config = dict(probe=name, **sizes, shape=list(shape), size=size, contrast=contrast, seed=seed, version=1)
+    dial = dict(size=size, contrast=contrast, seed=seed)
+    config = dict(probe=name, **sizes, shape=list(shape), **dial, version=1)
+    items = _items_of_splits(items_of, sizes, shape=tuple(shape), **dial)
     return write_corpus(root, items, config=config, seed=seed, asked=asked, workers=workers,
                         progress=progress)
+
+def _items_of_splits(items_of, sizes, **dial):
+    "The items of all splits that have any."
+    items = []
+    for split, n, first in numbered(sizes):
+        if n: items += items_of(n, split, first=first, **dial)
+    return items

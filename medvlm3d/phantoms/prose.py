@@ -65,26 +65,34 @@ def _pick(options, rng): return options[rng.integers(len(options))]
 
 def _finding(organ, rng):
     "One drawn sentence about an organ."
-    a, b = sorted(rng.integers(3, 95, 2).tolist(), reverse=True)
-    look = _pick(LOOKS, rng)
-    sentence = _pick(FINDINGS, rng)
+    longer, shorter = sorted(rng.integers(3, 95, 2).tolist(), reverse=True)
+    look, sentence = _pick(LOOKS, rng), _pick(FINDINGS, rng)
     place = _pick(PLACES[organ], rng).format(s=rng.integers(1, 6))
-    thing, since = _pick(THINGS, rng), _pick(SINCE, rng)
-    article = "an" if look[0] in "aeiou" else "a"
-    sentence = sentence.format(place=place, look=f"{article} {look}", thing=thing, since=since, a=a, b=b)
-    return sentence[0].upper() + sentence[1:]
+    words = dict(thing=_pick(THINGS, rng), since=_pick(SINCE, rng))
+    filled = sentence.format(place=place, look=_with_article(look), a=longer, b=shorter, **words)
+    return filled[0].upper() + filled[1:]
+
+def _with_article(word): return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 def _shuffled(values: Sequence, rng): return rng.permutation(list(values)).tolist()
+
+# %% ../../nbs/phantoms/prose.ipynb #5bdb85b9
+def _ill_organs(rng):
+    "One to four organs that have a finding."
+    organs = _shuffled(PLACES, rng)
+    return organs[:rng.integers(1, 5)]
+
+def _normal_sentences(ill, rng):
+    "Three to six sentences, each about an organ that is not `ill`."
+    well = [organ for organ in _shuffled(NORMAL, rng) if organ not in ill]
+    return [_pick(NORMAL[organ], rng) for organ in well[:rng.integers(3, 7)]]
 
 # %% ../../nbs/phantoms/prose.ipynb #c029d9d5
 def varied_report(rng: np.random.Generator, finding: str = "") -> str:
     "A report drawn with `rng`: one to four findings and the given `finding`, normal organs, a conclusion."
-    organs = _shuffled(PLACES, rng)
-    ill = organs[:rng.integers(1, 5)]
-    sentences = [finding] if finding else []
-    for organ in ill: sentences.append(_finding(organ, rng))
-    well = [organ for organ in _shuffled(NORMAL, rng) if organ not in ill]
-    for organ in well[:rng.integers(3, 7)]: sentences.append(_pick(NORMAL[organ], rng))
-    sentences = _shuffled(sentences, rng)
+    ill = _ill_organs(rng)
+    findings = [_finding(organ, rng) for organ in ill]
+    if finding: findings.insert(0, finding)
+    sentences = _shuffled(findings + _normal_sentences(ill, rng), rng)
     conclusion = _pick(CLOSES, rng).format(s=rng.integers(2, 13))
     return " ".join([*sentences, "Conclusion:", conclusion])

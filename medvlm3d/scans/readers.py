@@ -317,7 +317,8 @@ def _read_stored(path, kind, choices, options):
 def _canonical(volume, kind):
     "In the canonical orientation; a note where the slices of a file without positions look interleaved."
     if volume.assumed: return volume
-    volume = reorient(volume, acquired_plane(volume))
+    grid = volume.affine, volume.shape
+    volume = replace(reorient(volume, acquired_plane(volume)), stored=grid)
     if kind == "dicom": return volume
     return replace(volume, warnings=(*volume.warnings, *slice_order(volume.array)))
 

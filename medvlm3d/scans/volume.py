@@ -61,6 +61,7 @@ class Volume:
     source_hash: str = ""         # SHA-256 of the file, or of the sorted hashes of a series
     warnings: tuple = ()          # what was repaired, guessed or assumed
     assumed: bool = False         # True: the file holds no geometry; the affine was assumed
+    stored: tuple = ()            # (affine, shape) of the file's own grid, where the array was turned from it
 
     @property
     def shape(self): return self.array.shape

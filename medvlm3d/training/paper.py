@@ -27,7 +27,7 @@ from .cost import (
 from .launch import launch, on_ranks
 from .parts import Part, data_parts, encoder_parts, llm_folder, llm_parts
 from .plan import Plan, Stage, agree, check_requirements, paper_stages
-from .stages import task_pair
+from .words import task_pair
 
 # after medvlm3d, which lets torchvision stand beside a CPU torch (notebook base/compat)
 from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ __all__ = ['LORA', 'FREE', 'ADAPTERS', 'SETTINGS', 'REMEDY', 'checked', 'Stage',
 
 # %% ../../nbs/training/plan.ipynb #9753c7a8
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -90,6 +90,7 @@ class Plan:
     blind: bool = False      # every volume replaced by the average of the training features
     limit: int | None = None # use only the first volumes of the training split
     policy: Literal["error", "truncate"] = "error"  # for targets longer than the context
+    unknown_limit: float = .02  # largest share of unknown tokens in the training targets
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where it is multiplied fast
     checkpointing: bool = False  # recompute activations in the backward pass instead of keeping them
     workers: int = 0         # processes that read ahead
@@ -124,7 +125,7 @@ def paper_stages() -> tuple[Stage, Stage]:
     return first, second
 
 # %% ../../nbs/training/plan.ipynb #5a65c4cb
-FREE = ("save_every", "log_every", "workers", "report_to", "nonfinite")
+FREE = ("save_every", "log_every", "workers", "report_to", "nonfinite", "unknown_limit")
 
 def conditions(plan: Plan, ranks: int = 1) -> dict:
     "What must be the same when a run is continued."
@@ -145,6 +146,14 @@ def differences(old: dict, new: dict) -> list[str]:
     pairs = {name: (a.get(name, "absent"), b.get(name, "absent")) for name in sorted({*a, *b})}
     return [f"{name}: {before} → {after}" for name, (before, after) in pairs.items() if before != after]
 
+# %% ../../nbs/training/plan.ipynb #fbf0dd90
+def _completed(old, new):
+    "The plan of a run that began under an older version: what it did not know yet has its default."
+    defaults = {f.name: f.default for f in fields(Plan) if f.default is not MISSING}
+    known = {key: value for key, value in defaults.items() if key in new}
+    model = {key: None for key in new["model"] if new["model"][key] is None}
+    return {**known, **old, "model": {**model, **old["model"]}}
+
 # %% ../../nbs/training/plan.ipynb #4030f56d
 def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool = False,
                      **facts) -> list[str]:
@@ -160,6 +169,7 @@ def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool
     file = Path(folder)/"conditions.json"
     old = read_json(file) if file.exists() else {}
     new = {**old, **conditions(plan, ranks), **plain(facts)}
+    if old: old = {**old, "plan": _completed(old["plan"], new["plan"])}
     changed = differences(old, {key: new[key] for key in old})
     if plan.deepspeed: _refuse_other_ranks(folder, changed)
     if changed: _report_changes(folder, changed, allow)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Word', 'phantom_texts', 'reader_tokenizer', 'make_reader', 'exercises', 'say_report', 'facts_of', 'say_facts',
            'scatter', 'uniform', 'normal', 'text_prefix', 'say_votes', 'votes_prefix', 'hum', 'drawn_prefix',
-           'read_loss', 'reading_score', 'train_reader', 'gate', 'reader_run']
+           'packed_loss', 'read_loss', 'reading_score', 'train_reader', 'descend', 'make_optimiser', 'gate',
+           'reader_run']
 
 # %% ../../nbs/training/reader.ipynb #46c8017f
 import math
@@ -47,7 +48,7 @@ def reader_tokenizer() -> PreTrainedTokenizerBase:
 
 # %% ../../nbs/training/reader.ipynb #cd56d85d
 def make_reader(tokenizer: PreTrainedTokenizerBase, hidden: int = 192, *, layers: int = 4, heads: int = 6,
-                seed: int = 0) -> LlamaForCausalLM:
+                seed: int = 0, positions: int = 512) -> LlamaForCausalLM:
     """A random LLaMA for `tokenizer`; with the defaults about 1.8 million parameters.
 
     Parameters
@@ -55,13 +56,14 @@ def make_reader(tokenizer: PreTrainedTokenizerBase, hidden: int = 192, *, layers
     tokenizer : with `<image>`
     hidden, layers, heads : width, blocks and attention heads
     seed : of the weights
+    positions : the longest sequence
     """
     from transformers import LlamaConfig
     seed_everything(seed)
     special = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=padding_id(tokenizer))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=8*hidden//3,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=512,
+        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=positions,
         tie_word_embeddings=True, **special)
     return LlamaForCausalLM(config)
 
@@ -268,6 +270,25 @@ def _with_votes(llm, prefix, *, weights, share, rng):
     spread = llm.get_input_embeddings().weight.std().detach()
     return hum(torch.where(is_vote, voted, prefix), spread, rng)
 
+# %% ../../nbs/training/reader.ipynb #8968a1e5
+def packed_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, packed: list[Packed],
+                prefix: torch.Tensor) -> tuple:
+    """(loss, logits, batch) of packed exercises whose visual positions hold a prefix.
+
+    Parameters
+    ----------
+    llm, tokenizer : the reader
+    packed : B packed exercises
+    prefix : embeddings (B, slots, hidden)
+    """
+    batch = collate(packed, padding_id(tokenizer))
+    embedded = llm.get_input_embeddings()(batch["input_ids"])
+    is_slot = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
+    embedded = embedded.masked_scatter(is_slot[..., None], prefix.to(embedded.dtype))
+    logits = llm(inputs_embeds=embedded, attention_mask=packed_mask(batch["segments"]),
+                 position_ids=batch["position_ids"]).logits
+    return target_loss(logits, batch["labels"], batch["loss_weights"]), logits, batch
+
 # %% ../../nbs/training/reader.ipynb #046954d2
 def read_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, cases: list[Case], slots: int,
               rng: np.random.Generator, noise: float = 1., style: str = "text", votes: float = 0., **options):
@@ -282,20 +303,9 @@ def read_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, case
     options : of `say_facts`
     """
     packed = [exercises(tokenizer, case, slots=slots, style=style, rng=rng) for case in cases]
-    batch = collate(packed, padding_id(tokenizer))
     prefix = drawn_prefix(llm, tokenizer, cases=cases, slots=slots, rng=rng, noise=noise, votes=votes,
                           **options)
-    is_slot = batch["input_ids"] == tokenizer.convert_tokens_to_ids("<image>")
-    logits = _logits(llm, batch, prefix, is_slot)
-    return target_loss(logits, batch["labels"], batch["loss_weights"]), logits, batch
-
-# %% ../../nbs/training/reader.ipynb #8968a1e5
-def _logits(llm, batch, prefix, is_slot):
-    "The reader's logits on a batch whose positions `is_slot` hold the prefix."
-    embedded = llm.get_input_embeddings()(batch["input_ids"])
-    embedded = embedded.masked_scatter(is_slot[..., None], prefix.to(embedded.dtype))
-    mask = packed_mask(batch["segments"])
-    return llm(inputs_embeds=embedded, attention_mask=mask, position_ids=batch["position_ids"]).logits
+    return packed_loss(llm, tokenizer, packed=packed, prefix=prefix)
 
 # %% ../../nbs/training/reader.ipynb #fbdc112d
 @torch.no_grad()
@@ -344,12 +354,12 @@ def train_reader(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, s
     progress : whether a progress bar is shown
     """
     rng, losses = np.random.default_rng(seed), []
-    optimizer, schedule = _optimiser(llm, lr, steps)
+    optimizer, schedule = make_optimiser(llm, lr, steps)
     llm.train()
     for step in tqdm(range(steps), desc="votes" if votes else "words", unit="step", disable=not progress):
         cases = _new_cases(batch, seed, step)
         loss, *_ = read_loss(llm, tokenizer, cases=cases, slots=slots, rng=rng, style=style, votes=votes)
-        _descend(loss, llm, optimizer, schedule)
+        descend(loss, llm, optimizer=optimizer, schedule=schedule)
         losses.append(loss.item())
         if on_step: on_step(step, losses[-1], optimizer.param_groups[0]["lr"])
     llm.eval()
@@ -359,7 +369,16 @@ def train_reader(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, s
 def _new_cases(n, seed, step): return sample_cases(n, seed=(seed + 1) * 100_000 + step, first=900_000)
 
 # %% ../../nbs/training/reader.ipynb #0b883b50
-def _descend(loss, llm, optimizer, schedule):
+def descend(loss: torch.Tensor, llm: torch.nn.Module, *, optimizer: torch.optim.Optimizer,
+            schedule: object) -> None:
+    """One step of the optimiser along the gradient of `loss`, whose norm is bounded by 1.
+
+    Parameters
+    ----------
+    loss : of a batch
+    llm : what learns
+    optimizer, schedule : from `make_optimiser`
+    """
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(llm.parameters(), 1.)
@@ -367,7 +386,7 @@ def _descend(loss, llm, optimizer, schedule):
     schedule.step()
 
 # %% ../../nbs/training/reader.ipynb #45d5c7c3
-def _optimiser(llm, lr, steps):
+def make_optimiser(llm: torch.nn.Module, lr: float, steps: int) -> tuple:
     "AdamW and its schedule: warm-up over a twelfth of the steps, then a cosine to 2 %."
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .98))
     warm = max(1, steps // 12)
