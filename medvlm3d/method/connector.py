@@ -94,7 +94,7 @@ def _refuse_unknown(keys):
     "An error that names the keys which neither this configuration nor Hugging Face's common part knows."
     if keys.get("quantization_config"):
         raise MedVLM3DError("MedVLM3DConfig", "cannot apply its quantization_config to the whole model",
-                            "Take it out, and pass a quantised language model: from_pretrained(..., llm=...).")
+                            "Take it out, and give a quantised base: from_pretrained(..., llm=...).")
     known = ALSO_KNOWN.union(PreTrainedConfig().to_dict())
     unknown = sorted(key for key in keys if key not in known and not key.startswith("_"))
     if unknown:

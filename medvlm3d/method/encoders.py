@@ -101,7 +101,8 @@ def _check_tower(tower: Tower, name: str):
 def _check_size(size):
     "An error unless the input's edge is None or a positive whole number."
     if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0): return
-    raise MedVLM3DError(f"size={size!r}", "is no number of pixels", "Give a positive whole number, such as 224.")
+    remedy = "Give a positive whole number, such as 224."
+    raise MedVLM3DError(f"size={size!r}", "is no number of pixels", remedy)
 
 # %% ../../nbs/method/encoders.ipynb #74cd7101
 def load_encoder(name_or_path: Path | str, size: int | None = None, *, device: torch.device | str = "cpu",

@@ -112,7 +112,7 @@ def mirror_pairs(size: tuple, device: torch.device | None = None) -> tuple[Tenso
 
 # %% ../../nbs/method/04_fusion.ipynb #1d1bfb2e
 def even_odd_maps(x: Tensor, real: Callable, imag: Callable) -> Tensor:
-    """The same map as `fourier_maps` without a transform, once per pair: `real` on the even part, `imag` on the odd.
+    """The same map as `fourier_maps` without a transform, computed once per pair of voxels.
 
     Parameters
     ----------

@@ -115,7 +115,8 @@ SAVED_SO_ANYWAY = {"safe_serialization", "save_peft_format", "token"}
 
 def _refuse(words, known, where):
     "An error that names the words which are given and would have no effect."
-    unknown = sorted(name for name, value in words.items() if name not in known and value not in (None, False))
+    given = {name for name, value in words.items() if value not in (None, False)}
+    unknown = sorted(given - known)
     if unknown:
         remedy = "Leave them out: one file of tensors is written, and uploaded with huggingface_hub."
         raise MedVLM3DError(where, f"does not know {', '.join(unknown)}", remedy)
@@ -142,7 +143,8 @@ class Keeping(Saving):
         folder, whole = Path(folder), everything or merged
         folder.mkdir(parents=True, exist_ok=True)
         self._config_to_save(whole, merged).save_pretrained(folder)
-        if self.generation_config is not None: self.generation_config.save_pretrained(folder)
+        settings = getattr(self, "generation_config", None)
+        if settings is not None: settings.save_pretrained(folder)
         state = self.own_state(whole, self._state_merged() if merged else state_dict)
         tensors = {name: t.detach().cpu().contiguous() for name, t in state.items()}
         write_tensors(folder/"model.safetensors", tensors)

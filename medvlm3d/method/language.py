@@ -39,7 +39,7 @@ def widen_emulated(model: nn.Module, device: str | torch.device = "cpu") -> nn.M
 
 # %% ../../nbs/method/language.ipynb #48b9ee6d
 def check_finite(state: dict, name: str) -> None:
-    "An error that names the first of the tensors which holds NaN or infinite values; its answers would be words."
+    "An error that names the first tensor with NaN or infinite values: a model with them still says words."
     for key, t in state.items():
         if t.is_meta or not t.is_floating_point() or t.isfinite().all(): continue
         problem = f"holds NaN or infinite values, first in {key}"
@@ -255,7 +255,7 @@ def _words_of(texts, split):
     return sorted(words)
 
 def word_tokenizer(texts: Sequence[str]):
-    "A word-level tokenizer of all words in `texts`, prefix, instructions and letters; a lone newline is unknown."
+    "A word-level tokenizer of `texts`, prefix, instructions and letters; a lone newline is unknown to it."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     split = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -269,7 +269,7 @@ def word_tokenizer(texts: Sequence[str]):
 
 # %% ../../nbs/method/language.ipynb #622c78a0
 def check_pixels(pixels: Tensor, shape: tuple, batch: bool = False) -> Tensor:
-    "Pixels (D, H, W), or (B, D, H, W) of a batch: of the configured shape, finite and in [0, 1]; else an error."
+    "Pixels (D, H, W), or a batch (B, D, H, W), if they have `shape`, are finite and in [0, 1]; else an error."
     remedy = "Prepare the scan with the model's processor."
     wanted = pixels.shape[:1] + shape if batch else shape
     if tuple(pixels.shape) != tuple(wanted):

@@ -257,7 +257,8 @@ class Handling:
         "As transformers' `generate`; a `max_length` in the call replaces the default number of new tokens."
         if options.get("max_length") and not options.get("max_new_tokens") and generation_config is None:
             words = {"inputs": inputs, **options}
-            given = next(words[name] for name in ("inputs", "input_ids", "inputs_embeds") if words.get(name) is not None)
+            prompts = (words.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+            given = next(prompt for prompt in prompts if prompt is not None)
             options["max_new_tokens"] = _new_tokens(options.pop("max_length"), given.shape[1])
         return super().generate(inputs, generation_config, **options)
 
@@ -291,8 +292,8 @@ class MedVLM3D(Forward, Learning, Keeping, Speaking, Handling, PreTrainedModel, 
         device = super().device
         if device.type != "meta": return device
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-        placed = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
-        return torch.device(next(placed, device))
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((place for place in places if place is not None), device))
 
     def init_weights(self):
         "Nothing: each part has initialised itself, and the language model may be a trained one."
