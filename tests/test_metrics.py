@@ -20,8 +20,9 @@ from medvlm3d.evaluation.findings import (
 from medvlm3d.evaluation.foreign import load_ratescore
 from medvlm3d.evaluation.lexicon import FINDINGS, mentions
 from medvlm3d.evaluation.metrics import (
-    METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, parse_choice,
-    rouge1, rouge_l, text_scores, tokens_13a, words)
+    METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, meteor_name,
+    normalise, parse_choice, read_choice, rouge1, rouge_l, text_scores, tokens_13a, words)
+from medvlm3d.evaluation.wording import in_scheme, scheme_of
 from medvlm3d.evaluation.outputs import evaluate_file, read_outputs
 from medvlm3d.phantoms.phantom import make_phantom, read_truth
 from typer.testing import CliRunner
@@ -109,8 +110,9 @@ def test_every_score_stays_between_0_and_1(name, meteor, bert):
         assert all(0 <= v <= 1 + 1e-6 for v in scores.values()), scores
         if not pair[0].strip() or not pair[1].strip(): assert not any(scores.values())
         elif pair[0] == pair[1] and words(pair[0]):
+            whole = {in_scheme(n, scheme_of([pair[1]])): 1. for n in ("BLEU-1", "ROUGE-1", "ROUGE-L")}
             assert {k: v for k, v in scores.items() if not k.startswith("METEOR")} == pytest.approx(
-                dict.fromkeys(("BLEU-1", "ROUGE-1", "ROUGE-L", bert.name), 1.), abs=1e-5)
+                {**whole, bert.name: 1.}, abs=1e-5)
 
 
 def test_bertscore_of_texts_of_different_lengths_in_one_batch():
@@ -123,7 +125,38 @@ def test_bertscore_of_texts_of_different_lengths_in_one_batch():
 
 def test_meteor_says_what_it_lacks():
     assert METEOR().name == "METEOR (exact+stem)" and "no WordNet" in METEOR().signature
+    assert meteor_name(synonyms=True, trained=True) == "METEOR"
+    assert meteor_name(synonyms=True, trained=False) == "METEOR (untrained punkt)"
+    assert meteor_name(synonyms=False, trained=False) == "METEOR (exact+stem, untrained punkt)"
     with pytest.raises(MedVLM3DError, match="no WordNet that NLTK can read"): METEOR("no-such-folder")
+
+
+def test_an_abbreviation_ends_no_sentence_for_meteor():
+    meteor = METEOR()
+    assert "punkt trained" in meteor.signature
+    text = "Dr. Smith saw it on Nov. 3 in St. Paul. It was a cyst."
+    assert len(meteor.sentences.tokenize(text)) == 2
+
+
+def test_bertscore_reads_a_long_text_to_its_end(bert):
+    start = "a cyst of the liver and the spleen " * 80
+    right, wrong = start + "no fracture was seen", start + "the femur is broken in two"
+    before = bert.windowed
+    assert bert([right], [right])[0] == pytest.approx(1, abs=1e-5) and bert.windowed == before + 1
+    assert bert([wrong], [right])[0] < 1 - 1e-3
+    before = bert.windowed
+    assert bert(["a cyst"], ["a cyst"])[0] == pytest.approx(1, abs=1e-5) and bert.windowed == before
+
+
+@pytest.mark.parametrize("text, scheme", [
+    ("右肺见结节。", "zh"), ("右肺に結節を認める。", "char"), ("ก้อนในปอดขวา", "char"), ("Узел в правом лёгком.", "intl"),
+    ("Rundherd, größer als früher.", "intl"), ("Épaississement péricardique.", "intl"), ("A nodule.", "13a")])
+def test_every_language_is_cut_by_a_stated_scheme(text, scheme):
+    scores = text_scores([text], [text])
+    assert {name: v[0] for name, v in scores.items()} == pytest.approx({in_scheme(n, scheme): 1. for n in (
+        "BLEU-1", "ROUGE-1", "ROUGE-L")})
+    other = text_scores([text[: len(text) // 2]], [text])
+    assert all(0 <= v[0] < 1 for v in other.values())
 
 
 def test_corpus_bleu4_is_sacrebleus_on_hostile_texts():
@@ -136,12 +169,50 @@ def test_corpus_bleu4_is_sacrebleus_on_hostile_texts():
 
 @pytest.mark.parametrize("answer, strict, loose", [
     ("A. axial", "A", True), ("a. axial", "A", False), ("axial", "A", False), ("(B) coronal", "B", False),
-    ("B", "B", False), ("The answer is A.", None, True), ("It is axial.", "A", False),
+    ("B", "B", False), ("The answer is A.", "A", True), ("It is axial.", "A", False),
     ("coronal or axial", None, False), ("A. axial B. coronal", "A", True), ("D. NA", None, False),
     ("", None, False), ("A plane", None, False), ("ＡＸＩＡＬ", None, False), ("B, left coronal", "B", False)])
 def test_closed_answers(answer, strict, loose):
     assert parse_choice(answer, ["axial", "coronal", "sagittal", "NA"]) == strict
     assert closed_m3d(answer, "A") == loose
+
+
+@pytest.mark.parametrize("one, other", [
+    ("<5 mm", ">5 mm"), ("≥ 5", "≤ 5"), ("<= 5", "< 5"), ("-5 HU", "5 HU"), ("−5 HU", "5 HU"), ("1.5", "1 5"),
+    (".5", "5"), ("1/2", "1 2"), ("?", ""), ("...", ""), ("+", "-"), ("T1+", "T1-"), ("5 %", "5"), ("~5", "5")])
+def test_what_changes_the_meaning_is_no_punctuation(one, other):
+    assert normalise(one) != normalise(other)
+    assert parse_choice(one, [other, one]) == "B" and parse_choice(other or "-", [other or "-", one]) == "A"
+
+
+@pytest.mark.parametrize("one, other", [("A cyst.", "a cyst"), ("3-4 cm", "3–4 cm"), ("CT, native", "ct native"),
+                                        ("<5 mm", "< 5 mm"), ("-5 HU.", "−5 hu")])
+def test_what_says_the_same_is_the_same(one, other): assert normalise(one) == normalise(other)
+
+
+ORGANS = ["liver", "spleen", "left kidney", "lung"]
+
+
+@pytest.mark.parametrize("answer, letter, how", [
+    ("The answer is B", "B", "stated"), ("Answer: B", "B", "stated"), ("**B**", "B", "letter"),
+    ("b)", "B", "letter"), ("[b]", "B", "letter"), ("Final answer: (B) spleen", "B", "stated"),
+    ("**Answer:** B", "B", "stated"), ("not the liver", None, "nothing"), ("It isn't the liver", None, "nothing"),
+    ("Not liver or spleen.", None, "nothing"), ("liver, not spleen", "A", "words"),
+    ("not the liver, but the spleen", "B", "words"), ("The answer is not B", None, "nothing"),
+    ("It is not A. The answer is B.", "B", "stated"), ("Option A is wrong, option B is right.", "B", "stated"),
+    ("B or C", None, "several options"), ("liver or spleen", None, "several options"),
+    ("A. liver\nB. spleen\nC. left kidney\nD. lung", None, "all options"),
+    ("liver, spleen, left kidney, lung", None, "all options"), ("E", None, "not offered"),
+    ("The answer is a left kidney", "C", "words"), ("Let me see.\n\nD", "D", "letter"),
+    ("\\boxed{D}", "D", "letter"), ("<think>liver?</think><answer>d</answer>", "D", "letter")])
+def test_how_an_answer_in_words_is_read(answer, letter, how):
+    assert read_choice(answer, ORGANS) == (letter, how)
+
+
+def test_ten_options_are_read():
+    ten = [f"segment {n}" for n in range(1, 11)]
+    assert [parse_choice(f"{letter}.", ten) for letter in "AJK"] == ["A", "J", None]
+    assert parse_choice("In segment 10.", ten) == "J" and parse_choice("segment 1", ten) == "A"
 
 
 def test_a_missing_key_is_never_right(): assert not closed_m3d("Anything. At all.", "")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MedVLM3DError', 'project_root', 'home', 'relative', 'atomic_path', 'write_text', 'write_json',
-           'read_json', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device', 'versions',
-           'git_commit', 'hardware', 'RunFolder', 'open_run']
+           'read_json', 'split_lines', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device',
+           'versions', 'git_commit', 'hardware', 'RunFolder', 'open_run']
 
 # %% ../../nbs/base/core.ipynb #77f9cebd
 import hashlib, json, os, platform, random, subprocess, time
@@ -83,6 +83,13 @@ def read_json(path: Path | str) -> Any:
     except json.JSONDecodeError as e:
         reason = f"not valid JSON ({e.msg}, line {e.lineno})"
         raise MedVLM3DError(path, reason, "Restore or regenerate the file.") from e
+
+# %% ../../nbs/base/core.ipynb #89665e0a
+def split_lines(text: str) -> list[str]:
+    "The lines of a text, without their ends: cut at line feeds only; a last one need not be closed."
+    lines = text.split("\n")
+    if not lines[-1]: lines.pop()
+    return [line.removesuffix("\r") for line in lines]
 
 # %% ../../nbs/base/core.ipynb #36351203
 def sha256_file(path: Path | str) -> str:
@@ -162,7 +169,7 @@ def hardware() -> dict:
     return {"system": platform.system(), "machine": platform.machine(), "cores": os.cpu_count(),
             "instructions": _instructions(), "gpus": gpus}
 
-# %% ../../nbs/base/core.ipynb #42e45564
+# %% ../../nbs/base/core.ipynb #5ad9c99c
 class RunFolder:
     "One run's folder: `config.yaml`, `manifest.json`, `log.jsonl`, `results.json`, `figures/`, `tables/`."
     def __init__(self, path: Path | str): self.path = Path(path)
@@ -193,8 +200,8 @@ class RunFolder:
     def read_log(self) -> list[dict]:
         "All complete lines of `log.jsonl`; a last line cut short by a crash is left out."
         if not (self/"log.jsonl").exists(): return []
-        lines = (self/"log.jsonl").read_text().splitlines(True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        whole = (self/"log.jsonl").read_text(encoding="utf-8").rpartition("\n")[0]
+        return [json.loads(line) for line in split_lines(whole)]
 
 # %% ../../nbs/base/core.ipynb #25509703
 def _check_config(run, config):

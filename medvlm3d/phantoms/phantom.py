@@ -7,7 +7,7 @@ __all__ = ['LESION_HU', 'REPORTS', 'TYPES', 'ASKED', 'COLUMNS', 'SPLIT_FILES', '
            'render', 'to_unit', 'fill_report', 'report', 'questions', 'Item', 'draw_item', 'series_name', 'write_item',
            'draw_letters', 'write_questions', 'write_corpus', 'numbered', 'make_phantom', 'read_truth', 'read_masks']
 
-# %% ../../nbs/phantoms/phantom.ipynb #92472ca6
+# %% ../../nbs/phantoms/phantom.ipynb #1f005db6
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-from ..base.core import MedVLM3DError, atomic_path, read_json, relative, write_json, write_text
+from ..base.core import MedVLM3DError, atomic_path, read_json, relative, split_lines
+from ..base.core import write_json, write_text
 from ..base.pool import parallel
 from ..base.table import write_csv
 from .anatomy import ANATOMY, FAT, KINDS, LOCATIONS, MUSCLE, ORGANS, PHASES, PLANES, TISSUES
@@ -263,7 +264,7 @@ def write_questions(root: Path | str, cases: Sequence[Case], *, rows: Sequence[d
         chosen = [(case, row) for case, row in zip(cases, rows) if row["split"] == split]
         write_csv(Path(root)/f"M3D_VQA_{stem}.csv", [COLUMNS, *_question_lines(chosen, seed, asked)])
 
-# %% ../../nbs/phantoms/phantom.ipynb #c45aa492
+# %% ../../nbs/phantoms/phantom.ipynb #551746c4
 def _question_lines(chosen, seed, asked):
     "The lines of the table about these pairs (case, row of truth)."
     letters_of = draw_letters(asked, len(chosen), seed)
@@ -351,10 +352,10 @@ def make_phantom(root: Path | str, train: int = 840, *, validation: int = 120, t
     if contrast != 1: config["contrast"] = contrast
     return write_corpus(root, items, config=config, seed=seed, workers=workers, progress=progress)
 
-# %% ../../nbs/phantoms/phantom.ipynb #ac9a62bd
+# %% ../../nbs/phantoms/phantom.ipynb #a3ec787c
 def read_truth(root: Path | str) -> dict[str, dict]:
     "The rows of `truth.jsonl`, by image path."
-    lines = (Path(root)/"truth.jsonl").read_text().splitlines()
+    lines = split_lines((Path(root)/"truth.jsonl").read_text(encoding="utf-8"))
     return {row["image"]: row for row in map(json.loads, lines)}
 
 def read_masks(root: Path | str, row: Mapping) -> tuple:

@@ -11,6 +11,7 @@ __all__ = ['REAL', 'show_slice', 'modality_sheet', 'probe_sheet', 'asked_about',
 import tempfile, time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -77,10 +78,12 @@ def modality_sheet(modality: str, shape: tuple = (32, 112, 112), seed: int = 8):
     for ax, case in zip(axes.flat, cases): _show_phantom(ax, case, modality, shape)
     for ax, name in zip(axes.flat[phantoms:], REAL[modality]): _show_real(ax, name)
     for ax in axes.flat: ax.axis("off")
-    size = "×".join(map(str, shape))
-    title = f"{MODES[modality].word} phantoms, {size} voxels, findings outlined. Research use only"
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(_sheet_title(modality, shape), fontsize=9)
     return figure
+
+def _sheet_title(modality, shape):
+    size = "×".join(map(str, shape))
+    return f"{MODES[modality].word} phantoms, {size} voxels, findings outlined. Research use only"
 
 def _cases(modality, n, seed, first=0):
     mode = MODES[modality]
@@ -96,6 +99,7 @@ def _show_probe(ax, name, claim, item):
     show_slice(ax, unit, lesion=masks > 127, title=f"{name} ({claim})\n{subject}", aspect=aspect,
                outline=name != "texture")
 
+# %% ../../nbs/studies/data.ipynb #8124224e
 def probe_sheet(shape: tuple = (32, 112, 112), seed: int = 16):
     "A figure of two cases of each probe of `shape` (D, H, W), below the claim it is made for."
     figure, axes = new_figure(10, 4.6, 2, len(PROBES))
@@ -128,17 +132,27 @@ def asked_about(modality: str, n: int, seed: int, first: int = 0) -> dict[str, l
 # %% ../../nbs/studies/data.ipynb #033fcc0c
 def constant_shares(known: list[dict], asked: list[dict]) -> dict:
     "Percent of `asked` that the most frequent answer and letter of `known`, and chance, get right."
-    answers = _by_frequency(q["answer"] for q in known)
-    letter = _by_frequency(q["letter"] for q in known)[0]
-    def most_frequent(question): return next(a for a in answers if a in question["choices"])
-
-    right = {"answer": [most_frequent(q) == q["answer"] for q in asked],
-             "letter": [q["letter"] == letter for q in asked],
-             "chance": [1 / (4 - q["choices"].count("NA")) for q in asked]}
-    percent = {name: round(100 * float(np.mean(values)), 2) for name, values in right.items()}
-    return percent | {"n": len(asked)}
+    answers = _by_frequency(question["answer"] for question in known)
+    letter = _by_frequency(question["letter"] for question in known)[0]
+    rules = {"answer": partial(_names_best, answers), "letter": partial(_has_letter, letter),
+             "chance": _chance}
+    shares = {}
+    for name, rule in rules.items():
+        right = [rule(question) for question in asked]
+        shares[name] = round(100 * float(np.mean(right)), 2)
+    return shares | {"n": len(asked)}
 
 def _by_frequency(values): return [value for value, _ in Counter(values).most_common()]
+
+# %% ../../nbs/studies/data.ipynb #1aeafed0
+def _names_best(answers, question):
+    "Whether the first of `answers` that is an option is the true one."
+    offered = [answer for answer in answers if answer in question["choices"]]
+    return offered[0] == question["answer"]
+
+def _has_letter(letter, question): return question["letter"] == letter
+
+def _chance(question): return 1 / (4 - question["choices"].count("NA"))
 
 # %% ../../nbs/studies/data.ipynb #9fd58fc4
 def balance(n: int = 720, seed: int = 1) -> dict:
@@ -184,14 +198,18 @@ def scale_record(root: Path, volumes: int, *, questions: int, workers: int = 2) 
 # %% ../../nbs/studies/data.ipynb #60573757
 def balance_table(shares: dict) -> Table:
     "Rows: question types; columns: what constant readers reach in each modality, and chance."
-    def text(c): return f"{c['answer']:.1f} / {c['letter']:.1f} / {c['chance']:.1f}"
     rows = []
-    for kind in TYPES: rows.append((kind, *(text(by_type[kind]) for by_type in shares.values())))
+    for kind in TYPES: rows.append((kind, *(_shares_text(by_type[kind]) for by_type in shares.values())))
+    columns = ("question", *(MODES[modality].word for modality in shares))
     n = next(iter(shares["CT"].values()))["n"]
-    return Table("Accuracy without looking: most frequent answer / most frequent letter / chance, %",
-                 ("question", *(MODES[modality].word for modality in shares)), tuple(rows),
-                 f"On {n} cases of each modality, learned on as many others. Research use only.")
+    title = "Accuracy without looking: most frequent answer / most frequent letter / chance, %"
+    note = f"On {n} cases of each modality, learned on as many others. Research use only."
+    return Table(title, columns, tuple(rows), note)
 
+def _shares_text(shares):
+    return f"{shares['answer']:.1f} / {shares['letter']:.1f} / {shares['chance']:.1f}"
+
+# %% ../../nbs/studies/data.ipynb #bbe628a1
 def speed_table(rates: dict, workers: int) -> Table:
     "Rows: modalities and sizes."
     rows = []
@@ -204,18 +222,22 @@ def speed_table(rates: dict, workers: int) -> Table:
 # %% ../../nbs/studies/data.ipynb #fe21e797
 def audit_table(result: dict) -> Table:
     "Rows: kinds of ties; the title has the verdict."
-    rows = []
-    for f in result["findings"]:
-        across = f"{f['across']} or more" if f["crowded"] else f"{f['across']}"
-        rows.append((f["kind"], across, f["within"], f["touched"]["test"], f["touched"]["validation"]))
-    title = "Audit: passed" if result["passed"] else "Audit: NOT passed"
-    if result["allowed"]: title += f", allowed by whoever ran it: {', '.join(result['allowed'])}"
-    samples, volumes = (sum(result[k].values()) for k in ("samples", "volumes"))
+    rows = tuple(map(_tie_row, result["findings"]))
+    samples, volumes = sum(result["samples"].values()), sum(result["volumes"].values())
+    note = f"{samples} samples on {volumes} volumes; problems: {result['problems']}. Research use only."
     columns = ("kind of tie", "across sides", "within one side", "test volumes touched",
                "validation volumes touched")
-    return Table(title, columns, tuple(rows),
-                 f"{samples} samples on {volumes} volumes; problems: {result['problems']}. "
-                 "Research use only.")
+    return Table(_verdict(result), columns, rows, note)
+
+def _tie_row(tie):
+    "How often one kind of tie was found; a crowded kind was not counted to its end."
+    across = f"{tie['across']} or more" if tie["crowded"] else str(tie["across"])
+    return tie["kind"], across, tie["within"], tie["touched"]["test"], tie["touched"]["validation"]
+
+def _verdict(result):
+    verdict = "Audit: passed" if result["passed"] else "Audit: NOT passed"
+    if not result["allowed"]: return verdict
+    return f"{verdict}, allowed by whoever ran it: {', '.join(result['allowed'])}"
 
 # %% ../../nbs/studies/data.ipynb #b2d3c52e
 def scale_table(record: dict) -> Table:
@@ -223,16 +245,17 @@ def scale_table(record: dict) -> Table:
     measures = ("seconds", "processor seconds", "peak MB", "peak MB of a worker")
     steps = record.get("steps", {})
     rows = tuple((name, *map(step.get, measures)) for name, step in steps.items())
-    note = "Not run."
-    if rows:
-        leaks = ", ".join(record["manifest"]["leaks"])
-        verdict = "passes" if record["manifest-by-case"]["passed"] else "does NOT pass"
-        note = (f"{record['questions']} questions on {record['volumes']} volumes, "
-                f"{record['workers']} processes. "
-                "Seconds by the clock include what else the machine did, those of the processor do not. "
-                f"Planted leaks found: {leaks}. The split {verdict}.")
-    return Table("Verifying and splitting a generated corpus", ("step", *measures), rows,
-                 note + " Research use only.")
+    note = _scale_note(record) if rows else "Not run."
+    title = "Verifying and splitting a generated corpus"
+    return Table(title, ("step", *measures), rows, note + " Research use only.")
+
+def _scale_note(record):
+    "Size of the corpus, what the seconds mean, and what was found."
+    leaks = ", ".join(record["manifest"]["leaks"])
+    verdict = "passes" if record["manifest-by-case"]["passed"] else "does NOT pass"
+    return (f"{record['questions']} questions on {record['volumes']} volumes, {record['workers']} processes. "
+            "Seconds by the clock include what else the machine did, those of the processor do not. "
+            f"Planted leaks found: {leaks}. The split {verdict}.")
 
 # %% ../../nbs/studies/data.ipynb #0a49054e
 def explain_preprocessing(out: Path | str, data: Path | str, store: Path | str) -> dict:
@@ -244,13 +267,19 @@ def explain_preprocessing(out: Path | str, data: Path | str, store: Path | str) 
     samples = load_samples(corpus)
     preprocess = Preprocess.from_dict(FeatureStore(project_root()/store).spec["preprocess"])
     read = image_reader(samples_root(corpus), samples)
-    first = {}
-    for image, group in by_image(samples).items(): first.setdefault(group[0].split, image)
-    explained = {split: preprocess.describe(read(image)) for split, image in sorted(first.items())}
+    explained = {}
+    for split, image in _first_images(samples): explained[split] = preprocess.describe(read(image))
     file = project_root()/out/"prepared.json"
     write_json(file, {**read_json(file), "preprocessing": explained})
     return explained
 
+def _first_images(samples):
+    "(split, its first image) of each split, in order."
+    first = {}
+    for image, group in by_image(samples).items(): first.setdefault(group[0].split, image)
+    return sorted(first.items())
+
+# %% ../../nbs/studies/data.ipynb #f2f4e288
 def preprocessing_table(explained: dict) -> Table:
     "One row a fact, one column a split."
     facts = ("modality", "intensity", "plane", "window", "zero_one", "voxels", "spacing", "to_voxels",
@@ -282,15 +311,19 @@ def run(out: Path | str, data: Path | str, *, corpus: Path | str = "", allow: Se
                   drawn=drawn, asked=asked, volumes=volumes, questions=questions, seed=seed, workers=workers)
     root, shape = project_root(), tuple(shape)
     processes = dict(workers=workers, progress=progress)
-    audited = root/corpus if corpus else root/data/"corpus"
-    if not corpus:
-        make_benchmark(audited, train=drawn, validation=4, test=4, shape=shape, seed=seed, **processes)
+    drawing = dict(train=drawn, shape=shape, seed=seed)
+    audited = root/corpus if corpus else _draw_small(root/data/"corpus", **drawing, **processes)
     with open_run(root/out, config) as folder:
         _save_sheets(folder/"figures", shape, seed)
         results = {"balance": balance(asked), "speed": speed(sizes, drawn, workers),
                    "audit": audit(audited, allow=allow, **processes),
                    "scale": scale_record(root/data/"scale", volumes, questions=questions, workers=workers)}
         return _write(folder, results, workers)
+
+def _draw_small(folder, **options):
+    "Draw a small corpus; returns its folder."
+    make_benchmark(folder, validation=4, test=4, **options)
+    return folder
 
 # %% ../../nbs/studies/data.ipynb #bfa4557f
 def _write(folder, results, workers):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Judged', 'write_round', 'read_round', 'keeping', 'pair_picture', 'review_widget', 'open_review']
 
-# %% ../../nbs/studies/judging.ipynb #93b7fcfe
+# %% ../../nbs/studies/judging.ipynb #3f4498a8
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..base.core import MedVLM3DError, project_root, relative, write_text
+from ..base.core import MedVLM3DError, project_root, relative, split_lines, write_text
 from ..base.table import escape_csv
 from ..data.samples import Sample
 from .crossmodal import show_pair
@@ -50,13 +50,14 @@ def write_round(path: Path | str, pairs: Sequence[Sample], facts: dict, root: Pa
         lines.append(json.dumps(asdict(row), ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
-# %% ../../nbs/studies/judging.ipynb #a649cd2a
+# %% ../../nbs/studies/judging.ipynb #8b253ef2
 def read_round(path: Path | str, root: Path | str) -> dict[str, Judged]:
     "id → `Judged` of a stored round."
     if not Path(path).exists():
         raise MedVLM3DError(relative(path), "is missing",
                             "Run `medvlm3d data crossmodal` again: it drafts and keeps the same pairs.")
-    rows = [Judged(**json.loads(line)) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = split_lines(Path(path).read_text(encoding="utf-8"))
+    rows = [Judged(**json.loads(line)) for line in lines]
     return {row.id: replace(row, image=Path(root)/row.image, mask=Path(root)/row.mask) for row in rows}
 
 # %% ../../nbs/studies/judging.ipynb #daf7517a
@@ -121,7 +122,8 @@ class _ReviewPanel:
     def judge(self, button):
         "Write the verdict of a button on the pair that is shown, then show the next."
         left = self.open_ids()
-        if left: set_verdict(self.sheet, left[0], button.description, escape_csv(self.comment.value))
+        comment = escape_csv(self.comment.value, numbers=False)
+        if left: set_verdict(self.sheet, left[0], button.description, comment)
         self.comment.value = ""
         self.show()
 

@@ -83,22 +83,22 @@ def _connector(config):
 # %% ../../nbs/studies/pictures.ipynb #8ab590cb
 def way_figure(config: MedVLM3DConfig, title: str = "The way of the data"):
     "The paper's Figure 1 with the shapes of `config`: blue is frozen, grey is a rule, orange is trained."
-    figure, ax = new_figure(9, 1.6)
     steps = stations(config)
+    figure, ax = new_figure(1.45 * len(steps), 2.1)
     for i, station in enumerate(steps):
         _draw_station(ax, i, station)
         if i: ax.add_patch(_arrow(i))
-    ax.set(xlim=(-.1, len(steps) - .15), ylim=(-.3, .7))
+    ax.set(xlim=(-.15, len(steps) - .1), ylim=(-.4, .7))
     ax.set_axis_off()
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, fontsize=10)
     return figure
 
 def _draw_station(ax, i, station):
     "The box of station number `i` with its name inside and its shape below."
     box = FancyBboxPatch((i, 0), .74, .6, boxstyle="round,pad=.04", fc=station.colour, ec=".3", lw=.8)
     ax.add_patch(box)
-    ax.text(i + .37, .3, station.name, ha="center", va="center", fontsize=7)
-    ax.text(i + .37, -.16, station.shape, ha="center", va="top", fontsize=6.5, color=".25")
+    ax.text(i + .37, .3, station.name, ha="center", va="center", fontsize=9.5)
+    ax.text(i + .37, -.14, station.shape, ha="center", va="top", fontsize=9.5, color=".1")
 
 def _arrow(i):
     "The arrow that leads to station `i`."

@@ -9,6 +9,7 @@ __all__ = ['PARAPHRASE', 'EDITS', 'FINDING_SCORES', 'stated', 'exchange', 'deny'
 # %% ../../nbs/studies/stress.ipynb #7bef5aed
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,10 +60,14 @@ def omit(text: str, case: Case) -> str:
 def insert(text: str, case: Case) -> str:
     "A finding of another kind in an organ of the other side, before the impression."
     kind = KINDS[(KINDS.index(case.kind) + 1) % len(KINDS)]
-    first = case.seed % len(ORGANS)
-    organ = next(o for o in ORGANS[first:] + ORGANS if ORGAN_SIDES[o] != case.side)
+    organ = _organ_opposite(case)
     body, impression = text.rsplit(" Impression:", 1)
     return f"{body} There is a {kind} in the {organ}. Impression:{impression}"
+
+def _organ_opposite(case):
+    "An organ of the other side; which one depends on the seed of the case."
+    first = case.seed % len(ORGANS)
+    return next(organ for organ in ORGANS[first:] + ORGANS if ORGAN_SIDES[organ] != case.side)
 
 # %% ../../nbs/studies/stress.ipynb #e31467bb
 PARAPHRASE = {"There is a": "One sees a", " shows a": " contains a", " is seen in": " is found in",
@@ -131,16 +136,19 @@ def fall_of(name: str, edited: np.ndarray, *, true: np.ndarray, cases: Sequence[
     cases : whole cases are resampled
     seed, n : of the bootstrap, and the number of its resamples
     """
-    score = statistic(name)
-    width = true.shape[1]
-    def lost(sums): return 100 * (score(sums[..., :width]) - score(sums[..., width:]))
-
     rows = np.concatenate([true, edited], 1)
+    lost = partial(_lost, statistic(name), true.shape[1])
     value, low, high = float(lost(rows.sum(0))), np.nan, np.nan
     if np.isfinite(value):
-        low, high = percentile_interval(lost(bootstrap_sums(rows, [c.id for c in cases], seed=seed, n=n)))
-    cell = {"value": value, "low": low, "high": high}
-    return {k: round(float(v), 4) if np.isfinite(v) else None for k, v in cell.items()} | {"n": len(cases)}
+        sums = bootstrap_sums(rows, [case.id for case in cases], seed=seed, n=n)
+        low, high = percentile_interval(lost(sums))
+    return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high), "n": len(cases)}
+
+def _lost(score, width, sums):
+    "Points that are lost; the first `width` sums are those of the true reports."
+    return 100 * (score(sums[..., :width]) - score(sums[..., width:]))
+
+def _rounded(value): return round(float(value), 4) if np.isfinite(value) else None
 
 # %% ../../nbs/studies/stress.ipynb #fbc28159
 def stress(cases: Sequence[Case], meteor: METEOR | None = None, *, bertscore: BERTScore | None = None,
@@ -155,16 +163,18 @@ def stress(cases: Sequence[Case], meteor: METEOR | None = None, *, bertscore: BE
     """
     if not cases:
         raise MedVLM3DError("the stress test", "was given no cases", "Draw at least one with sample_cases.")
-    texts = [stated(c) for c in cases]
-    scores = dict(cases=cases, meteor=meteor, bertscore=bertscore)
-    true = score_rows(texts, texts, **scores)
+    texts = [stated(case) for case in cases]
+    rows_of = partial(score_rows, references=texts, cases=cases, meteor=meteor, bertscore=bertscore)
+    true = rows_of(texts)
     falls = {}
     for edit, change in EDITS.items():
-        edited = score_rows([change(t, c) for t, c in zip(texts, cases)], texts, **scores)
-        falls[edit] = {}
-        for name, rows in edited.items():
-            falls[edit][name] = fall_of(name, rows, true=true[name], cases=cases, seed=seed, n=n)
+        edited = rows_of([change(text, case) for text, case in zip(texts, cases)])
+        falls[edit] = _falls_of(edited, true, cases=cases, seed=seed, n=n)
     return falls
+
+def _falls_of(edited, true, **options):
+    "Score → `fall_of` for one edit."
+    return {name: fall_of(name, rows, true=true[name], **options) for name, rows in edited.items()}
 
 # %% ../../nbs/studies/stress.ipynb #ca887cd1
 def protocol(name: str) -> str:
@@ -200,16 +210,19 @@ def stress_figure(falls: dict):
     import seaborn as sns
     from matplotlib.figure import Figure
     values = np.stack([_values(falls, name) for name in _score_names(falls)])
-    shown = np.nan_to_num(values)
-    texts = np.where(np.isnan(values), "–", np.char.mod("%.0f", shown + 0.))
     figure = Figure(figsize=(7.4, 4.4), dpi=100, layout="constrained")
     axes = figure.subplots()
-    sns.heatmap(shown, annot=texts, fmt="", cmap="rocket_r", vmin=0, vmax=100, xticklabels=list(falls),
-                yticklabels=_labels(falls), linewidths=.5, cbar_kws={"label": "points lost"}, ax=axes)
+    labels = dict(xticklabels=list(falls), yticklabels=_labels(falls), cbar_kws={"label": "points lost"})
+    sns.heatmap(np.nan_to_num(values), annot=_whole_points(values), fmt="", cmap="rocket_r", vmin=0, vmax=100,
+                linewidths=.5, ax=axes, **labels)
     axes.axvline(len(falls) - 1, color="k", lw=2)
     axes.set_title("What each score loses by one error (right of the line: by none)", fontsize=10)
     axes.tick_params(axis="x", rotation=20)
     return figure
+
+def _whole_points(values):
+    "Texts of the values without decimals; a dash for NaN."
+    return np.where(np.isnan(values), "–", np.char.mod("%.0f", np.nan_to_num(values) + 0.))
 
 def _values(falls, name):
     "The falls of a score by all edits; NaN where it counts nothing."
@@ -228,13 +241,15 @@ def stress_run(out: Path | str, cases: int = 240, *, seed: int = 11, resamples: 
     """
     config = {"cases": cases, "seed": seed, "resamples": resamples}
     drawn = sample_cases(cases, seed=seed)
-    texts = [stated(c) for c in drawn]
+    texts = [stated(case) for case in drawn]
     meteor, bertscore = METEOR(fetch("wordnet")), BERTScore(fetch("minilm"))
-    signatures = {meteor.name: meteor.signature,
-                  bertscore.name: f"layer {bertscore.layer}, no idf, no rescaling"}
     with open_run(project_root()/out, config, seed=seed, reports=sha256_json(texts)) as run:
         falls = stress(drawn, meteor, bertscore=bertscore, seed=seed, n=resamples)
         example = {name: edit(texts[0], drawn[0]) for name, edit in EDITS.items()}
-        write_json(run/"results.json", {"schema": "medvlm3d.stress/1", "cases": cases, "falls": falls,
-                                        "example": example, "signatures": signatures})
+        results = {"schema": "medvlm3d.stress/1", "cases": cases, "falls": falls, "example": example}
+        write_json(run/"results.json", results | {"signatures": _signatures(meteor, bertscore)})
     return falls
+
+def _signatures(meteor, bertscore):
+    "How each score was computed."
+    return {meteor.name: meteor.signature, bertscore.name: f"layer {bertscore.layer}, no idf, no rescaling"}
