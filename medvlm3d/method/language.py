@@ -269,7 +269,7 @@ def word_tokenizer(texts: Sequence[str]):
 
 # %% ../../nbs/method/language.ipynb #622c78a0
 def check_pixels(pixels: Tensor, shape: tuple, batch: bool = False) -> Tensor:
-    "Pixels (D, H, W), or a batch (B, D, H, W), if they have `shape`, are finite and in [0, 1]; else an error."
+    "Pixels (D, H, W), or a batch (B, D, H, W), of `shape`, finite and in [0, 1]; else an error."
     remedy = "Prepare the scan with the model's processor."
     wanted = pixels.shape[:1] + shape if batch else shape
     if tuple(pixels.shape) != tuple(wanted):
