@@ -77,7 +77,7 @@ def fourier_maps(x: Tensor, real: Callable, imag: Callable) -> Tensor:
         return from_spectrum(real(parts[0]), imag(parts[1])).to(x.dtype)
 
 def fourier_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
-    """The same with the matrices of Eq. (10).
+    """The same with channel matrices.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ def fourier_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
     return fourier_maps(x, *_linear_maps(A, B, a))
 
 def _linear_maps(A, B, a):
-    "The two maps of Eq. (10), in the float type of what they are given."
+    "The two maps with channel matrices, in the float type of what they are given."
     def real(t): return F.linear(t, A.to(t.dtype), a.to(t.dtype))
     def imag(t): return F.linear(t, B.to(t.dtype))
     return real, imag
@@ -131,7 +131,7 @@ def even_odd_maps(x: Tensor, real: Callable, imag: Callable) -> Tensor:
     return y
 
 def even_odd_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
-    """The same with the matrices of Eq. (10): A on the even part, B on the odd.
+    """The same with channel matrices: A on the even part, B on the odd.
 
     Parameters
     ----------
