@@ -55,8 +55,8 @@ def open_scan(scan: Path, quiet: bool = False, *, max_voxels: int | None = None,
 # %% ../../nbs/front/scan.ipynb #d1bbeb36
 def demo_model() -> Path:
     "The folder of the demo model: the committed one in a clone, else the one that was installed."
-    from medvlm3d.base.core import project_root
-    return project_root()/"reports"/"demo"/"model"
+    from medvlm3d.base.core import shared
+    return shared("reports/demo/model")
 
 def model_folder(folder: Path | None) -> Path:
     "The folder of a model (the demo model when None); MedVLM3DError if it holds none."

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.core import MedVLM3DError, project_root
+from ..base.core import MedVLM3DError, shared
 from .architectures import (attention_of, check_language_model, local_mask, packed_masks,
                                            packing_plan, read_one_by_one, taken_by, text_config,
                                            with_attention)
@@ -379,7 +379,7 @@ def demo_config(llm: str = "reader", channels: int = 96, **changes) -> MedVLM3DC
 
 def demo(folder: str | Path | None = None, dtype: torch.dtype | str = torch.float32) -> MedVLM3D:
     "The trained demo model that comes with the repository."
-    folder = Path(folder or project_root()/"reports"/"demo"/"model")
+    folder = Path(folder or shared("reports/demo/model"))
     if not (folder/"config.json").exists():
         raise MedVLM3DError("reports/demo/model", "is not there",
                             "Work in a clone of the repository, where it lies; `make demo` trains it anew. "
