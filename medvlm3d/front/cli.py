@@ -443,7 +443,7 @@ def features(
                                     )] = "dinov2-s",
     depth: int = 50,
     size: int = 224,
-    rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
+    rho: Annotated[float, typer.Option(help="Slices kept, in percent.")] = 28,
     strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine",
     window: Annotated[Optional[tuple[float, float]],
                       typer.Option(help="LOW HIGH in HU; without it the volume's own range.")] = None,
@@ -464,7 +464,8 @@ def features(
     "Store the features of a corpus: the frozen part of the method, once a volume."
     from medvlm3d.features.store import encode_corpus
     return encode_corpus(
-        data, store, encoder=encoder, depth=depth, size=size, window=window, rho=rho, strategy=strategy,
+        data, store, encoder=encoder, depth=depth, size=size, window=window, strategy=strategy,
+        rho=int(rho) if rho.is_integer() else rho,
         seed=seed, grid=grid, float32=float32, device=device, shard_size=shard_size, workers=workers,
         rejects=rejects, verify=verify, quiet=quiet)
 
