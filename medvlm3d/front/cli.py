@@ -421,10 +421,10 @@ def train(
     changed = merged(p, ranks=ranks, llm=found_llm(llm), **folders, **allowed)
     run_step("91", config, default="demo", out=out, changed=changed)
 
-# %% ../../nbs/front/cli.ipynb #a7f747d9
+# %% ../../nbs/front/cli.ipynb #83c07792
 SCORING = (
     Mode("with --predictions", lambda v: v["predictions"],
-         uses=("predictions", "out", "questions", "encoder", "layer", "ratescore"),
+         uses=("predictions", "out", "questions", "encoder", "layer", "ratescore", "columns", "protocol"),
          example=("--predictions", "x.csv")),
     Mode("without --predictions", lambda v: not v["predictions"], uses=("config", "out", "p")),
 )
@@ -439,11 +439,18 @@ def evaluate(
     predictions: Annotated[
         Optional[Path],
         typer.Option(
-            help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts."
+            help="Score this file of answers instead: a CSV, JSON or JSONL (evaluation/outputs)."
         )] = None,
     questions: Annotated[
         Optional[Path],
-        typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
+        typer.Option(help="What was asked: an M3D_VQA or 3D-RAD table gives rows their cases; CT-CHAT's JSON."
+                     )] = None,
+    columns: Annotated[
+        Optional[str],
+        typer.Option(help="Which column is what, if its name does not say: answer=pred,truth=label.")] = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(help="3drad: also score as 3D-RAD's script does; its own files always are.")] = None,
     encoder: Annotated[
         Optional[Path],
         typer.Option(
@@ -457,9 +464,11 @@ def evaluate(
     "Predict the test set and score it; or score a file of answers."
     if predictions is None:
         return run_step("92", config, default="demo", out=out, changed=changes(p))
+    from medvlm3d.evaluation.columns import parse_columns
     from medvlm3d.evaluation.outputs import evaluate_file
     evaluate_file(predictions, out, questions=questions, encoder=encoder, layer=5 if layer is None else layer,
-                  tell=typer.echo, ratescore=ratescore)
+                  tell=typer.echo, ratescore=ratescore, columns=parse_columns(columns) if columns else None,
+                  protocol=protocol)
 
 # %% ../../nbs/front/cli.ipynb #cea6d6a4
 @app.command()
@@ -504,7 +513,7 @@ def features(
                                     )] = "dinov2-s",
     depth: int = 50,
     size: int = 224,
-    rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
+    rho: Annotated[float, typer.Option(help="Slices kept, in percent.")] = 28,
     strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine",
     window: Annotated[Optional[tuple[float, float]],
                       typer.Option(help="LOW HIGH in HU; without it the volume's own range.")] = None,
@@ -527,8 +536,8 @@ def features(
     "Store the features of a corpus: the frozen part of the method, once a volume."
     from medvlm3d.features.store import encode_corpus
     return encode_corpus(
-        data, store, encoder=encoder, depth=depth, size=size, window=window,
-        percentiles=percentiles, rho=rho, strategy=strategy,
+        data, store, encoder=encoder, depth=depth, size=size, window=window, strategy=strategy,
+        percentiles=percentiles, rho=int(rho) if rho.is_integer() else rho,
         seed=seed, grid=grid, float32=float32, device=device, shard_size=shard_size, workers=workers,
         rejects=rejects, verify=verify, quiet=quiet)
 
