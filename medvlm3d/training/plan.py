@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LORA', 'FREE', 'ADAPTERS', 'SETTINGS', 'REMEDY', 'FIT', 'checked', 'Stage', 'stage_of', 'check_model', 'Plan',
            'paper_stages', 'conditions', 'differences', 'check_conditions', 'check_lora', 'agree', 'check_volumes',
-           'plan_llm', 'llm_name', 'check_requirements', 'in_bf16', 'base_dtype', 'training_features', 'initial_model',
-           'check_fit', 'init_folder', 'continued_model', 'first_model']
+           'plan_llm', 'llm_name', 'missing_reporter', 'check_requirements', 'in_bf16', 'base_dtype',
+           'training_features', 'initial_model', 'check_fit', 'init_folder', 'continued_model', 'first_model']
 
 # %% ../../nbs/training/plan.ipynb #9753c7a8
 import inspect
@@ -271,11 +271,22 @@ def llm_name(plan: Plan) -> str | None:
     "The plan's language model, or the one that its model's configuration refers to."
     return plan_llm(plan) or (plan.model.get("llm_reference") or {}).get("name")
 
+# %% ../../nbs/training/plan.ipynb #7fbb7223
+def missing_reporter(name: str) -> str | None:
+    "Why losses cannot be reported to `name` (of Trainer's integrations), or None."
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    if name in ("none", "all"): return None
+    if name not in INTEGRATION_TO_CALLBACK:
+        return f"report_to {name!r}: {suggestion(name, ['none', 'all', *INTEGRATION_TO_CALLBACK])}"
+    if name in get_available_reporting_integrations(): return None
+    return f"report_to {name!r}: it is not installed (pip install {name}), or set report_to=none"
+
 # %% ../../nbs/training/plan.ipynb #d3e604d1
 def check_requirements(plan: Plan) -> None:
     "An error that lists everything that a plan needs and that is missing, and where to place it."
     llm = llm_name(plan)
-    missing = [*_missing_data(plan), llm and missing_llm(llm)]
+    missing = [*_missing_data(plan), llm and missing_llm(llm), missing_reporter(plan.report_to)]
     missing = [line for line in missing if line]
     if missing:
         lines = "\n  ".join(missing)
