@@ -129,3 +129,20 @@ def rad_row(volume, question, answer, kind="Open", letter="-", choices=("-",) * 
     return {"Task": "Existence Detection", "Subtask": "Atelectasis", "VolumeName": volume, "Question": question,
             "Answer": answer, "QuestionType": kind, "AnswerChoice": letter,
             **{f"Choice {c}": text for c, text in zip("ABCD", choices)}}
+
+
+def write_totalseg(root, cases=12, shape=(24, 24, 16), seed=0):
+    "TotalSegmentator's layout: a CT and a few organ masks per case, `meta.csv` with semicolons."
+    rng = np.random.default_rng(seed)
+    names = ("liver", "spleen", "stomach", "heart", "brain", "kidney_left", "kidney_right")
+    for case in range(cases):
+        folder = root/f"s{case:04d}"
+        save_nifti(folder/"ct.nii.gz", chest(case, shape))
+        for name in names:
+            mask, low, size = np.zeros(shape, np.uint8), rng.integers(2, 12, 3), rng.integers(5, 8, 3)
+            if (kind := rng.integers(3)) == 2: low[2] = 0
+            else: low[2] = rng.integers(1, 7)
+            if kind: mask[tuple(slice(a, a + n) for a, n in zip(low, size))] = 1
+            save_nifti(folder/"segmentations"/f"{name}.nii.gz", mask)
+    write_rows(root/"meta.csv", [{"image_id": f"s{n:04d}", "age": 60, "gender": "f", "study_type": "ct abdomen",
+                                  "split": "train" if n % 4 else "val" if n % 8 else "test"} for n in range(cases)], ";")

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from processes import command
-from corpora import LPS, chest, ctrate_metadata, make_plan, rad_row, write_ctrate, write_ctrate_volume, write_rows
+from corpora import LPS, chest, ctrate_metadata, make_plan, rad_row, save_nifti, write_ctrate, write_ctrate_volume
+from corpora import write_rows, write_totalseg
 from PIL import Image
 from scan_files import nrrd_bytes, patient, save_dicom, save_enhanced
 from typer.testing import CliRunner
@@ -45,7 +46,8 @@ from medvlm3d.scans.prepare import Preprocess
 
 NAME = "Beeblebrox_Zaphod_1952-03-11"
 QUIET = dict(workers=1, progress=False)
-VERBS = ("phantom", "probe", "layout", "m3d", "brats", "autopet", "ctrate", "llava", "threedrad", "folder", "verify", "split", "crossmodal",
+VERBS = ("phantom", "probe", "layout", "m3d", "brats", "autopet", "ctrate", "llava", "threedrad",
+         "merlin", "totalseg", "folder", "verify", "split", "crossmodal",
          "report")
 LISTS = ("train", "validation", "test", "test1k", "test500", "test100", "hard_test")
 TYPED = ("--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--float32", "--quiet")
@@ -923,6 +925,45 @@ def test_tasks_of_3d_rad_are_joined_to_listed_volumes(chests, tmp_path):
         ("closed", ("1", "2", "3"), "C", "test", "valid_1")]
     why = [json.loads(line)["why"] for line in (tmp_path/"rejects.jsonl").read_text().split("\n") if line]
     assert why == ["its volume is not in the folder", "the answer is not the choice that its letter names"]
+
+
+def test_merlins_spreadsheet_and_findings(tmp_path):
+    "Columns in any order, findings that are said or denied, a study without a volume; patients where a column names them."
+    from openpyxl import Workbook
+    book = Workbook()
+    for cells in (("Patient ID", "Findings", "few_shot", "study id", "Split"), ("P1", "Liver normal.\nNo mass.", True, "AC1", "train"),
+                  ("P1", "A cyst.", False, "AC2", "train"), ("P2", "Gone.", False, "AC3", "test"), (None,) * 5): book.active.append(cells)
+    book.save(tmp_path/"reports_final.xlsx")
+    for study in ("AC1", "AC2"): save_nifti(tmp_path/"merlin_data"/f"{study}.nii.gz", chest())
+    write_rows(tmp_path/"zero_shot_findings_disease_cls.csv", [{"study id": "AC1", "ascites": 0, "renal_cyst": -1},
+                                                               {"study id": "AC2", "ascites": -1, "renal_cyst": 1}])
+    status, shown = ask("merlin", tmp_path, "--labels", "--rejects", tmp_path/"rejects.jsonl")
+    assert status == 1 and "1 problems set aside" in shown and "cannot be checked by patient" not in shown
+    samples = read_manifest(tmp_path/"manifest.jsonl")
+    assert [(s.patient, s.split, s.question, s.answer) for s in samples] == [
+        ("P1", "train", "", "Liver normal.\nNo mass."), ("P1", "train", "Is there ascites?", "No"),
+        ("P1", "train", "", "A cyst."), ("P1", "train", "Is there renal cyst?", "Yes")]
+
+
+def test_questions_from_organ_masks_have_the_masks_answers(tmp_path):
+    "TotalSegmentator's layout: present, cut off or absent as the masks say; balanced; each case on its side of meta.csv."
+    write_totalseg(tmp_path, cases=24)
+    status, shown = ask("totalseg", tmp_path, "--workers", 1)
+    assert status == 0 and "CC BY 4.0" in shown and "left out, so that no answer can be told" in shown, shown
+    samples = load_samples(tmp_path)
+    assert {s.task for s in samples} == {"closed"} and {"Presence", "Organ"} <= {s.type for s in samples}
+    sides = {row["image_id"]: row["split"] for row in csv.DictReader(open(tmp_path/"meta.csv"), delimiter=";")}
+    assert all(s.split == {"val": "validation"}.get(sides[s.case], sides[s.case]) for s in samples)
+    for split in {s.split for s in samples}:
+        for text in {s.question for s in samples if s.split == split and s.type != "Organ"}:
+            answers = Counter(s.answer for s in samples if (s.split, s.question) == (split, text))
+            assert len(answers) > 1 and len({*answers.values()}) == 1, (split, text, answers)
+    for s in samples:
+        if s.type != "Presence": continue
+        name = "_".join(reversed(s.question.removeprefix("Is the ").removesuffix(" in this scan?").split()))
+        mask = np.asarray(nib.load(tmp_path/s.case/"segmentations"/f"{name}.nii.gz").dataobj) > 0
+        edge = mask.any() and (mask[..., 0].any() or mask[..., -1].any())
+        assert s.answer == ("No" if not mask.any() else "Yes, but cut off at the edge of the scan" if edge else "Yes, all of it")
 
 
 def test_questions_about_ctrate_need_its_listing(tmp_path):

@@ -68,19 +68,24 @@ class Joined:
         if bad := text_problem(s): return self.problems.append(Problem(where, *bad))
         return s
 
-# %% ../../nbs/data/questions.ipynb #693fde98
+# %% ../../nbs/data/questions.ipynb #3a15d75f
 _OPTION = re.compile(r"(?:^|(?<=[\s;,?:.]))\(?([A-Ja-j])[.):]\s+")
 
-def split_options(text: str) -> tuple[str, tuple]:
-    "(question, options) of a text that ends with lettered options; no options if there are fewer than two."
+def _without_signs(options):
+    "The options without the comma or semicolon that stands between each and the next."
+    signs = {option[-1:] for option in options[:-1]}
+    return tuple(option.rstrip(",;") if signs in ({","}, {";"}) else option for option in options)
+
+def split_options(text: str, most: int = 10) -> tuple[str, tuple]:
+    "(question, options) of a text that ends with two to `most` lettered options; else no options."
     marks, expected = [], "A"
     for match in _OPTION.finditer(text):
-        if match[1].upper() == expected:
+        if match[1].upper() == expected and len(marks) < most:
             marks.append(match)
             expected = chr(ord(expected) + 1)
     if len(marks) < 2: return text.strip(), ()
     ends = [m.start() for m in marks[1:]] + [len(text)]
-    options = tuple(text[m.end():end].strip(" \n,;") for m, end in zip(marks, ends))
+    options = _without_signs([text[m.end():end].strip() for m, end in zip(marks, ends)])
     question = re.sub(r"(?:Choices|Options):?\s*$", "", text[:marks[0].start()].strip()).strip()
     return (question, options) if all(options) else (text.strip(), ())
 

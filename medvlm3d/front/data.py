@@ -7,7 +7,7 @@ __all__ = ['data_app', 'To', 'Count', 'Root', 'Listing', 'Rejects', 'Source', 'L
            'Contrast', 'NearText', 'NearImage', 'Validation', 'Labels', 'Hashes', 'Questions', 'Volumes', 'Name',
            'UNREAD', 'NEAR', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers', 'phantom', 'probe', 'layout',
            'write_listing', 'm3d', 'brats', 'autopet', 'licence_first', 'settled', 'say_counts', 'write_values',
-           'ctrate', 'llava', 'threedrad', 'folder', 'verify', 'split']
+           'ctrate', 'llava', 'threedrad', 'merlin', 'totalseg', 'folder', 'verify', 'split']
 
 # %% ../../nbs/front/data.ipynb #42555f87
 import json
@@ -294,6 +294,34 @@ def threedrad(questions: Questions, root: Volumes, out: Name = None, rejects: Re
     from medvlm3d.data.questions import RAD_LICENCE, scan_3drad
     licence_first("3D-RAD", RAD_LICENCE)
     _join(scan_3drad, questions, root=root, out=out, rejects=rejects, name="threedrad.jsonl")
+
+# %% ../../nbs/front/data.ipynb #2e5c88f3
+@data_app.command()
+def merlin(root: Root, out: Listing = None, *, rejects: Rejects = None, labels: Labels = False,
+           hashes: Hashes = True):
+    "List Merlin: merlin_data/*.nii.gz, reports_final.xlsx and the table of findings."
+    from medvlm3d.data.merlin import LICENCE, scan_merlin
+    licence_first("Merlin", LICENCE)
+    problems = []
+    samples = list(scan_merlin(root, problems, labels=labels))
+    settled(root, problems, rejects)
+    if not any(sample.patient for sample in samples):
+        say("no table names patients: the corpus's own split is kept, and cannot be checked by patient")
+    write_listing(root, samples, out=out, rejects=rejects, hashes=hashes)
+
+@data_app.command()
+def totalseg(root: Root, out: Listing = None, *, rejects: Rejects = None, hashes: Hashes = True,
+             workers: Workers = 2):
+    "List closed questions drawn from organ masks: s0000/ct.nii.gz, s0000/segmentations/*.nii.gz, meta.csv."
+    from medvlm3d.data.totalseg import LICENCE, scan_totalseg
+    licence_first("TotalSegmentator data set", LICENCE)
+    problems, left_out = [], {}
+    samples = list(scan_totalseg(root, problems, workers, left_out=left_out))
+    settled(root, problems, rejects)
+    say_counts([f"{sample.split}: {sample.type}" for sample in samples])
+    say("left out, so that no answer can be told from the words: "
+        + ", ".join(f"{n} {kind}" for kind, n in left_out.items()))
+    write_listing(root, samples, out=out, rejects=rejects, hashes=hashes)
 
 # %% ../../nbs/front/data.ipynb #93d59cd3
 @data_app.command()
