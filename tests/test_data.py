@@ -1036,7 +1036,7 @@ def test_a_planted_name_does_not_pass_from_a_folder_into_a_run(tmp_path, capfd):
         tmp_path/"run",
         make_plan(tmp_path, fields,
                   [{"stage": 1, "tasks": ["report"], "epochs": 1, "lr": 5e-3, "batch": 2, "accumulation": 1}],
-                  data=str(listed)), progress=False)
+                  data=str(listed), unknown_limit=1.), progress=False)
     written = {
         p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*")
         if p.is_file() and p not in given

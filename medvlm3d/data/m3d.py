@@ -139,7 +139,7 @@ def with_header(volume: Volume, slope: float | None = None, intercept: float | N
     if slope is None and intercept is None: return replace(volume, warnings=tuple(notes))
     slope, intercept = 1. if slope is None else slope, intercept or 0.
     notes.append(f"rescaled to HU as listed ({slope:g} · number + {intercept:g})")
-    return replace(volume, array=volume.array * np.float32(slope) + np.float32(intercept),
+    return replace(volume, voxels=volume.array * np.float32(slope) + np.float32(intercept),
                    modality="CT", intensity="HU", warnings=tuple(notes))
 
 # %% ../../nbs/data/m3d.ipynb #a010e202

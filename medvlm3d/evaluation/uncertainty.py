@@ -186,16 +186,17 @@ def compare_seeds(a: ArrayLike, b: ArrayLike, *, clusters: Sequence, seed: int =
     return {**over_seeds(a - b, clusters, seed=seed, n=n), "p": p}
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #55f41dd4
-def seed_p(mean: float, low: float, high: float, *, seeds: Sequence[float], cases: int) -> float:
+def seed_p(mean: float, bounds: tuple[float, float], *, seeds: Sequence[float], cases: int) -> float:
     """Two-sided p of no difference over seeds and cases, from the 95 % interval of `over_seeds`.
 
     Parameters
     ----------
-    mean, low, high : the difference and its interval over seeds and cases
+    mean, bounds : the difference and its interval (low, high) over seeds and cases
     seeds : the difference of each seed, in the same unit; one seed counts as without spread
     cases : number of test cases
     """
     from scipy.stats import norm, t
+    low, high = bounds
     variance = ((high - low) / (2 * norm.ppf(.975)))**2
     if variance == 0: return float(mean == 0)
     of_seeds = min(np.var(seeds, ddof=1) / len(seeds), variance) if len(seeds) > 1 else 0.

@@ -230,7 +230,8 @@ def _without_copies(slices, path):
     kept = [_one_of(stack, files, path) if len(stack) > 1 else (stack[0], 0) for stack in stacks.values()]
     if any(s is None for s, _ in kept):
         reason = f"holds slices at the position of another: {repeated(slices)}"
-        _refuse(path, f"{reason} (several times, echoes or reconstructions)", "Export one of them as its own series.")
+        _refuse(path, f"{reason} (several times, echoes or reconstructions)",
+                "Export one of them as its own series.")
     broken, exact = sum(n for _, n in kept), len(slices) - len(kept) - sum(n for _, n in kept)
     notes = [f"{exact} exact copies of slices dropped"] if exact else []
     return [s for s, _ in kept], (*notes, *([f"{broken} damaged copies of slices dropped"] if broken else []))

@@ -294,7 +294,7 @@ def _is_cut(ds):
 def _parsed(data, name):
     "The `Found` of a file's first bytes; None where it is an image that is cut short."
     with silenced():
-        ds = data_set(inflated(data, HEADER)[0], _stop_at_pixels())
+        ds = data_set(inflated(data, HEADER // 4)[0], _stop_at_pixels())
         if _is_cut(ds): return None
         if other := what_else(ds): return Found([], other)
         return Found(_frame_headers(name, ds)) if "Rows" in ds else Found([], NO_IMAGE)
