@@ -24,7 +24,9 @@ setup:  ## .venv with the library and its development tools (only when pyproject
 	  echo "setting up .venv"; $(PYTHON) -m venv .venv; }
 	@git config filter.notebook.clean "python3 .ci/clean_notebook.py" 2>/dev/null || true
 	@$(RECIPE) | cmp -s - $(STAMP) || { echo "installing (about three minutes the first time)"; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && $(RECIPE) > $(STAMP); }
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' && \
+	  $(BIN)/python -c "import sysconfig; from medvlm3d.base.compat import write_startup; write_startup(sysconfig.get_path('purelib'))" && \
+	  $(RECIPE) > $(STAMP); }
 
 fetch: setup  ## embedded weights and volumes, verified by their SHA-256
 	@$(BIN)/medvlm3d fetch

@@ -59,6 +59,18 @@ def test_every_verb_has_help(verb):
     assert shown.returncode == 0 and "Usage" in shown.stdout and not shown.stderr
 
 
+def test_version_and_short_help():
+    from medvlm3d import __version__
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"medvlm3d {__version__}\n"
+    for words in (["-h"], ["train", "-h"], ["data", "split", "-h"]): assert CliRunner().invoke(app, words).exit_code == 0
+    assert "--show-completion" in CliRunner().invoke(app, ["-h"]).stdout
+
+
+def test_list_of_assets_has_all_with_size_and_state():
+    shown = run("fetch", "--list").stdout
+    assert "wordnet" in shown and "MB" in shown and "there" in shown and "dinov2-s" in shown
+
+
 def test_info_json():
     facts = json.loads(run("info", "--json").stdout)
     assert facts["versions"]["medvlm3d"] and "radiomics" in facts["fetched"]

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from processes import command
-from corpora import make_plan
+from corpora import LPS, chest, ctrate_metadata, make_plan, rad_row, save_nifti, write_ctrate, write_ctrate_volume
+from corpora import write_rows, write_totalseg
 from PIL import Image
 from scan_files import nrrd_bytes, patient, save_dicom, save_enhanced
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from medvlm3d.base.core import MedVLM3DError, RunFolder
 from medvlm3d.data.corpora import BRATS, find_scans, left_over, load_autopet, load_brats, load_folder
 from medvlm3d.data.corpora import study_samples
 from medvlm3d.front.data import data_app
+from medvlm3d.data.ctrate import side_of
 from medvlm3d.data.m3d import COLUMNS, image_reader, load_m3d, read_image, read_m3d
 from medvlm3d.data.samples import Sample
 from medvlm3d.method.encoders import load_encoder
@@ -44,7 +46,8 @@ from medvlm3d.scans.prepare import Preprocess
 
 NAME = "Beeblebrox_Zaphod_1952-03-11"
 QUIET = dict(workers=1, progress=False)
-VERBS = ("phantom", "probe", "layout", "m3d", "brats", "autopet", "folder", "verify", "split", "crossmodal",
+VERBS = ("phantom", "probe", "layout", "m3d", "brats", "autopet", "ctrate", "llava", "threedrad",
+         "merlin", "totalseg", "folder", "verify", "split", "crossmodal",
          "report")
 LISTS = ("train", "validation", "test", "test1k", "test500", "test100", "hard_test")
 TYPED = ("--encoder", "tiny", "--depth", "8", "--size", "32", "--rho", "50", "--float32", "--quiet")
@@ -814,6 +817,162 @@ def ask(*args):
     return result.exit_code, result.output + (str(result.exception) if result.exception else "")
 
 
+# --- CT-RATE, and questions about it -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("intercept", [-1024, -8192])
+def test_both_releases_of_ctrate_are_the_same_volumes(intercept, tmp_path):
+    "Raw numbers get the metadata's rescale and grid once, fixed ones never; each file says which."
+    read = {}
+    for release in ("fixed", "raw"):
+        root = write_ctrate(tmp_path/release, fixed=release == "fixed", intercept=intercept)
+        status, shown = ask("ctrate", root, "--labels", "--validation", 0)
+        assert status == 0 and "CC BY-NC-SA 4.0" in shown.split("\n")[0], shown
+        done = "HU as stored; grid of the header" if release == "fixed" else f"number + {intercept}); grid of the metadata"
+        with open(root/"manifest.values.csv", newline="") as f: assert all(done in row["done"] for row in csv.DictReader(f))
+        samples = load_samples(root)
+        reader = image_reader(root, samples)
+        read[release] = {s.id: reader(s.image) for s in samples if s.task == "report"}
+        assert Counter((s.split, s.task) for s in samples) == {
+            ("train", "report"): 4, ("test", "report"): 1, ("train", "closed"): 8, ("test", "closed"): 2}
+        assert {s.patient for s in samples if s.id.startswith("train_1")} == {"train_1"}
+        assert audit(root, images=False)["passed"] and audit(root, **QUIET, allow=("near image",))["problems"] == 0
+    for name, fixed in read["fixed"].items():
+        raw = read["raw"][name]
+        assert (fixed.intensity, raw.intensity) == ("HU", "HU") and fixed.spacing == pytest.approx(raw.spacing)
+        assert fixed.array == pytest.approx(raw.array) and fixed.array.min() > -1100
+
+
+def test_numbers_of_ctrate_are_decided_by_their_values(tmp_path):
+    "Hounsfield units in the first release's folder, padding, no metadata, numbers that fit nothing, a file in both."
+    hu = chest()
+    padded = np.where(np.indices(hu.shape)[0] < 3, -3024, hu).astype(np.int16)
+    blank = np.diag([-1., -1., 1., 1.])
+    write_ctrate_volume(tmp_path, "train", "train_1_a_1", hu, LPS)
+    write_ctrate_volume(tmp_path, "train_fixed", "train_2_a_1", padded)
+    write_ctrate_volume(tmp_path, "train", "train_3_a_1", (padded + 1024).astype(np.float32), blank)
+    write_ctrate_volume(tmp_path, "train", "train_4_a_1", hu + 1024, blank)
+    write_ctrate_volume(tmp_path, "train_fixed", "train_5_a_1", hu // 2)
+    write_ctrate_volume(tmp_path, "train", "train_6_a_1", hu + 1024, blank)
+    write_ctrate_volume(tmp_path, "train", "train_2_a_1", padded + 1024, blank)
+    (tmp_path/"dataset"/"train"/"train_7"/"train_7_a").mkdir(parents=True)
+    (tmp_path/"dataset"/"train"/"train_7"/"train_7_a"/"train_7_a_1.nii.gz").write_bytes(b"cut")
+    rows = [ctrate_metadata(f"train_{n}_a_1") for n in range(1, 6)]
+    rows[3]["ZSpacing"] = ""
+    write_rows(tmp_path/"metadata"/"train_metadata.csv", rows)
+    status, shown = ask("ctrate", tmp_path, "--rejects", tmp_path/"rejects.jsonl")
+    assert status == 1 and "1 volumes lie in both releases" in shown
+    with open(tmp_path/"manifest.values.csv", newline="") as f: done = {row["VolumeName"][6]: row for row in csv.DictReader(f)}
+    assert done["1"]["done"] == done["2"]["done"] == "HU as stored; grid of the header"
+    assert done["3"]["done"] == "rescaled by the metadata (1 · number + -1024); grid of the metadata"
+    assert "no metadata names its spacing" in done["4"]["reason"] and "air lies near" in done["5"]["reason"]
+    assert "air lies near" in done["6"]["reason"] and "cannot be read" in done["7"]["reason"]
+    samples = load_samples(tmp_path)
+    assert [s.task for s in samples] == ["image"] * 3, "without a report a volume has no words"
+    volumes = [image_reader(tmp_path, samples)(s.image).array for s in samples]
+    order = {s.case: v for s, v in zip(samples, volumes)}
+    assert order["train_2_a"] == pytest.approx(order["train_3_a"])
+
+
+def test_a_share_of_ctrates_patients_is_held_out_whole():
+    names = [f"train_{n}_{visit}_{k}" for n in range(40) for visit in "ab" for k in (1, 2)]
+    sides = {name: side_of(name, 25)[::2] for name in names}
+    assert len(set(sides.values())) == 40 and 4 < sum(side == "validation" for _, side in set(sides.values())) < 18
+    assert {side_of(name, 0)[2] for name in names} == {"train"}
+
+
+@pytest.fixture(scope="module")
+def chests(tmp_path_factory):
+    "CT-RATE's first release, listed."
+    root = write_ctrate(tmp_path_factory.mktemp("ctrate")/"raw", fixed=False)
+    assert ask("ctrate", root, "--validation", 0)[0] == 0
+    return root
+
+
+def test_conversations_are_joined_to_listed_volumes(chests, tmp_path):
+    def say(who, value, **more): return {"from": who, "value": value, **more}
+    chat = [say("human", "<image>\nReport.<report_generation>", type="report_generation"), say("gpt", "Clear."),
+            say("human", "Where? (a) left (b) right <multiple_choice>", type="multiple_choice"), say("gpt", "(b) right"),
+            say("human", "How large?", type="conversation"), say("gpt", "6 mm")]
+    entries = [{"id": "1", "image": "train_1_a_1.nii.gz", "conversations": chat},
+               {"id": "2", "image": "train_9_a_1.nii.gz", "conversations": chat[:2]}]
+    (tmp_path/"chat.json").write_text(json.dumps(entries))
+    status, shown = ask("llava", tmp_path/"chat.json", chests, "--rejects", tmp_path/"rejects.jsonl")
+    assert status == 1 and "1 problems set aside" in shown
+    samples = read_manifest(chests/"llava.jsonl")
+    assert [(s.task, s.type, s.answer, s.letter) for s in samples] == [
+        ("report", "Report", "Clear.", ""), ("closed", "Multiple choice", "right", "B"), ("open", "Conversation", "6 mm", "")]
+    listed = {s.image: s for s in read_manifest(chests/"manifest.jsonl")}
+    for s in samples:
+        volume = listed[s.image]
+        assert (s.case, s.patient, s.split, s.slope, s.intercept, s.spacing, s.sha256) == (
+            "train_1_a", "train_1", "train", 1, -1024, (.7, .7, 1.5), volume.sha256)
+        assert image_reader(chests, samples)(s.image).intensity == "HU"
+
+
+def test_tasks_of_3d_rad_are_joined_to_listed_volumes(chests, tmp_path):
+    yes_no = ("Yes", "No", "-", "-")
+    rows = [rad_row("test_1_a_1.nii.gz", "Is there atelectasis?", "No", "Close", "B", yes_no),
+            rad_row("test_1_a_1.nii.gz", "What is seen?", "A band."),
+            rad_row("test_1_a_1.nii.gz", "How many?", "3", "Close", "C", ("1", "2", "3", "-")),
+            rad_row("test_77_a_1.nii.gz", "Is there atelectasis?", "No", "Close", "B", yes_no),
+            rad_row("test_1_a_1.nii.gz", "Is there atelectasis?", "No", "Close", "A", yes_no)]
+    write_rows(tmp_path/"3DRAD"/"test"/"Task4_Existence_Detection"/"Atelectasis.csv", rows)
+    status, shown = ask("threedrad", tmp_path/"3DRAD", chests, "--rejects", tmp_path/"rejects.jsonl")
+    assert status == 1 and "2 problems set aside" in shown
+    samples = read_manifest(chests/"threedrad.jsonl")
+    assert [(s.task, s.choices, s.letter, s.split, s.patient) for s in samples] == [
+        ("closed", ("Yes", "No"), "B", "test", "valid_1"), ("open", (), "", "test", "valid_1"),
+        ("closed", ("1", "2", "3"), "C", "test", "valid_1")]
+    why = [json.loads(line)["why"] for line in (tmp_path/"rejects.jsonl").read_text().split("\n") if line]
+    assert why == ["its volume is not in the folder", "the answer is not the choice that its letter names"]
+
+
+def test_merlins_spreadsheet_and_findings(tmp_path):
+    "Columns in any order, findings that are said or denied, a study without a volume; patients where a column names them."
+    from openpyxl import Workbook
+    book = Workbook()
+    for cells in (("Patient ID", "Findings", "few_shot", "study id", "Split"), ("P1", "Liver normal.\nNo mass.", True, "AC1", "train"),
+                  ("P1", "A cyst.", False, "AC2", "train"), ("P2", "Gone.", False, "AC3", "test"), (None,) * 5): book.active.append(cells)
+    book.save(tmp_path/"reports_final.xlsx")
+    for study in ("AC1", "AC2"): save_nifti(tmp_path/"merlin_data"/f"{study}.nii.gz", chest())
+    write_rows(tmp_path/"zero_shot_findings_disease_cls.csv", [{"study id": "AC1", "ascites": 0, "renal_cyst": -1},
+                                                               {"study id": "AC2", "ascites": -1, "renal_cyst": 1}])
+    status, shown = ask("merlin", tmp_path, "--labels", "--rejects", tmp_path/"rejects.jsonl")
+    assert status == 1 and "1 problems set aside" in shown and "cannot be checked by patient" not in shown
+    samples = read_manifest(tmp_path/"manifest.jsonl")
+    assert [(s.patient, s.split, s.question, s.answer) for s in samples] == [
+        ("P1", "train", "", "Liver normal.\nNo mass."), ("P1", "train", "Is there ascites?", "No"),
+        ("P1", "train", "", "A cyst."), ("P1", "train", "Is there renal cyst?", "Yes")]
+
+
+def test_questions_from_organ_masks_have_the_masks_answers(tmp_path):
+    "TotalSegmentator's layout: present, cut off or absent as the masks say; balanced; each case on its side of meta.csv."
+    write_totalseg(tmp_path, cases=24)
+    status, shown = ask("totalseg", tmp_path, "--workers", 1)
+    assert status == 0 and "CC BY 4.0" in shown and "left out, so that no answer can be told" in shown, shown
+    samples = load_samples(tmp_path)
+    assert {s.task for s in samples} == {"closed"} and {"Presence", "Organ"} <= {s.type for s in samples}
+    sides = {row["image_id"]: row["split"] for row in csv.DictReader(open(tmp_path/"meta.csv"), delimiter=";")}
+    assert all(s.split == {"val": "validation"}.get(sides[s.case], sides[s.case]) for s in samples)
+    for split in {s.split for s in samples}:
+        for text in {s.question for s in samples if s.split == split and s.type != "Organ"}:
+            answers = Counter(s.answer for s in samples if (s.split, s.question) == (split, text))
+            assert len(answers) > 1 and len({*answers.values()}) == 1, (split, text, answers)
+    for s in samples:
+        if s.type != "Presence": continue
+        name = "_".join(reversed(s.question.removeprefix("Is the ").removesuffix(" in this scan?").split()))
+        mask = np.asarray(nib.load(tmp_path/s.case/"segmentations"/f"{name}.nii.gz").dataobj) > 0
+        edge = mask.any() and (mask[..., 0].any() or mask[..., -1].any())
+        assert s.answer == ("No" if not mask.any() else "Yes, but cut off at the edge of the scan" if edge else "Yes, all of it")
+
+
+def test_questions_about_ctrate_need_its_listing(tmp_path):
+    write_ctrate(tmp_path, ("train_1_a_1", "valid_1_a_1"))
+    (tmp_path/"chat.json").write_text("[]")
+    status, shown = ask("llava", tmp_path/"chat.json", tmp_path)
+    assert status == 1 and "Run `medvlm3d data ctrate` on it first" in shown
+
+
 def test_a_planted_name_is_nowhere_in_what_is_written(tmp_path):
     """A folder, its files and its reports hold a name; listing, audit, ledger, rejects and every line
     printed do not."""
@@ -877,7 +1036,7 @@ def test_a_planted_name_does_not_pass_from_a_folder_into_a_run(tmp_path, capfd):
         tmp_path/"run",
         make_plan(tmp_path, fields,
                   [{"stage": 1, "tasks": ["report"], "epochs": 1, "lr": 5e-3, "batch": 2, "accumulation": 1}],
-                  data=str(listed)), progress=False)
+                  data=str(listed), unknown_limit=1.), progress=False)
     written = {
         p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in tmp_path.rglob("*")
         if p.is_file() and p not in given

@@ -1,4 +1,6 @@
 """Scores against their formulae and golden values, hostile texts, clinical prose, and files of others."""
+import csv
+import io
 import json
 import math
 import re
@@ -20,9 +22,12 @@ from medvlm3d.evaluation.findings import (
 from medvlm3d.evaluation.foreign import load_ratescore
 from medvlm3d.evaluation.lexicon import FINDINGS, mentions
 from medvlm3d.evaluation.metrics import (
-    METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, normalise,
-    parse_choice, read_choice, rouge1, rouge_l, text_scores, tokens_13a, words)
-from medvlm3d.evaluation.outputs import evaluate_file, read_outputs
+    METEOR, BERTScore, bleu1, bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, meteor_name,
+    normalise, parse_choice, read_choice, rouge1, rouge_l, text_scores, tokens_13a, words)
+from medvlm3d.evaluation.wording import in_scheme, scheme_of
+from medvlm3d.evaluation.columns import parse_columns
+from medvlm3d.evaluation.outputs import evaluate_file, read_outputs, scores_3drad
+from medvlm3d.evaluation.prediction import read_predictions
 from medvlm3d.phantoms.phantom import make_phantom, read_truth
 from typer.testing import CliRunner
 
@@ -109,8 +114,9 @@ def test_every_score_stays_between_0_and_1(name, meteor, bert):
         assert all(0 <= v <= 1 + 1e-6 for v in scores.values()), scores
         if not pair[0].strip() or not pair[1].strip(): assert not any(scores.values())
         elif pair[0] == pair[1] and words(pair[0]):
+            whole = {in_scheme(n, scheme_of([pair[1]])): 1. for n in ("BLEU-1", "ROUGE-1", "ROUGE-L")}
             assert {k: v for k, v in scores.items() if not k.startswith("METEOR")} == pytest.approx(
-                dict.fromkeys(("BLEU-1", "ROUGE-1", "ROUGE-L", bert.name), 1.), abs=1e-5)
+                {**whole, bert.name: 1.}, abs=1e-5)
 
 
 def test_bertscore_of_texts_of_different_lengths_in_one_batch():
@@ -123,7 +129,38 @@ def test_bertscore_of_texts_of_different_lengths_in_one_batch():
 
 def test_meteor_says_what_it_lacks():
     assert METEOR().name == "METEOR (exact+stem)" and "no WordNet" in METEOR().signature
+    assert meteor_name(synonyms=True, trained=True) == "METEOR"
+    assert meteor_name(synonyms=True, trained=False) == "METEOR (untrained punkt)"
+    assert meteor_name(synonyms=False, trained=False) == "METEOR (exact+stem, untrained punkt)"
     with pytest.raises(MedVLM3DError, match="no WordNet that NLTK can read"): METEOR("no-such-folder")
+
+
+def test_an_abbreviation_ends_no_sentence_for_meteor():
+    meteor = METEOR()
+    assert "punkt trained" in meteor.signature
+    text = "Dr. Smith saw it on Nov. 3 in St. Paul. It was a cyst."
+    assert len(meteor.sentences.tokenize(text)) == 2
+
+
+def test_bertscore_reads_a_long_text_to_its_end(bert):
+    start = "a cyst of the liver and the spleen " * 80
+    right, wrong = start + "no fracture was seen", start + "the femur is broken in two"
+    before = bert.windowed
+    assert bert([right], [right])[0] == pytest.approx(1, abs=1e-5) and bert.windowed == before + 1
+    assert bert([wrong], [right])[0] < 1 - 1e-3
+    before = bert.windowed
+    assert bert(["a cyst"], ["a cyst"])[0] == pytest.approx(1, abs=1e-5) and bert.windowed == before
+
+
+@pytest.mark.parametrize("text, scheme", [
+    ("右肺见结节。", "zh"), ("右肺に結節を認める。", "char"), ("ก้อนในปอดขวา", "char"), ("Узел в правом лёгком.", "intl"),
+    ("Rundherd, größer als früher.", "intl"), ("Épaississement péricardique.", "intl"), ("A nodule.", "13a")])
+def test_every_language_is_cut_by_a_stated_scheme(text, scheme):
+    scores = text_scores([text], [text])
+    assert {name: v[0] for name, v in scores.items()} == pytest.approx({in_scheme(n, scheme): 1. for n in (
+        "BLEU-1", "ROUGE-1", "ROUGE-L")})
+    other = text_scores([text[: len(text) // 2]], [text])
+    assert all(0 <= v[0] < 1 for v in other.values())
 
 
 def test_corpus_bleu4_is_sacrebleus_on_hostile_texts():
@@ -381,7 +418,12 @@ BAD = {
     "cut in a quotation": (CLOSED[:CLOSED.index("indeed")], r":2: begins a row that is not CSV"),
     "one cell too many": (OPEN.replace("a cyst,a cyst", "a cyst,a,cyst"), r":2: has 9 cells under 8 columns"),
     "score is no number": (OPEN.replace("0.9375", "n/a"), r":2: has 'n/a' where the score meteor should be"),
-    "columns of something else": ("case_id,prediction\n1,a\n", r":1: has the columns case_id, prediction"),
+    "columns of something else": ("case_id,prediction\n1,a\n", r":1: has the columns case_id, prediction.* truth"),
+    "NaN as a score": (OPEN.replace("0.9375", "nan"), r":2: has 'nan' where the score meteor should be"),
+    "NaN in JSON": (json.dumps({**LINE, "option_logprobs": [float("nan"), -1]}), r":1: holds NaN"),
+    "two log-probabilities for three": (
+        json.dumps({**LINE, "choices": ["axial", "b", "c"], "option_logprobs": [-1, -2]}), r":1: has 2 option_logprobs for 3"),
+    "a log-probability that is a text": (json.dumps({**LINE, "option_logprobs": ["x", -2]}), r":1: has an option_logprob"),
     "two files in one": (OPEN + OPEN, r":3: has the question type 'Question Type'|:3: has 'bleu'"),
     "nothing": ("\n", "holds no answers"),
     "only a header": (OPEN.split("\n")[0], "holds no answers"),
@@ -402,6 +444,119 @@ def test_bad_rows_name_file_and_line(name, tmp_path):
     path.write_bytes(text.encode())
     with pytest.raises(MedVLM3DError, match=message) as error: read_outputs(path)
     assert "theirs.csv" in str(error.value) and error.value.remedy
+
+
+OPTIONS = ["liver", "spleen", "lung", "bone", "skin"]
+ASKED = [("Which organ?", "skin", "E. skin"), ("Which organ?", "spleen", "It is not the spleen but the liver."),
+         ("Which organ?", "liver", None)]
+
+
+def csv_text(rows, sign):
+    text = io.StringIO()
+    csv.writer(text, delimiter=sign).writerows(rows)
+    return text.getvalue()
+
+
+def inline(question): return f"{question} Choices: " + " ".join(f"{c}. {o}" for c, o in zip("ABCDE", OPTIONS))
+
+
+FORMS = {   # how anybody may have written the three answers → text, --columns
+    "pandas.csv": (csv_text([["", "label", "pred", "question", "extra"]] + [
+        [n, truth, said, inline(q), "x"] for n, (q, truth, said) in enumerate(ASKED)], ","), None),
+    "semicolons.csv": (csv_text([["q", "mine", "theirs"]] + [[inline(q), said, truth] for q, truth, said in ASKED], ";"),
+                       "answer=mine,truth=theirs,question=q"),
+    "tabs.csv": (csv_text([["id", "prediction", "answer", "question", *(f"option_{c}" for c in "abcde")]] + [
+        [7 + n, said, truth, q, *OPTIONS] for n, (q, truth, said) in enumerate(ASKED)], "\t"), None),
+    "letters.csv": (csv_text([["Pred", "Answer Choice", "Question", *(f"Choice {c}" for c in "ABCDE")]] + [
+        [said, "ABCDE"[OPTIONS.index(truth)], q, *OPTIONS] for q, truth, said in ASKED], ","), None),
+    "array.json": (json.dumps([{"id": n, "question": q, "choices": OPTIONS, "response": said, "answer": truth}
+                               for n, (q, truth, said) in enumerate(ASKED)], indent=1), None),
+    "object.json": (json.dumps({"results": [{"prompt": q, "options": dict(zip("ABCDE", OPTIONS)), "output": said, "gt": truth}
+                                            for q, truth, said in ASKED]}), None),
+    "lines.jsonl": ("\n".join(json.dumps({"question": inline(q), "pred": said, "label": truth}) for q, truth, said in ASKED), None),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_same_answers_in_any_form_are_the_same(name, tmp_path):
+    text, columns = FORMS[name]
+    (tmp_path/name).write_text(text)
+    lines = read_outputs(tmp_path/name, columns=columns and parse_columns(columns))
+    assert [(line["task"], line["question"], line["choices"], line["letter"], line["answer"]) for line in lines] == [
+        ("closed", "Which organ?", OPTIONS, "ABCDE"[OPTIONS.index(truth)], truth) for _, truth, _ in ASKED]
+    assert [line["prediction"] for line in lines] == ["E. skin", "It is not the spleen but the liver.", ""]
+    assert len({line["id"] for line in lines}) == 3
+    done = CliRunner().invoke(app, ["evaluate", "--predictions", str(tmp_path/name), *(["--columns", columns] if columns else [])])
+    assert done.exit_code == 0, done.output
+    assert "closed, n = 3" in done.stdout and "read as answer=" in done.stdout and "33.33" in done.stdout
+
+
+@pytest.mark.parametrize("options", [2, 3, 5, 10])
+def test_two_to_ten_options_of_m3ds_csv_are_read(options, tmp_path):
+    texts = [f"organ {n}" for n in range(options)]
+    asked = "Which? Choices: " + " ".join(f"{c}. {t}" for c, t in zip("ABCDEFGHIJ", texts))
+    last = "ABCDEFGHIJ"[options - 1]
+    rows = [["Pred", "Question", "Question Type", "Answer", "Answer Choice"], [f"{last}.", asked, 3, f"{last}. {texts[-1]}", last]]
+    (tmp_path/"a.csv").write_text(csv_text(rows, ","))
+    line, = read_outputs(tmp_path/"a.csv")
+    assert (line["choices"], line["letter"], line["answer"]) == (texts, last, texts[-1])
+
+
+def test_a_letter_inside_an_option_is_no_option(tmp_path):
+    row = ["3", "Cause? Choices: A. virus B. fungus C. none D. infection by E. coli", "D. infection by E. coli", "D", "D."]
+    (tmp_path/"a.csv").write_text(csv_text([["Question Type", "Question", "Answer", "Answer Choice", "Pred"], row], ","))
+    assert read_outputs(tmp_path/"a.csv")[0]["choices"] == ["virus", "fungus", "none", "infection by E. coli"]
+
+
+def test_one_odd_row_costs_no_other(tmp_path):
+    "It is set aside and counted; silence counts as wrong; a file of odd rows is refused."
+    lines = [{**LINE, "id": str(n)} for n in range(6)]
+    lines[1]["letter"], lines[2]["prediction"], lines[3]["option_logprobs"] = "E", None, [-1]
+    (tmp_path/"a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    tables, aside = [], []
+    results = evaluate_file(tmp_path/"a.jsonl", n=20, tell=tables.append)
+    assert results["set aside"]["rows"] == 2 and "set aside: 2 rows" in tables[0]
+    accuracy = results["systems"]["model"]["m3d"]["closed"]["accuracy"]["micro"]
+    assert (accuracy["value"], accuracy["n"]) == (75, 4) and results["systems"]["model"]["items"]["failed"] == 1
+    assert len(read_outputs(tmp_path/"a.jsonl", aside=aside)) == 4 and [p.where for p in aside] == ["a.jsonl:2", "a.jsonl:4"]
+    for line in lines: line["letter"] = "E"
+    (tmp_path/"b.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(MedVLM3DError, match="has the key 'E'"): evaluate_file(tmp_path/"b.jsonl", n=20)
+
+
+def test_strange_line_ends_in_texts_are_texts(tmp_path):
+    strange = "A.\x85 or \u2028 and \u2029 so"
+    lines = [{**LINE, "id": str(n), "prediction": strange, "tokens": 1} for n in range(2)]
+    (tmp_path/"a.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), encoding="utf-8")
+    for read in (read_outputs, read_predictions): assert [line["prediction"] for line in read(tmp_path/"a.jsonl")] == [strange] * 2
+
+
+def test_files_of_3d_rad_are_scored_as_its_script_does(tmp_path):
+    "Closed by letter and full stop; open without silent answers, beside the mean that counts them."
+    rows = [["Question Aspect", "Question", "Answer", "Answer Choice", "Pred", "Correct"],
+            ["Size", "How? Choices: A. Yes B. No C. - D. -", "B. No", "B", "I say B. or A.", 1]]
+    (tmp_path/"closed.csv").write_text(csv_text(rows, ","))
+    results = evaluate_file(tmp_path/"closed.csv", n=20, tell=lambda text: None)
+    assert results["3drad"]["accuracy"]["value"] == 100 and read_outputs(tmp_path/"closed.csv")[0]["choices"][:2] == ["Yes", "No"]
+    with pytest.raises(MedVLM3DError, match="Choose 3drad"): evaluate_file(tmp_path/"closed.csv", protocol="rad")
+    assert scores_3drad([{**LINE, "task": "open", "id": str(n), "prediction": p} for n, p in enumerate(("axial", ""))])["BLEU-1"] == {
+        "value": 100, "with silence": 50, "left out": 1}
+
+
+def test_answers_of_radfm_and_ct_chat(tmp_path):
+    (tmp_path/"radfm.csv").write_text(csv_text([["Question", "Ground Truth", "Pred", "belong_to"],
+                                                [["What?"], ["a cyst, 3 cm"], ["A cyst."], ["vqa"]]], ","))
+    line, = read_outputs(tmp_path/"radfm.csv")
+    assert [line[k] for k in ("task", "question", "answer", "prediction", "type")] == ["open", "What?", "a cyst, 3 cm", "A cyst.", "vqa"]
+    turns = [{"from": "human", "value": "<image>\nWhere? (a) left (b) right", "type": "multiple_choice"}, {"from": "gpt", "value": "(b) right"},
+             {"from": "human", "value": "How large?"}, {"from": "gpt", "value": "6 mm"}]
+    (tmp_path/"asked.json").write_text(json.dumps([{"id": "1", "image": "valid_1_a_1.nii.gz", "conversations": turns}]))
+    said = [{"image": "valid_1_a_1.npz", "conversations_out": [{"question": "?", "answer": "(b)</s>"}, {"question": "?", "answer": "5 mm"}]}]
+    (tmp_path/"said.json").write_text(json.dumps(said))
+    lines = read_outputs(tmp_path/"said.json", tmp_path/"asked.json")
+    assert [(li["task"], li["letter"], li["prediction"], li["case"]) for li in lines] == [
+        ("closed", "B", "(b)", "valid_1_a_1"), ("open", "", "5 mm", "valid_1_a_1")]
+    with pytest.raises(MedVLM3DError, match="without the truth"): read_outputs(tmp_path/"said.json")
 
 
 def test_files_in_other_codes_and_places(tmp_path):
@@ -506,4 +661,4 @@ def test_evaluate_scores_each_kind_of_file(name, tmp_path, roberta, monkeypatch)
 
 def test_options_of_a_file_of_answers_need_one(roberta):
     done = CliRunner().invoke(app, ["evaluate", "--encoder", str(roberta)])
-    assert done.exit_code and "Name it with --predictions" in str(done.exception)
+    assert done.exit_code and "It counts with --predictions" in str(done.exception)

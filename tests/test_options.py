@@ -150,10 +150,10 @@ def test_numbers_in_any_spelling_reach_the_runner(started):
 
 def test_options_of_train_are_used_without_a_preset(started, tmp_path):
     "The corpus, the store and the language model that are given are those of the run; nothing of the demonstration comes along."
-    assert call("train", "--data", tmp_path/"x", "--store", tmp_path/"y", "--llm", "z", "--out", tmp_path/"r", "--ranks", 2) is None
+    assert call("train", "--data", tmp_path/"x", "--store", tmp_path/"y", "--llm", "own", "--out", tmp_path/"r", "--ranks", 2) is None
     (name, given), = started
     assert name == "91_train" and given["ranks"] == 2
-    assert (given["data"], given["store"], given["llm"], given["out"]) == (*(str(tmp_path/n) for n in "xy"), "z", str(tmp_path/"r"))
+    assert (given["data"], given["store"], given["llm"], given["out"]) == (*(str(tmp_path/n) for n in "xy"), "own", str(tmp_path/"r"))
     assert not any("demo" in str(value) for value in given.values())
     assert "needs --store" in call("train", "--data", tmp_path/"x", "--out", tmp_path/"r")
 

@@ -86,7 +86,6 @@ VOLUMES = {
     "flipped byte, NRRD": ("a.nrrd", flipped(nrrd_bytes(VOXELS), -300), {}, "compressed data are damaged", COPY),
     "flipped byte, .mha": ("a.mha", flipped(meta_bytes(VOXELS, True), -300), {}, "compressed data are damaged", COPY),
     "wrong checksum, .mha": ("a.mha", flipped(meta_bytes(VOXELS, True), -2), {}, "compressed data are damaged .*incorrect data check", COPY),
-    ".nii.gz that is not gzip": ("a.nii.gz", nifti_bytes(VOXELS), {}, "Not a gzipped file", COPY),
     ".mha that is not zlib": ("a.mha", meta_bytes(VOXELS, True)[:-len(zlib.compress(VOXELS.tobytes(order="F")))] + bytes(900),
                               {}, "compressed data are damaged", COPY),
     "not NIfTI": ("a.nii", bytes(5000), {}, "is no NIfTI file", "Convert it"),
@@ -114,7 +113,18 @@ VOLUMES = {
                           {}, r"shape \(9, 8, 7, 2\): 2 volumes", f"{CHOOSE} frame=0 to 1"),
     "two volumes, .mha": ("a.mha", meta_bytes(PAIR, TransformMatrix="1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1", Offset="0 0 0 0", ElementSpacing="1 1 1 1"),
                           {}, "2 volumes", f"{CHOOSE} frame=0 to 1"),
-    "five axes": ("a.nii", nifti_bytes(PAIR[..., None, :]), {}, "not three axes", "Give one volume"),
+    "two volumes on a fifth axis": ("a.nii", nifti_bytes(PAIR[..., None, :]), {}, "2 volumes", f"{CHOOSE} frame=0 to 1"),
+    "five axes": ("a.nii", nifti_bytes(np.stack([PAIR, PAIR], -1)), {}, "not three axes", "Give one volume"),
+    "a second volume of one": ("a.nii", nifti_bytes(VOXELS), {"frame": 1}, "holds one volume, and frame=1", "Leave frame out"),
+    "a single slice": ("a.nii", nifti_bytes(VOXELS[..., :1]), {}, "a single slice", "at least two slices"),
+    "a single slice, NRRD": ("a.nrrd", nrrd_bytes(VOXELS[..., :1]), {}, "a single slice", "at least two slices"),
+    "a single slice, .mha": ("a.mha", meta_bytes(VOXELS[..., :1]), {}, "a single slice", "at least two slices"),
+    "a single slice, npy": ("a.npy", npy(VOXELS[None, :1]), {}, "a single slice", "at least two slices"),
+    "furlongs, NRRD": ("a.nrrd", nrrd_bytes(VOXELS, space_units='"furlong" "furlong" "furlong"'), {}, "a unit that is not known", "in millimetres"),
+    "a spacing of zero, npy": ("a.npy", npy(VOXELS), {"axis_order": "RAS", "spacing": (1, 0, 1)}, "is given the spacing", "three lengths in mm"),
+    "half of a pair, alone": ("a.img", nifti_bytes(VOXELS), {}, "no .hdr beside it", "Copy both files"),
+    "bytes beyond the limit": ("a.nii", nifti_bytes(VOXELS.astype(float)), {"max_voxels": 504},
+                               "504 voxels of 8 bytes, the limit is 2016 bytes", "larger max_voxels"),
     "two axes": ("a.mha", meta_bytes(VOXELS[0], TransformMatrix="1 0 0 1", Offset="0 0", ElementSpacing="1 1"), {}, "not three axes", "Give one volume"),
     "RGB": ("a.nii", nifti_bytes(VOXELS, datatype=128, bitpix=24), {}, "colour or complex", "one real number a voxel"),
     "RGBA": ("a.nii", nifti_bytes(VOXELS, datatype=2304, bitpix=32), {}, "colour or complex", "one real number a voxel"),
@@ -215,9 +225,14 @@ def test_picture_fault(tmp_path, fault):
 
 
 def test_pictures_beside_dicom(tmp_path):
-    "A preview among the slices is not taken for the scan."
+    "A preview among the slices is left out with a note; as many pictures as slices are refused."
     series = save_dicom(tmp_path/"s", STACK, AFFINE)
+    plain = read_volume(series)
     Image.fromarray(GREY.astype(np.uint8)).save(series/"preview1.png")
+    volume = read_volume(series)
+    np.testing.assert_array_equal(volume.array, plain.array)
+    assert "1 files that are no DICOM images left out" in volume.warnings
+    for k in range(7): Image.fromarray(GREY.astype(np.uint8)).save(series/f"{k}.png")
     with pytest.raises(MedVLM3DError, match="s: holds pictures beside DICOM files. Give a folder with files of one kind"): read_volume(series)
 
 
@@ -312,7 +327,7 @@ def packed(syntax, data):
     return pixels
 
 
-def turned(i, ds): return [1, 0, 0, 0, 1, 0] if i else [0, 1, 0, 0, 0, -1]
+def turned(i, ds): return [1, 0, 0, 0, 1, 0] if i > 2 else [0, 1, 0, 0, 0, -1]
 
 
 DICOM = {
@@ -322,11 +337,11 @@ DICOM = {
     "duplicate positions": (dict(ImagePositionPatient=at(0, 1, 2, 2, 3, 4, 5)), "slices at the position of another: 1", "as its own series"),
     "every position twice": (dict(ImagePositionPatient=at(0, 0, 1, 1, 2, 2, 2)), "slices at the position of another: 4", "as its own series"),
     "only localisers": (dict(ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "only localisers", "Give the folder or zip of an image series"),
-    "mixed orientation": (dict(ImageOrientationPatient=turned), "different orientations", AGAIN.replace("series", "one image series")),
+    "two orientations": (dict(ImageOrientationPatient=turned), "holds 2 series .0: CT, 4 images of 8×9, axial, .*1: CT, 3 images of 8×9, sagittal", CHOOSE),
     "an impossible orientation": (dict(ImageOrientationPatient=[1, 0, 0, 0, 0, 0]), "impossible position or orientation", "Export the one image series again"),
     "gantry tilt": (dict(ImagePositionPatient=lambda i, ds: [7., -11. + 1.2 * i, 30. + 4 * i]),
                     "sheared .*tilted gantry", "Resample the scan to a rectangular grid"),
-    "mixed pixel spacing": (dict(PixelSpacing=lambda i, ds: [1, 1.5] if i else [1, 1]), "different pixel spacings", "Export the one image series again"),
+    "two pixel spacings": (dict(PixelSpacing=lambda i, ds: [1, 1.5] if i > 2 else [1, 1]), "4×1×1.5 mm.*4×1×1 mm", CHOOSE),
     "no position": (dict(ImagePositionPatient=None), "lacks the position", "Export the original series"),
     "no orientation": (dict(ImageOrientationPatient=None), "lacks the position, orientation", "Export the original series"),
     "no pixel spacing": (dict(PixelSpacing=None), "lacks the position, orientation or pixel spacing", "Export the original series"),
@@ -382,7 +397,8 @@ def test_truncated_dicom(tmp_path, keep, reason):
 
 def test_two_series_in_one_folder(tmp_path):
     save_dicom(save_dicom(tmp_path/"two", STACK, AFFINE), STACK[:4] + 1, AFFINE, series=2, Modality="MR")
-    with pytest.raises(MedVLM3DError, match="two: holds 2 series .0: CT, 7 images of 8×9; 1: MR, 4 images of 8×9.*Choose one with series=0 to 1") as e:
+    listed = "two: holds 2 series .0: CT, 7 images of 8×9, axial, 4×1×1.5 mm, number 1; 1: MR, 4 images of 8×9.*Choose one with series=0 to 1"
+    with pytest.raises(MedVLM3DError, match=listed) as e:
         read_volume(tmp_path/"two")
     assert "1.2.826" not in str(e.value)
     assert [read_volume(tmp_path/"two", series=k).modality for k in (0, 1)] == ["CT", "MR"]
@@ -423,7 +439,6 @@ def test_monochrome1(tmp_path):
 ENHANCED = {
     "frames without groups": (dict(NumberOfFrames=6), "damaged DICOM header", "Copy or export"),
     "a missing frame": (dict(order=[0, 1, 2, 4, 5, 6]), "misses slices: 1", AGAIN),
-    "a frame twice": (dict(order=[0, 1, 2, 3, 3, 4, 5, 6]), "slices at the position of another: 1", "as its own series"),
     "fewer pixels than frames": (dict(PixelData=bytes(100)), "truncated or damaged pixels", "Copy or export"),
     "no orientation": (dict(SharedFunctionalGroupsSequence=[]), "lacks the position, orientation", "Export the original series"),
     "rows beyond reason": (dict(Rows=65535, Columns=65535), "voxels, the limit is", "larger max_voxels"),
@@ -508,13 +523,13 @@ def hostile(folder):
     return {
         save("claim.nii", nifti_bytes(voxels, **FLAT)): "limit", save("claim.nii.gz", gzip.compress(nifti_bytes(voxels, **FLAT))): "limit",
         save("claim.nrrd", nrrd_bytes(voxels, sizes=HUGE)): "limit", save("claim.mha", meta_bytes(voxels, True, DimSize=HUGE)): "limit",
-        save("claim.npy", npy_header(b"{'descr': '<f8', 'fortran_order': False, 'shape': (1, 800, 800, 800), }".ljust(117) + b"\n")): "truncated",
+        save("claim.npy", npy_header(b"{'descr': '<f4', 'fortran_order': False, 'shape': (1, 800, 800, 800), }".ljust(117) + b"\n")): "truncated",
         save("claim.nhdr", nrrd_bytes(voxels, "raw", sizes="800 800 800", data_file="claim.npy")): "truncated",
         save("bomb.nii.gz", gzip.compress(nifti_bytes(voxels)) + bomb * 24): "far more bytes",
         save("bomb.nrrd", nrrd_bytes(voxels) + bomb * 24): "far more bytes",
         save("bomb.mha", meta_bytes(voxels, True)[:-len(zlib.compress(voxels.tobytes()))] + zlib.compress(bytes(2**26), 1)): "far more bytes",
         folder/"bomb.npz": "far more bytes", folder/"bomb.zip": "far more bytes than its header declares",
-        whole.parent: "deflated as a whole", pictures: "limit",
+        whole.parent: "damaged DICOM header", pictures: "limit",
         save_enhanced(folder/"frames.dcm", STACK, AFFINE, Rows=20_000, Columns=20_000): "limit",
     }
 

@@ -259,12 +259,12 @@ def test_what_is_told_is_noted_and_never_contradicts_a_header(tmp_path, voxels):
         read_volume(series, modality="MR")
 
 @pytest.mark.parametrize("option, value", [("series", 1), ("frame", 0), ("axis_order", "RAS"),
-                                           ("suv", False)])
+                                           ("suv", False), ("spacing", (1, 1, 3))])
 def test_an_option_without_effect_is_refused(tmp_path, voxels, option, value):
     "Of every kind of file the options that it takes, and no others."
     takes = {
         "a.nii": {"frame", "axis_order"}, "a.nrrd": {"frame", "axis_order"}, "a.mha": {"frame", "axis_order"},
-        "a.npy": {"axis_order"}, "series": {"series", "suv"}, "axial": set()
+        "a.npy": {"axis_order", "spacing"}, "series": {"series", "suv", "frame"}, "axial": set()
     }
     files(tmp_path, voxels)
     np.save(tmp_path/"a.npy", voxels)
@@ -413,7 +413,8 @@ def test_enhanced_file_of_two_phases(tmp_path, voxels):
     path = save_enhanced(tmp_path/"two.dcm", array, affine, phases=2)
     with pytest.raises(
             MedVLM3DError,
-            match="two.dcm: holds 2 series .0: CT, 7 images of 8×9; 1: CT, 7 images of 8×9.*series=0 to 1"
+            match="two.dcm: holds 2 series .0: CT, 7 images of 8×9, axial, 4×1×1.5 mm, time 1, number 7; "
+                  "1: CT, 7 images of 8×9, .*time 2.*series=0 to 1"
     ) as e:
         read_volume(path)
     assert not any(secret in str(e.value) for secret in SECRETS)

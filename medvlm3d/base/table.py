@@ -51,11 +51,11 @@ def escape_latex(value: object) -> str:
 # %% ../../nbs/base/table.ipynb #a52ad449
 NUMBER, FORMULA = re.compile(r"[-+]?\d+(\.\d+)?"), re.compile("[-=+@－＝＋＠]")
 
-def escape_csv(value: object) -> str:
-    "One line that no spreadsheet takes for a formula; numbers stay numbers."
+def escape_csv(value: object, numbers: bool = True) -> str:
+    "One line that no spreadsheet takes for a formula; plain `numbers` stay numbers unless all is text."
     text = visible(value)
-    is_formula = FORMULA.match(text) and not NUMBER.fullmatch(text)
-    return f"'{text}" if is_formula else text
+    if numbers and NUMBER.fullmatch(text): return text
+    return f"'{text}" if FORMULA.match(text) else text
 
 # %% ../../nbs/base/table.ipynb #b2ff6a6e
 def text_rows(rows: Sequence[Sequence]) -> str:

@@ -19,9 +19,10 @@ import numpy as np
 from ..base.core import MedVLM3DError, relative
 from .m3d import is_series
 from .samples import PLANE_NAMES, Problem, Sample, path_problem, read_text, settle, text_problem
-from ..scans.dicom import read_headers
-from ..scans.guard import members
-from ..scans.readers import PICTURES, begins_as_dicom
+from ..scans.headers import read_headers
+from ..scans.guard import members, without_leftovers
+from ..scans.arrays import PICTURES
+from ..scans.kinds import begins_as_dicom
 
 # %% ../../nbs/data/corpora.ipynb #beb9c0fa
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def _is_stack(path):
 def _in_folder(folder, scans):
     """Add the scans of a folder to `scans`; returns the folders in it that are still to be searched, last
     one first."""
-    entries = sorted(folder.iterdir())
+    entries = without_leftovers(folder.iterdir())
     if is_series(folder) or any(map(is_dicom, entries)):
         scans.append(folder)
         return []
@@ -218,7 +219,7 @@ def find_scans(root: Path | str) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise MedVLM3DError(relative(root), "is no folder", "Give the folder that holds the scans.")
-    entries = sorted(root.iterdir())
+    entries = without_leftovers(root.iterdir())
     scans = [p for p in entries if (is_dicom(p) and _is_stack(p)) or _is_scan(p)]
     folders = _folders_of(entries)
     while folders: folders += _in_folder(folders.pop(), scans)
@@ -226,7 +227,7 @@ def find_scans(root: Path | str) -> list[Path]:
 
 def loose_slices(root: Path | str, scans: Sequence[Path]) -> list[Path]:
     "DICOM files and pictures that lie in the root itself and are no scan."
-    return [p for p in sorted(Path(root).iterdir()) if p not in scans and _is_slice(p)]
+    return [p for p in without_leftovers(Path(root).iterdir()) if p not in scans and _is_slice(p)]
 
 def _is_slice(path): return is_dicom(path) or path.suffix.lower() in PICTURES
 
@@ -266,7 +267,7 @@ def left_over(root: Path | str, scans: Sequence[Path]) -> list[Path]:
     order of path."""
     headers = {p.with_suffix("") for p in scans if p.suffix.lower() in (".mhd", ".nhdr")}
     loose, taken = set(loose_slices(root, scans)), set(scans)
-    files = [p for p in sorted(Path(root).rglob("*")) if p.is_file() or p.is_symlink()]
+    files = [p for p in without_leftovers(Path(root).rglob("*")) if p.is_file() or p.is_symlink()]
     return [p for p in files if p not in loose and not _is_known(p, taken, headers)]
 
 # %% ../../nbs/data/corpora.ipynb #1a4b1825

@@ -20,7 +20,10 @@ import numpy as np
 from ..base.core import read_json, relative
 from .samples import PLANE_NAMES, SIDES, TYPES, Problem, Sample, alias, path_problem, read_text
 from .samples import reading, settle, side_problem, text_lines, text_problem
-from ..scans.readers import PICTURES, check_options, read_nifti, read_volume
+from ..scans.arrays import PICTURES
+from ..scans.guard import without_leftovers
+from ..scans.nifti import read_nifti
+from ..scans.readers import check_options, read_volume
 from ..scans.volume import Volume, acquired_plane, codes_affine, make_volume, reorient
 
 # %% ../../nbs/data/m3d.ipynb #690b1333
@@ -136,7 +139,7 @@ def with_header(volume: Volume, slope: float | None = None, intercept: float | N
     if slope is None and intercept is None: return replace(volume, warnings=tuple(notes))
     slope, intercept = 1. if slope is None else slope, intercept or 0.
     notes.append(f"rescaled to HU as listed ({slope:g} · number + {intercept:g})")
-    return replace(volume, array=volume.array * np.float32(slope) + np.float32(intercept),
+    return replace(volume, voxels=volume.array * np.float32(slope) + np.float32(intercept),
                    modality="CT", intensity="HU", warnings=tuple(notes))
 
 # %% ../../nbs/data/m3d.ipynb #a010e202
@@ -309,7 +312,7 @@ def read_questions(root: Path | str, split: str, problems: list) -> list[Sample]
 # %% ../../nbs/data/m3d.ipynb #c7431f53
 def is_series(folder: Path) -> bool:
     "Whether a path is a folder with pictures."
-    return folder.is_dir() and any(f.suffix.lower() in PICTURES for f in folder.iterdir())
+    return folder.is_dir() and any(f.suffix.lower() in PICTURES for f in without_leftovers(folder.iterdir()))
 
 def _raw_case(root, folder):
     """The name of the case in a folder of the raw form: M3D's source, or the alias of another one, and the

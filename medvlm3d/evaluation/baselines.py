@@ -20,6 +20,7 @@ from .prediction import column, prediction_line, task_lines
 from .scores import accuracy_values, grouped_cells
 from ..features.store import FeatureStore
 from ..method.selection import kept_count
+from ..method.weights import interpolate_grid
 
 # %% ../../nbs/evaluation/baselines.ipynb #d982d2c2
 class Blank:
@@ -31,7 +32,9 @@ class Blank:
         settings = store.spec["preprocess"]
         empty = torch.zeros(1, 1, settings["height"], settings["width"])
         depth = kept_count(settings["depth"], store.spec["rho"])
-        self.features = encoder(empty)[0].expand(depth, -1, -1).to(torch.bfloat16)
+        grid = store.spec.get("grid") or encoder.grid
+        slices = interpolate_grid(encoder(empty)[0], grid)
+        self.features = slices.expand(depth, -1, -1).to(torch.bfloat16)
 
     def __getitem__(self, image): return self.features, None
 

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SAME', 'TOKEN', 'ROBERTA_LARGE', 'normalise', 'closed_m3d', 'offered', 'read_choice', 'parse_choice',
            'mean_without_silence', 'tokens_13a', 'common', 'bleu1', 'words', 'f_score', 'rouge1', 'lcs_length',
-           'rouge_l', 'NoSynonyms', 'load_wordnet', 'load_punkt', 'METEOR', 'greedy_f1', 'bertscore_name', 'BERTScore',
-           'bleu4_statistics', 'bleu4_from_sums', 'corpus_bleu4', 'text_scores']
+           'rouge_l', 'NoSynonyms', 'load_wordnet', 'load_punkt', 'meteor_name', 'METEOR', 'greedy_f1',
+           'bertscore_name', 'cut_after', 'position_limit', 'window_starts', 'joined', 'BERTScore', 'bleu4_statistics',
+           'bleu4_from_sums', 'corpus_bleu4', 'text_scores']
 
 # %% ../../nbs/evaluation/metrics.ipynb #536ad367
-import math, re
+import json, math, re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from ..base.core import MedVLM3DError
+from ..base.fetch import fetch
+from .wording import in_scheme, scheme_of, tokens_of, words_of
 
 # %% ../../nbs/evaluation/metrics.ipynb #fc781728
 SAME = str.maketrans({"−": "-", "–": "-", "‐": "-", "‑": "-", "×": "x", "⩽": "≤", "⩾": "≥", "≈": "~"})
@@ -159,14 +162,9 @@ def mean_without_silence(scores: Sequence[float], predictions: Sequence[str]) ->
     return mean, len(predictions) - len(spoken)
 
 # %% ../../nbs/evaluation/metrics.ipynb #af8a0b54
-@lru_cache(1)
-def _tokenizer_13a():
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    return Tokenizer13a()
-
 def tokens_13a(text: str) -> list[str]:
     "Words of `text` by sacreBLEU's 13a rules; case is kept."
-    return _tokenizer_13a()(text.strip()).split()
+    return tokens_of(text, "13a")
 
 def common(a: Iterable, b: Iterable) -> int:
     "Number of items that two lists have in common, each as often as it stands in both."
@@ -177,24 +175,24 @@ def _brevity(hyp, ref):
     "BLEU's penalty of a prediction that is shorter than the reference."
     return min(1., math.exp(1 - len(ref) / len(hyp)))
 
-def bleu1(prediction: str, reference: str) -> float:
-    "BLEU-1 of one pair: 13a words, case-sensitive, brevity penalty, no smoothing. In [0, 1]."
-    hyp, ref = tokens_13a(prediction), tokens_13a(reference)
+def bleu1(prediction: str, reference: str, scheme: str = "13a") -> float:
+    "BLEU-1 of one pair: words by `scheme`, case-sensitive, brevity penalty, no smoothing. In [0, 1]."
+    hyp, ref = tokens_of(prediction, scheme), tokens_of(reference, scheme)
     if not hyp or not ref: return 0.
     return _brevity(hyp, ref) * common(hyp, ref) / len(hyp)
 
 # %% ../../nbs/evaluation/metrics.ipynb #39d4fef8
 def words(text: str) -> list[str]:
     "Lower-case ASCII letters and digits, as the ROUGE packages cut them."
-    return re.findall(r"[a-z0-9]+", text.lower())
+    return words_of(text, "13a")
 
 def f_score(matches: int, predicted: int, expected: int) -> float:
     "Harmonic mean of `matches/predicted` and `matches/expected`; 0 where nothing matches."
     return 2 * matches / (predicted + expected) if matches else 0.
 
-def rouge1(prediction: str, reference: str) -> float:
-    "ROUGE-1 F of one pair, in [0, 1]."
-    hyp, ref = words(prediction), words(reference)
+def rouge1(prediction: str, reference: str, scheme: str = "13a") -> float:
+    "ROUGE-1 F of one pair, in [0, 1]; words by `scheme`."
+    hyp, ref = words_of(prediction, scheme), words_of(reference, scheme)
     return f_score(common(hyp, ref), len(hyp), len(ref))
 
 # %% ../../nbs/evaluation/metrics.ipynb #73abbfd0
@@ -209,9 +207,9 @@ def lcs_length(a: Sequence, b: Sequence) -> int:
     return len(a) - row.bit_count()
 
 # %% ../../nbs/evaluation/metrics.ipynb #536da41d
-def rouge_l(prediction: str, reference: str) -> float:
-    "ROUGE-L F of one pair, over the whole text as one sequence, in [0, 1]."
-    hyp, ref = words(prediction), words(reference)
+def rouge_l(prediction: str, reference: str, scheme: str = "13a") -> float:
+    "ROUGE-L F of one pair, over the whole text as one sequence, in [0, 1]; words by `scheme`."
+    hyp, ref = words_of(prediction, scheme), words_of(reference, scheme)
     return f_score(lcs_length(hyp, ref), len(hyp), len(ref))
 
 # %% ../../nbs/evaluation/metrics.ipynb #a7ace6b3
@@ -233,33 +231,54 @@ def load_wordnet(folder: Path | str):
     return wordnet
 
 # %% ../../nbs/evaluation/metrics.ipynb #177c7b46
+def _fetched_punkt():
+    "NLTK's splitter with the fetched parameters of English; None where they cannot be had."
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+    try: folder = fetch("punkt")
+    except MedVLM3DError: return None
+    values, parameters = json.loads((folder/"english.json").read_text(encoding="utf-8")), PunktParameters()
+    for name in ("abbrev_types", "sent_starters"): setattr(parameters, name, set(values[name]))
+    parameters.collocations = {tuple(pair) for pair in values["collocations"]}
+    parameters.ortho_context.update(values["ortho_context"])
+    return PunktSentenceTokenizer(parameters)
+
+@lru_cache(1)
 def load_punkt() -> tuple:
-    "A sentence splitter and its name: NLTK's trained English model if installed, else the untrained one."
+    "A sentence splitter and its name: NLTK's trained model of English (its own or fetched), or untrained."
     import nltk
     from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer
     try: nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError: return PunktSentenceTokenizer(), "untrained"
+    except LookupError:
+        fetched = _fetched_punkt()
+        return (fetched, "trained") if fetched else (PunktSentenceTokenizer(), "untrained")
     return PunktTokenizer("english"), "trained"
 
 # %% ../../nbs/evaluation/metrics.ipynb #1cc42db2
+def meteor_name(*, synonyms: bool, trained: bool) -> str:
+    "`METEOR`, or with what it lacks in brackets: synonyms, the trained splitter of sentences."
+    lacks = [*(() if synonyms else ("exact+stem",)), *(() if trained else ("untrained punkt",))]
+    return f"METEOR ({', '.join(lacks)})" if lacks else "METEOR"
+
 class METEOR:
-    "NLTK's METEOR of one pair, with WordNet from `folder`; without a folder named 'METEOR (exact+stem)'."
+    "NLTK's METEOR of one pair, with WordNet from `folder`; its name says what it lacks."
     def __init__(self, folder: Path | str | None = None):
         import nltk
         from nltk.tokenize import NLTKWordTokenizer
-        self.name = "METEOR" if folder else "METEOR (exact+stem)"
         self.wordnet = load_wordnet(folder) if folder else NoSynonyms()
         (self.sentences, punkt), self.words = load_punkt(), NLTKWordTokenizer()
+        self.name = meteor_name(synonyms=bool(folder), trained=punkt == "trained")
         version = f"WordNet {self.wordnet.get_version()}" if folder else "no WordNet"
         self.signature = f"nltk {nltk.__version__}, {version}, punkt {punkt}, alpha .9, beta 3, gamma .5"
 
-    def tokens(self, text: str) -> list[str]:
-        "NLTK's words of all sentences of `text`."
+    def tokens(self, text: str, scheme: str = "13a") -> list[str]:
+        "NLTK's words of all sentences of `text`; of a text that is not English the words of its `scheme`."
+        if scheme != "13a": return tokens_of(text, scheme)
         return [word for s in self.sentences.tokenize(text.strip()) for word in self.words.tokenize(s)]
 
-    def __call__(self, prediction: str, reference: str) -> float:
+    def __call__(self, prediction: str, reference: str, scheme: str = "13a") -> float:
         from nltk.translate.meteor_score import single_meteor_score
-        return single_meteor_score(self.tokens(reference), self.tokens(prediction), wordnet=self.wordnet)
+        hyp, ref = self.tokens(prediction, scheme), self.tokens(reference, scheme)
+        return single_meteor_score(ref, hyp, wordnet=self.wordnet)
 
 # %% ../../nbs/evaluation/metrics.ipynb #9d8aed3d
 def greedy_f1(hyp: Tensor, hyp_content: Tensor, ref: Tensor, ref_content: Tensor) -> float:
@@ -292,6 +311,58 @@ def _check_encoder(folder):
     raise MedVLM3DError(folder, "holds no encoder (config.json is missing)",
                         "Give a folder that AutoModel can load.")
 
+def _layers(model, name):
+    "The list of layers of an encoder: the module list of the length that the configuration states."
+    depth = model.config.num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth]
+    if lists: return lists[0]
+    raise MedVLM3DError(name, f"has no list of {depth} layers", "Give an encoder such as BERT or RoBERTa.")
+
+def cut_after(model: torch.nn.Module, layer: int, name: str) -> torch.nn.Module:
+    "`model` without the layers behind `layer`; an error where it has no such layer."
+    layers = _layers(model, name)
+    if not 0 < layer <= len(layers):
+        remedy = f"Choose a layer from 1 to {len(layers)}."
+        raise MedVLM3DError(name, f"has {len(layers)} layers, not {layer}", remedy)
+    del layers[layer:]
+    return model
+
+def position_limit(model: torch.nn.Module) -> int:
+    "How many tokens an encoder can take: its positions, without those up to the padding's."
+    named = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    tables = [m for m in named if isinstance(m, torch.nn.Embedding)]
+    if not tables: return model.config.max_position_embeddings
+    return tables[0].num_embeddings - (0 if tables[0].padding_idx is None else tables[0].padding_idx + 1)
+
+# %% ../../nbs/evaluation/metrics.ipynb #40a462b6
+def window_starts(length: int, size: int) -> list[int]:
+    "Starts of windows of `size` tokens over `length`, overlapping by half; the last one ends with the text."
+    if length <= size: return [0]
+    return [*range(0, length - size, max(1, size // 2)), length - size]
+
+def joined(windows: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """One embedding (T, C) per token of a text from those of its windows.
+
+    `windows` are (start, embeddings (W, C)); each token is taken where it is farthest from an edge."""
+    if len(windows) == 1: return windows[0][1]
+    length = windows[-1][0] + len(windows[-1][1])
+    best, depth = torch.zeros(length, dtype=torch.long), torch.full((length,), -1)
+    for w, (start, vectors) in enumerate(windows):
+        inside = torch.arange(len(vectors))
+        own = torch.minimum(inside, inside.flip(0))
+        better = own > depth[start:start+len(vectors)]
+        depth[start:start+len(vectors)][better] = own[better]
+        best[start:start+len(vectors)][better] = w
+    return torch.stack([windows[w][1][t - windows[w][0]] for t, w in enumerate(best.tolist())])
+
+def _unit(windows):
+    "Unit embeddings (T, C) of a text with its special tokens, and a mask (T,) that is False at these."
+    content = joined([(start, vectors[1:-1]) for start, vectors in windows])
+    whole = torch.cat([windows[0][1][:1], content, windows[-1][1][-1:]])
+    mask = torch.ones(len(whole), dtype=torch.bool, device=whole.device)
+    mask[[0, -1]] = False
+    return torch.nn.functional.normalize(whole, dim=-1), mask
+
 # %% ../../nbs/evaluation/metrics.ipynb #c71e6e3b
 class BERTScore:
     "BERTScore F1 by greedy matching at `layer` of the encoder in `folder`; no idf, no rescaling."
@@ -300,49 +371,50 @@ class BERTScore:
         from transformers import AutoModel, AutoTokenizer
         _check_encoder(folder)
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).to(device).eval()
-        depth = len(self.model.encoder.layer)
-        if not 0 < layer <= depth:
-            remedy = f"Choose a layer from 1 to {depth}."
-            raise MedVLM3DError(name, f"has {depth} layers, not {layer}", remedy)
-        self.model.encoder.layer = self.model.encoder.layer[:layer]
-        self.name = bertscore_name(self.model.config, name, layer)
-        self.layer, self.batch_size = layer, batch_size
-        self._set_conventions(device)
+        model = AutoModel.from_pretrained(folder).to(device).eval()
+        self.name = bertscore_name(model.config, name, layer)
+        self.model, self.limit = cut_after(model, layer, name), position_limit(model)
+        self.layer, self.batch_size, self.windowed = layer, batch_size, 0
+        self._set_conventions(name)
 
-    def _set_conventions(self, device):
-        "A RoBERTa has two positions less than its table, and reads a text with a blank in front."
-        config, is_roberta = self.model.config, self.model.config.model_type == "roberta"
-        self.limit = config.max_position_embeddings - (2 if is_roberta else 0)
-        self.blank = " " if is_roberta else ""
-        self.ends = torch.tensor([self.tokenizer.cls_token_id, self.tokenizer.sep_token_id], device=device)
+    def _set_conventions(self, name):
+        "A RoBERTa reads a text with a blank in front; every text stands between two special tokens."
+        self.blank = " " if self.model.config.model_type == "roberta" else ""
+        self.ends = (self.tokenizer.cls_token_id, self.tokenizer.sep_token_id)
+        if None in self.ends:
+            raise MedVLM3DError(name, "has a tokenizer without cls and sep", "Give an encoder such as BERT.")
+
+    def _ids(self, text):
+        "Token ids of a text as the encoder expects it, without special tokens; an empty text has none."
+        stripped = text.strip() and self.blank + text.strip()
+        return self.tokenizer(stripped, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def _encode(self, pieces):
+        "Embeddings (W, C) of each list of ids in `pieces`, one batch."
+        first, last = self.ends
+        ids = [[first, *piece, last] for piece in pieces]
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        hidden = self.model(**batch.to(self.model.device)).last_hidden_state.float()
+        return [h[:len(piece) + 2] for h, piece in zip(hidden, pieces)]
+
+    def _windows(self, texts):
+        "(text, start, ids) of every window of `texts`."
+        room, windows = self.limit - 2, []
+        for i, ids in enumerate(map(self._ids, texts)):
+            starts = window_starts(len(ids), room)
+            self.windowed += len(starts) > 1
+            windows += [(i, start, ids[start:start+room]) for start in starts]
+        return windows
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         "Per text: unit token embeddings (T, C) and a mask (T,) that is False at the special tokens."
-        embedded = []
-        for start in range(0, len(texts), self.batch_size):
-            embedded += self._embed(texts[start:start+self.batch_size])
-        return embedded
-
-    def _stripped(self, text):
-        "The text as the encoder expects it; an empty text stays empty."
-        return text.strip() and self.blank + text.strip()
-
-    def _tokenize(self, texts):
-        "Token ids and mask of one batch."
-        texts = list(map(self._stripped, texts))
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.limit,
-                               return_tensors="pt")
-        return batch.to(self.model.device)
-
-    def _embed(self, texts):
-        "`embed` of one batch."
-        batch = self._tokenize(texts)
-        mask = batch["attention_mask"].bool()
-        content = mask & ~torch.isin(batch["input_ids"], self.ends)
-        unit = torch.nn.functional.normalize(self.model(**batch).last_hidden_state.float(), dim=-1)
-        return [(u[m], c[m]) for u, c, m in zip(unit, content, mask)]
+        windows, of_text = self._windows(texts), [[] for _ in texts]
+        for k in range(0, len(windows), self.batch_size):
+            part = windows[k:k+self.batch_size]
+            for (i, start, _), vectors in zip(part, self._encode([ids for *_, ids in part])):
+                of_text[i].append((start, vectors))
+        return list(map(_unit, of_text))
 
     def __call__(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
         "F1 (N,) of paired texts, in batches of like length; an empty text scores 0."
@@ -352,22 +424,23 @@ class BERTScore:
         return np.array([greedy_f1(*embedded[p], *embedded[r]) for p, r in pairs])
 
 # %% ../../nbs/evaluation/metrics.ipynb #e737425f
-@lru_cache(1)
-def _sacrebleu4():
+@lru_cache(8)
+def _sacrebleu4(scheme):
     from sacrebleu import BLEU
-    return BLEU()
+    return BLEU(tokenize=scheme)
 
 def _ngrams(tokens, n): return list(zip(*(tokens[i:] for i in range(n))))
 
-def _bleu4_row(prediction, reference):
+def _bleu4_row(prediction, reference, scheme):
     "The ten sums of one pair of texts."
-    hyp, ref = tokens_13a(prediction), tokens_13a(reference)
+    hyp, ref = tokens_of(prediction, scheme), tokens_of(reference, scheme)
     grams = [(_ngrams(hyp, n), _ngrams(ref, n)) for n in (1, 2, 3, 4)]
     return [len(hyp), len(ref), *(common(a, b) for a, b in grams), *(len(a) for a, _ in grams)]
 
-def bleu4_statistics(predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+def bleu4_statistics(predictions: Sequence[str], references: Sequence[str],
+                     scheme: str = "13a") -> np.ndarray:
     "Sums (N, 10) behind BLEU-4: predicted length, reference length, four counts of matches, four of n-grams."
-    rows = [_bleu4_row(*pair) for pair in zip(predictions, references, strict=True)]
+    rows = [_bleu4_row(*pair, scheme) for pair in zip(predictions, references, strict=True)]
     return np.array(rows, float).reshape(-1, 10)
 
 def _smoothed(matches):
@@ -385,12 +458,17 @@ def bleu4_from_sums(sums: np.ndarray) -> np.ndarray:
     counted = (totals > 0).all(-1) & (matches.sum(-1) > 0)
     return np.where(counted, score, 0.)
 
-def corpus_bleu4(predictions: Sequence[str], references: Sequence[str]) -> tuple[float, str]:
+def corpus_bleu4(predictions: Sequence[str], references: Sequence[str],
+                 scheme: str = "13a") -> tuple[float, str]:
     "Corpus BLEU-4 in [0, 1] and its sacreBLEU signature."
-    bleu = _sacrebleu4()
+    bleu = _sacrebleu4(scheme)
     return bleu.corpus_score(predictions, [references]).score / 100, str(bleu.get_signature())
 
 # %% ../../nbs/evaluation/metrics.ipynb #a7ea6a2b
+def _pair_scores(pairs, metric, scheme):
+    "Scores (N,) of pairs of texts; an empty prediction scores 0."
+    return np.array([metric(p, r, scheme) if p.strip() else 0. for p, r in pairs])
+
 def text_scores(predictions: Sequence[str], references: Sequence[str], meteor: Callable | None = None,
                 bertscore: Callable | None = None) -> dict[str, np.ndarray]:
     """Name → scores (N,) in [0, 1] of N pairs of texts: BLEU-1, ROUGE-1, ROUGE-L, METEOR and BERTScore.
@@ -400,10 +478,10 @@ def text_scores(predictions: Sequence[str], references: Sequence[str], meteor: C
     predictions, references : N texts each
     meteor, bertscore : loaded `METEOR` and `BERTScore`; None leaves them out
     """
-    pairs = list(zip(predictions, references, strict=True))
+    pairs, scheme = list(zip(predictions, references, strict=True)), scheme_of(references)
     metrics = {"BLEU-1": bleu1, "ROUGE-1": rouge1, "ROUGE-L": rouge_l}
     if meteor: metrics[meteor.name] = meteor
-    scores = {name: np.array([metric(p, r) if p.strip() else 0. for p, r in pairs])
+    scores = {in_scheme(name, scheme): _pair_scores(pairs, metric, scheme)
               for name, metric in metrics.items()}
     if bertscore: scores[bertscore.name] = np.asarray(bertscore(list(predictions), list(references)), float)
     return scores

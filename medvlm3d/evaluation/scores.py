@@ -20,6 +20,7 @@ from .findings import extract_facts, fact_scores
 from medvlm3d.evaluation.metrics import (
     bleu4_from_sums, bleu4_statistics, closed_m3d, corpus_bleu4, normalise, offered, parse_choice,
     text_scores)
+from .wording import in_scheme, scheme_of
 from .prediction import column, task_lines
 from .uncertainty import bootstrap_sums, percentile_interval
 
@@ -161,12 +162,14 @@ def free_text_scores(lines: list[dict], meteor: Callable | None = None, bertscor
                      **boot) -> dict:
     "Protocol → metric → cells of open or report lines; `boot` holds seed and n of the bootstrap."
     predictions, references = column(lines, "prediction"), column(lines, "answer")
+    scheme = scheme_of(references)
     scores = text_scores(predictions, references, meteor, bertscore)
     m3d = {name: _mean_cells(values, lines, **boot)
            for name, values in scores.items() if name.startswith(M3D_TEXT)}
-    bleu4 = grouped_cells(bleu4_statistics(predictions, references), column(lines, "type"),
+    bleu4 = grouped_cells(bleu4_statistics(predictions, references, scheme), column(lines, "type"),
                           cases=column(lines, "case"), statistic=bleu4_from_sums, **boot)
-    standard = {"BLEU-4": bleu4, "ROUGE-L": _mean_cells(scores["ROUGE-L"], lines, **boot),
+    rouge = in_scheme("ROUGE-L", scheme)
+    standard = {in_scheme("BLEU-4", scheme): bleu4, rouge: _mean_cells(scores[rouge], lines, **boot),
                 "exact match": _mean_cells(_exact(predictions, references), lines, **boot)}
     return {"m3d": m3d, "standard": standard}
 
@@ -218,14 +221,25 @@ def fact_report(lines: list[dict], truth: dict, lexicon: dict, **boot) -> dict:
 # %% ../../nbs/evaluation/scores.ipynb #87fc022e
 TASKS = ("closed", "open", "report")
 
+def _bleu_signatures(tasks):
+    "sacreBLEU's signature of BLEU-4 in each scheme of words that the tasks' lines have."
+    schemes = {scheme_of(column(lines, "answer")) for lines in tasks if lines}
+    return {in_scheme("BLEU-4", scheme): corpus_bleu4(["a"], ["a"], scheme)[1] for scheme in sorted(schemes)}
+
+def _bertscore_signature(bertscore):
+    "Layer and conventions of a BERTScore, and how many texts were longer than its encoder takes."
+    signature = f"layer {bertscore.layer}, no idf, no rescaling"
+    if not bertscore.windowed: return signature
+    return f"{signature}; {bertscore.windowed} texts above {bertscore.limit} tokens read in windows"
+
 def _signatures(by_task, meteor, bertscore, boot):
     "What exactly was computed, by name of the score."
     signatures = {"bootstrap": f"{boot['n']} resamples of cases, seed {boot['seed']}, 95 % percentile"}
     if by_task["closed"]: signatures["closed"] = answering_note(by_task["closed"])
     if by_task["open"] or by_task["report"]:
-        signatures["BLEU-4"] = corpus_bleu4(["a"], ["a"])[1]
+        signatures |= _bleu_signatures([by_task["open"], by_task["report"]])
         if meteor: signatures[meteor.name] = meteor.signature
-        if bertscore: signatures[bertscore.name] = f"layer {bertscore.layer}, no idf, no rescaling"
+        if bertscore: signatures[bertscore.name] = _bertscore_signature(bertscore)
     return signatures
 
 # %% ../../nbs/evaluation/scores.ipynb #c94e74d7

@@ -328,7 +328,7 @@ def _loader(root, read, preprocess, samples):
     options = {s.image: reading(s) for s in reversed(samples)}
     def _load(image):
         volume = read(root/image, **options.get(image, {}))
-        return preprocess(volume), volume.warnings
+        return preprocess(volume), (*volume.warnings, *preprocess.notes(volume))
     return _load
 
 # %% ../../nbs/features/store.ipynb #b9886815
@@ -369,7 +369,8 @@ def bytes_per_volume(kept: int, tokens: int, channels: int) -> int:
 
 # %% ../../nbs/features/store.ipynb #43e5d6ef
 def encode_corpus(data: Path | str, store: Path | str, *, encoder: str = "dinov2-s", depth: int = 50,
-                  size: int = 224, window: tuple[float, float] | None = None, rho: float = 28,
+                  size: int = 224, window: tuple[float, float] | None = None,
+                  percentiles: tuple[float, float] | None = None, rho: float = 28,
                   strategy: str = "cosine", seed: int = 0, grid: tuple[int, int] | None = None,
                   float32: bool = False, device: str = "auto", shard_size: int = 40, workers: int = 1,
                   rejects: Path | str | None = None, verify: bool = False,
@@ -383,6 +384,7 @@ def encode_corpus(data: Path | str, store: Path | str, *, encoder: str = "dinov2
     encoder : biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder
     depth, size : slices, and rows and columns, to which a volume is resampled
     window : intensities (low, high) in HU that become 0 and 1; None: the volume's own range
+    percentiles : what becomes 0 and 1 in volumes that are not in HU; None: their own range
     rho, strategy, seed : percent of the slices that are kept, how they are selected, and the seed of "random"
     grid : rows and columns to which the patches of a slice are resampled; None: the encoder's
     float32 : run the encoder in float32 even where the device multiplies bf16 faster
@@ -397,7 +399,11 @@ def encode_corpus(data: Path | str, store: Path | str, *, encoder: str = "dinov2
     samples = load_samples(data)
     return encode_images(store, data if data.is_dir() else data.parent, images=by_image(samples),
                          encoder=load_encoder(encoder, size=size, device=device, dtype=dtype),
-                         preprocess=Preprocess(depth, size, size, window=tuple(window) if window else None),
+                         preprocess=_prepared_by(depth, size, window=window, percentiles=percentiles),
                          rho=rho, strategy=strategy, seed=seed, grid=grid, shard_size=shard_size,
                          verify=verify, progress=not quiet, read=read_image, samples=samples,
                          workers=workers, rejects=rejects)
+
+def _prepared_by(depth, size, **intensity):
+    limits = {name: tuple(pair) if pair else None for name, pair in intensity.items()}
+    return Preprocess(depth, size, size, **limits)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['app', 'Out', 'Config', 'Changes', 'PLANNING', 'PAPER', 'EDIT', 'TRAINING', 'SCORING', 'frame', 'is_user_error',
            'main', 'describe', 'info', 'asset_table', 'fetch', 'changes', 'expanded', 'merged', 'rooted',
-           'starting_point', 'run_step', 'demo', 'planned', 'begin_preset', 'train', 'evaluate', 'report', 'ablate',
-           'efficiency', 'crossmodal', 'data_report', 'features', 'answer']
+           'starting_point', 'end_of_run', 'run_step', 'demo', 'Preset', 'study_plan', 'intensity', 'found_llm',
+           'study', 'planned', 'begin_preset', 'train', 'evaluate', 'report', 'ablate', 'efficiency', 'crossmodal',
+           'data_report', 'features', 'answer']
 
 # %% ../../nbs/front/cli.ipynb #c5ac7bb5
 import json, os, signal, sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -193,6 +195,14 @@ def _new_folder(name, plan, out):
     remedy = "Train into it first (`medvlm3d train` or `medvlm3d study`), or give the folder of a run."
     raise MedVLM3DError(relative(out), "holds no run", remedy)
 
+# %% ../../nbs/front/cli.ipynb #a556dd72
+def end_of_run(folder: Path, scores: bool = True) -> None:
+    "Print the scores of a run folder, and what lies where in it."
+    from medvlm3d.base.core import relative
+    from medvlm3d.report.study_tables import place_lines, score_lines
+    lines = score_lines(folder) if scores and (folder/"results.json").exists() else []
+    print("\n".join([*lines, f"{relative(folder)}:", *place_lines(folder), NOTICE]))
+
 # %% ../../nbs/front/cli.ipynb #c214273f
 def run_step(number: str, config: str | None, *, default: str, out: Path | None, changed: dict) -> None:
     """Run one runner, and print where its record lies.
@@ -215,6 +225,7 @@ def run_step(number: str, config: str | None, *, default: str, out: Path | None,
     refuse_other_corpus(folder, given, changed)
     record = run_notebook(name, given, folder)
     say(f"done: {relative(record)}")
+    end_of_run(folder, scores=name in ("92_evaluate", "99_report"))
 
 def _need_corpus(given):
     "Refuse a training of which nobody said on what."
@@ -241,7 +252,66 @@ def demo(
     name = "demo" if llm == "reader" else f"demo-{llm}"
     out = out or project_root()/"reports"/name
     records = run_plan(name, out, tell=say, **merged(p, out=rooted(out), llm=llm))
-    say(f"done: {relative(records[-1])}. {NOTICE}")
+    say(f"done: {relative(records[-1])}")
+    end_of_run(Path(out))
+
+# %% ../../nbs/front/cli.ipynb #d497af69
+class Preset(str, Enum):
+    "Plans of a study, by machine: runs/study.yaml, runs/study-gpu24.yaml, runs/study-node.yaml."
+    laptop = "laptop"
+    gpu24 = "gpu24"
+    node = "node"
+
+def study_plan(preset: Preset | None) -> str:
+    "The name of a preset's plan; where none is named, the one for a GPU where there is one, which is said."
+    if preset is None:
+        from medvlm3d.base.core import pick_device
+        preset = Preset.gpu24 if pick_device().type == "cuda" else Preset.laptop
+        say(f"preset: {preset.value} (another one: --preset)")
+    return "study" if preset == Preset.laptop else f"study-{preset.value}"
+
+def intensity(window: tuple | None, min_max: bool) -> dict:
+    "The parameters that say how intensities become 0 to 1; {} for those of the plan."
+    if min_max:
+        return {"window": [], "percentiles": []}
+    return {"window": list(window)} if window else {}
+
+def found_llm(llm: str | None) -> str | None:
+    "A language model's folder as an absolute path, or its name; one that is not there is refused at once."
+    from medvlm3d.training.bases import base_fields
+    if llm is None:
+        return None
+    folder = Path(llm).expanduser()
+    name = str(folder.resolve()) if folder.is_dir() else llm
+    base_fields(name, "reports/reader/model")
+    return name
+
+# %% ../../nbs/front/cli.ipynb #e3ecf346
+@app.command()
+@modes(Mode("with --min-max", lambda v: v["min_max"], drops=("window",), example=("--min-max",),
+            remedy="Give one of them."))
+def study(
+    corpus: Annotated[Path, typer.Argument(
+        help="A folder of scans with a text each, a folder in M3D's layout, or a manifest (.jsonl).")],
+    out: Annotated[Path, typer.Option("--out", help="The run folder.")],
+    *,
+    llm: Annotated[Optional[str], typer.Option(
+        help="smollm2, own (a small reader of these reports), or a folder or hub id.")] = None,
+    preset: Annotated[Optional[Preset], typer.Option(help="The machine that it is planned for.")] = None,
+    window: Annotated[Optional[tuple[float, float]], typer.Option(
+        help="LOW HIGH in HU that become 0 and 1. [default: -1000 1000]")] = None,
+    min_max: Annotated[bool, typer.Option(
+        "--min-max", help="The paper's rule: each volume's whole range becomes 0 to 1.")] = False,
+    p: Changes = None,
+):
+    "A study of one's own corpus: list, encode, split by patient, audit, train, answer, tables, card."
+    from medvlm3d.front.runners import run_plan
+    from medvlm3d.studies.own import corpus_state, listing_path
+    places = {"out": rooted(out), "store": rooted(out/"features"), "corpus": str(corpus.resolve()),
+              "data": rooted(listing_path(corpus)), "state": corpus_state(corpus)}
+    changed = merged(p, llm=found_llm(llm), **places, **intensity(window, min_max))
+    run_plan(study_plan(preset), out.resolve(), tell=say, **changed)
+    end_of_run(out.resolve())
 
 # %% ../../nbs/front/cli.ipynb #75cbd2e6
 def planned(preset: str, as_json: bool = False, **options):
@@ -348,13 +418,13 @@ def train(
             preset, out, ranks=ranks, start=start, gpus=gpus, permissions=permissions, places=places)
     allowed = {name: True for name, given in permissions.items() if given}
     folders = {name: rooted(path) for name, path in (("data", data), ("store", store)) if path}
-    changed = merged(p, ranks=ranks, llm=llm, **folders, **allowed)
+    changed = merged(p, ranks=ranks, llm=found_llm(llm), **folders, **allowed)
     run_step("91", config, default="demo", out=out, changed=changed)
 
-# %% ../../nbs/front/cli.ipynb #a7f747d9
+# %% ../../nbs/front/cli.ipynb #83c07792
 SCORING = (
     Mode("with --predictions", lambda v: v["predictions"],
-         uses=("predictions", "out", "questions", "encoder", "layer", "ratescore"),
+         uses=("predictions", "out", "questions", "encoder", "layer", "ratescore", "columns", "protocol"),
          example=("--predictions", "x.csv")),
     Mode("without --predictions", lambda v: not v["predictions"], uses=("config", "out", "p")),
 )
@@ -369,11 +439,18 @@ def evaluate(
     predictions: Annotated[
         Optional[Path],
         typer.Option(
-            help="Score this file of answers instead: our JSONL, or a CSV of M3D's or Med3DVLM's scripts."
+            help="Score this file of answers instead: a CSV, JSON or JSONL (evaluation/outputs)."
         )] = None,
     questions: Annotated[
         Optional[Path],
-        typer.Option(help="The M3D_VQA table that was asked: gives the rows of a CSV their cases.")] = None,
+        typer.Option(help="What was asked: an M3D_VQA or 3D-RAD table gives rows their cases; CT-CHAT's JSON."
+                     )] = None,
+    columns: Annotated[
+        Optional[str],
+        typer.Option(help="Which column is what, if its name does not say: answer=pred,truth=label.")] = None,
+    protocol: Annotated[
+        Optional[str],
+        typer.Option(help="3drad: also score as 3D-RAD's script does; its own files always are.")] = None,
     encoder: Annotated[
         Optional[Path],
         typer.Option(
@@ -387,9 +464,11 @@ def evaluate(
     "Predict the test set and score it; or score a file of answers."
     if predictions is None:
         return run_step("92", config, default="demo", out=out, changed=changes(p))
+    from medvlm3d.evaluation.columns import parse_columns
     from medvlm3d.evaluation.outputs import evaluate_file
     evaluate_file(predictions, out, questions=questions, encoder=encoder, layer=5 if layer is None else layer,
-                  tell=typer.echo, ratescore=ratescore)
+                  tell=typer.echo, ratescore=ratescore, columns=parse_columns(columns) if columns else None,
+                  protocol=protocol)
 
 # %% ../../nbs/front/cli.ipynb #cea6d6a4
 @app.command()
@@ -434,10 +513,12 @@ def features(
                                     )] = "dinov2-s",
     depth: int = 50,
     size: int = 224,
-    rho: Annotated[int, typer.Option(help="Slices kept, in percent.")] = 28,
+    rho: Annotated[float, typer.Option(help="Slices kept, in percent.")] = 28,
     strategy: Annotated[str, typer.Option(help="cosine, uniform, random or k-centre.")] = "cosine",
     window: Annotated[Optional[tuple[float, float]],
                       typer.Option(help="LOW HIGH in HU; without it the volume's own range.")] = None,
+    percentiles: Annotated[Optional[tuple[float, float]], typer.Option(
+        help="LOW HIGH of volumes that are not in HU, such as 0.5 99.5; without it their own range.")] = None,
     grid: Annotated[Optional[tuple[int, int]],
                     typer.Option(help="ROWS COLUMNS to which the patches of a slice are resampled.")] = None,
     seed: int = 0,
@@ -455,7 +536,8 @@ def features(
     "Store the features of a corpus: the frozen part of the method, once a volume."
     from medvlm3d.features.store import encode_corpus
     return encode_corpus(
-        data, store, encoder=encoder, depth=depth, size=size, window=window, rho=rho, strategy=strategy,
+        data, store, encoder=encoder, depth=depth, size=size, window=window, strategy=strategy,
+        percentiles=percentiles, rho=int(rho) if rho.is_integer() else rho,
         seed=seed, grid=grid, float32=float32, device=device, shard_size=shard_size, workers=workers,
         rejects=rejects, verify=verify, quiet=quiet)
 

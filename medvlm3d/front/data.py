@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = ['data_app', 'To', 'Count', 'Root', 'Listing', 'Rejects', 'Source', 'Licence', 'Corpus', 'Images', 'Workers',
-           'Contrast', 'NearText', 'NearImage', 'UNREAD', 'NEAR', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers',
-           'phantom', 'probe', 'layout', 'write_listing', 'm3d', 'brats', 'autopet', 'folder', 'verify', 'split']
+           'Contrast', 'NearText', 'NearImage', 'Validation', 'Labels', 'Hashes', 'Questions', 'Volumes', 'Name',
+           'UNREAD', 'NEAR', 'Kind', 'Layout', 'By', 'say', 'data', 'numbers', 'phantom', 'probe', 'layout',
+           'write_listing', 'm3d', 'brats', 'autopet', 'licence_first', 'settled', 'say_counts', 'write_values',
+           'ctrate', 'llava', 'threedrad', 'merlin', 'totalseg', 'folder', 'verify', 'split']
 
 # %% ../../nbs/front/data.ipynb #42555f87
 import json
@@ -143,7 +145,7 @@ def layout(
         out, name.value, studies=studies, shape=(depth, size, size), seed=seed, workers=workers)
     say(f"done: {studies} generated studies in {relative(folder)}")
 
-# %% ../../nbs/front/data.ipynb #0d0b584d
+# %% ../../nbs/front/data.ipynb #0c1e7a10
 def write_listing(
     root: Path,
     samples: list,
@@ -152,6 +154,7 @@ def write_listing(
     source: str = "",
     licence: str = "",
     rejects: Path | None = None,
+    hashes: bool = True,
 ) -> None:
     """Write a manifest of a corpus and print how many lines it has; exit status 1 if something was set aside.
 
@@ -163,6 +166,7 @@ def write_listing(
     source : name of the corpus, for lines that have none
     licence : its licence, likewise
     rejects : the file of what was set aside, or None
+    hashes : whether volumes are hashed; else a hash that is known stays
     """
     from dataclasses import replace
     from medvlm3d.base.core import MedVLM3DError, relative
@@ -173,7 +177,7 @@ def write_listing(
         reason = "does not lie in the folder of the corpus, to which its paths are relative"
         raise MedVLM3DError(relative(out), reason, f"Write it to {relative(root)}.")
     listed = [replace(sample, source=source or sample.source, licence=licence or sample.licence)
-              for sample in with_hashes(root, samples)]
+              for sample in (with_hashes(root, samples) if hashes else samples)]
     write_manifest(out, listed)
     torn = len(shared_cases(listed))
     if torn:
@@ -217,6 +221,107 @@ def autopet(root: Root, out: Listing = None, rejects: Rejects = None, licence: L
     from medvlm3d.data.corpora import load_autopet, study_samples
     samples = study_samples(load_autopet(root, rejects), root)
     write_listing(root, samples, out=out, licence=licence, rejects=rejects)
+
+# %% ../../nbs/front/data.ipynb #ce59d4df
+Validation = Annotated[float, _option("Percent of the training patients held out.", min=0, max=50)]
+Labels = Annotated[bool, _option("Also ask for each label of the corpus: yes or no.", "--labels")]
+Hashes = Annotated[bool, _option("Hash every volume, so that a replaced one is noticed; reads all bytes.")]
+
+def licence_first(name: str, terms: str) -> None:
+    "Say under which terms a corpus can be had, before anything of it is read."
+    say(f"{name}: {terms}. Keep to it; nothing of the corpus is distributed here.")
+
+def settled(root: Path, problems: list, rejects: Path | None) -> None:
+    "Raise what is wrong with a corpus, or write it to the file of rejects."
+    from medvlm3d.base.core import relative
+    from medvlm3d.data.samples import settle
+    settle(relative(root), problems, rejects=rejects)
+
+def say_counts(values: list) -> None:
+    "How often each of some values stands, the most frequent first."
+    from collections import Counter
+    for value, n in Counter(values).most_common():
+        say(f"{n} × {value}")
+
+# %% ../../nbs/front/data.ipynb #cd17e47c
+def write_values(path: Path, found: list) -> None:
+    "For each file, what was done with its numbers and its grid (a CSV)."
+    from medvlm3d.base.table import write_csv
+    rows = [(one.name, one.image, one.done, one.why) for one in found]
+    write_csv(path, [("VolumeName", "image", "done", "reason"), *rows])
+
+@data_app.command()
+def ctrate(root: Root, out: Listing = None, *, rejects: Rejects = None, labels: Labels = False,
+           validation: Validation = 2., hashes: Hashes = True, workers: Workers = 2):
+    "List CT-RATE, either release: dataset/{train,valid}[_fixed]/…; the numbers of each file are checked."
+    from medvlm3d.data.ctrate import LICENCE, find_volumes, scan_ctrate
+    licence_first("CT-RATE", f"{LICENCE}, after a request on its page")
+    _, twice = find_volumes(root)
+    if twice:
+        say(f"{twice} volumes lie in both releases: the second release is taken")
+    problems, done = [], []
+    options = dict(labels=labels, validation=validation, workers=workers, done=done)
+    samples = list(scan_ctrate(root, problems, **options))
+    say_counts([one.done for one in done])
+    write_values(root/"manifest.values.csv", done)
+    settled(root, problems, rejects)
+    say_counts([f"{sample.split}: {sample.task}" for sample in samples])
+    write_listing(root, samples, out=out, rejects=rejects, hashes=hashes)
+
+# %% ../../nbs/front/data.ipynb #70f4d450
+Questions = Annotated[Path, typer.Argument(help="The file or folder of questions.")]
+Volumes = Annotated[Path, typer.Argument(help="The folder of the volumes, with its manifest.")]
+Name = Annotated[Optional[Path], _option("The manifest to write, in the folder of the volumes.", "--out")]
+
+def _join(scan, questions, *, root, out, rejects, name):
+    "List what `scan` (a function of data/questions) finds about the volumes below `root`."
+    from medvlm3d.data.questions import known_volumes
+    problems = []
+    samples = list(scan(questions, known_volumes(root), problems))
+    settled(questions, problems, rejects)
+    say_counts([f"{sample.split or 'not split'}: {sample.task}" for sample in samples])
+    write_listing(root, samples, out=out or root/name, rejects=rejects, hashes=False)
+
+@data_app.command()
+def llava(questions: Questions, root: Volumes, out: Name = None, rejects: Rejects = None):
+    "List conversations in LLaVA's JSON (CT-CHAT's among them) about volumes that are listed."
+    from medvlm3d.data.questions import scan_llava
+    _join(scan_llava, questions, root=root, out=out, rejects=rejects, name="llava.jsonl")
+
+@data_app.command()
+def threedrad(questions: Questions, root: Volumes, out: Name = None, rejects: Rejects = None):
+    "List 3D-RAD's six tasks (one CSV a subtask) about volumes of CT-RATE that are listed."
+    from medvlm3d.data.questions import RAD_LICENCE, scan_3drad
+    licence_first("3D-RAD", RAD_LICENCE)
+    _join(scan_3drad, questions, root=root, out=out, rejects=rejects, name="threedrad.jsonl")
+
+# %% ../../nbs/front/data.ipynb #2e5c88f3
+@data_app.command()
+def merlin(root: Root, out: Listing = None, *, rejects: Rejects = None, labels: Labels = False,
+           hashes: Hashes = True):
+    "List Merlin: merlin_data/*.nii.gz, reports_final.xlsx and the table of findings."
+    from medvlm3d.data.merlin import LICENCE, scan_merlin
+    licence_first("Merlin", LICENCE)
+    problems = []
+    samples = list(scan_merlin(root, problems, labels=labels))
+    settled(root, problems, rejects)
+    if not any(sample.patient for sample in samples):
+        say("no table names patients: the corpus's own split is kept, and cannot be checked by patient")
+    write_listing(root, samples, out=out, rejects=rejects, hashes=hashes)
+
+@data_app.command()
+def totalseg(root: Root, out: Listing = None, *, rejects: Rejects = None, hashes: Hashes = True,
+             workers: Workers = 2):
+    "List closed questions drawn from organ masks: s0000/ct.nii.gz, s0000/segmentations/*.nii.gz, meta.csv."
+    from medvlm3d.data.totalseg import LICENCE, scan_totalseg
+    licence_first("TotalSegmentator data set", LICENCE)
+    problems, left_out = [], {}
+    samples = list(scan_totalseg(root, problems, workers, left_out=left_out))
+    settled(root, problems, rejects)
+    say_counts([f"{sample.split}: {sample.type}" for sample in samples])
+    say("left out, so that no answer can be told from the words: "
+        + ", ".join(f"{n} {kind}" for kind, n in left_out.items()))
+    write_listing(root, samples, out=out, rejects=rejects, hashes=hashes)
 
 # %% ../../nbs/front/data.ipynb #93d59cd3
 @data_app.command()

@@ -18,7 +18,8 @@ from typing import Literal
 import yaml
 
 from medvlm3d.base.core import (
-    MedVLM3DError, atomic_path, home, project_root, read_json, relative, sha256_file, sha256_json, write_json,
+    MedVLM3DError, atomic_path, home, project_root, read_json, relative, sha256_file, sha256_json, shared,
+    write_json,
     write_text)
 from ..base.values import check_name, check_values, kind_of, read_yaml, suggestion
 
@@ -30,7 +31,7 @@ def runner_path(name: Path | str) -> Path:
     "The runner that `name` (a path, file name or number) stands for; MedVLM3DError unless there is one."
     if Path(name).suffix == ".ipynb" and Path(name).exists():
         return Path(name)
-    folder = project_root()/"nbs"/"runners"
+    folder = shared("nbs/runners")
     matches = sorted(folder.glob(f"{Path(name).stem}*.ipynb"))
     if len(matches) == 1:
         return matches[0]
@@ -156,7 +157,7 @@ def _execute(papermill, path: Path, *, part: Path, parameters: dict, show: bool,
     try:
         with _live(show) as streams:
             papermill.execute_notebook(str(path), str(part), parameters, kernel_name="python3",
-                                       cwd=str(project_root()/"nbs"/"runners"), progress_bar=False,
+                                       cwd=str(path.resolve().parent), progress_bar=False,
                                        extra_arguments=QUIET, **streams)
     except papermill.PapermillExecutionError as e:
         return f"stopped with {e.ename}: {scrub(e.evalue, out)}", HELD + "Remove the cause" + AGAIN
@@ -226,7 +227,7 @@ def _live(show: bool):
 # %% ../../nbs/front/runners.ipynb #d85800d2
 def plan_path(name: Path | str) -> Path:
     "The file of a plan: as it is given, or `runs/NAME.yaml`; MedVLM3DError if there is none."
-    folder = project_root()/"runs"
+    folder = shared("runs")
     path = Path(name).expanduser() if Path(name).suffix else folder/f"{name}.yaml"
     if path.is_file():
         return path

@@ -55,8 +55,8 @@ def open_scan(scan: Path, quiet: bool = False, *, max_voxels: int | None = None,
 # %% ../../nbs/front/scan.ipynb #d1bbeb36
 def demo_model() -> Path:
     "The folder of the demo model: the committed one in a clone, else the one that was installed."
-    from medvlm3d.base.core import project_root
-    return project_root()/"reports"/"demo"/"model"
+    from medvlm3d.base.core import shared
+    return shared("reports/demo/model")
 
 def model_folder(folder: Path | None) -> Path:
     "The folder of a model (the demo model when None); MedVLM3DError if it holds none."
@@ -299,7 +299,7 @@ def predict_many(
         raise typer.Exit(1)
 
 # %% ../../nbs/front/scan.ipynb #d1145194
-def write_features(out: Path, volume, *, network, prepare, rho: int, strategy: str) -> None:
+def write_features(out: Path, volume, *, network, prepare, rho: float, strategy: str) -> None:
     """Write the kept features of a `Volume` to a safetensors file named by what determines them.
 
     The name is the hash of content, values and settings: another frame or orientation is another file.
@@ -319,7 +319,7 @@ def write_features(out: Path, volume, *, network, prepare, rho: int, strategy: s
     from medvlm3d.features.encode import encode_volume
     features, indices = encode_volume(volume, network, preprocess=prepare, rho=rho, strategy=strategy)
     facts = {"encoder": network.name, "weights": network.weights_hash,
-             "preprocess": json.dumps(prepare.to_dict()), "rho": str(rho), "strategy": strategy}
+             "preprocess": json.dumps(prepare.to_dict()), "rho": f"{rho:g}", "strategy": strategy}
     values = sha256(volume.array.tobytes()).hexdigest()
     name = sha256_json({**facts, "source": volume.source_hash, "values": values})
     with atomic_path(out/f"{name[:16]}.safetensors") as part:
@@ -332,7 +332,7 @@ def encode(
     out: Annotated[Path, typer.Option("--out", help="The folder to write to.")] = Path("features"),
     *, encoder: Annotated[str, _option(
         "biomedclip, pubmedclip, clip-vit-l-14, dinov2-s, tiny, or a folder.")] = "dinov2-s",
-    depth: int = 50, size: int = 224, rho: Annotated[int, _option("Slices kept, in percent.")] = 28,
+    depth: int = 50, size: int = 224, rho: Annotated[float, _option("Slices kept, in percent.")] = 28,
     strategy: Annotated[str, _option("cosine, uniform, random or k-centre.")] = "cosine",
     device: Device = "auto",
     series: Series = None, frame: Frame = None, axis_order: AxisOrder = None, modality: Modality = None,

@@ -97,6 +97,13 @@ def _check_tower(tower: Tower, name: str):
         problem = f"should have {expected} channels, the folder's model has {tower.channels}"
         raise MedVLM3DError(name, problem, "Check which checkpoint lies there.")
 
+# %% ../../nbs/method/encoders.ipynb #f8d89d58
+def _check_size(size):
+    "An error unless the input's edge is None or a positive whole number."
+    if size is None or (isinstance(size, int) and not isinstance(size, bool) and size > 0): return
+    remedy = "Give a positive whole number, such as 224."
+    raise MedVLM3DError(f"size={size!r}", "is no number of pixels", remedy)
+
 # %% ../../nbs/method/encoders.ipynb #74cd7101
 def load_encoder(name_or_path: Path | str, size: int | None = None, *, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32, chunk: int = 10, download: bool = False) -> SliceEncoder:
@@ -112,6 +119,7 @@ def load_encoder(name_or_path: Path | str, size: int | None = None, *, device: t
     download : whether the hub may be asked for what is not on this machine
     """
     name = str(name_or_path)
+    _check_size(size)
     tower = tiny_tower(size) if name == "tiny" else _read_tower(locate(name, download), size)
     _check_tower(tower, name)
     short = name if name in NAMES else Path(name).name

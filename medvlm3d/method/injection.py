@@ -199,8 +199,7 @@ class FineGrainedInjection(AttentionMap, InjectionWeights):
         check_grid(x, self.channels)
         low = downsample(x, self.scale)
         if self.attention == "none": return (low,)
-        weights = dict(query=self.query.weight, key=self.key.weight, value=self.value.weight)
-        return low, *project(low, x, **weights)
+        return low, self.query(low), self.key(x), self.value(x)
 
     def forward(self, x: Tensor) -> Tensor:
         low, *qkv = self.projections(x)

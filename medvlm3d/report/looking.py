@@ -77,12 +77,15 @@ def over_voxels(model: MedVLM3D, features: Tensor, weights: Tensor) -> Tensor:
 
 # %% ../../nbs/report/looking.ipynb #f19a9a66
 def look(model: MedVLM3D, features: Tensor, asked: Sequence[tuple]) -> Tensor:
-    "Maps (K, D′, H′, W′) for K (question, answer) pairs about one volume's features (1, D′, N, C)."
+    """Maps (K, D′, H′, W′) for K (question, answer) pairs about one volume's features (1, D′, N, C).
+
+    Of an answer that is longer than the context leaves room for, the words that fit count."""
     tokenizer = model.need_processor().tokenizer
+    room = model.config.context - len(image_prefix(tokenizer, model.config.visual_tokens))
     segments = []
     for question, answer in asked:
-        prompt = report_prompt(0) if question is None else question
-        segments.append((prompt_ids(tokenizer, prompt), target_ids(tokenizer, answer)))
+        prompt = prompt_ids(tokenizer, report_prompt(0) if question is None else question)
+        segments.append((prompt, target_ids(tokenizer, answer)[:room - len(prompt)]))
     return over_voxels(model, features, words_attention(model, features, segments))
 
 # %% ../../nbs/report/looking.ipynb #e6ce7865

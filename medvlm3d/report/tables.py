@@ -285,6 +285,12 @@ def _draw_chance(ax, cells):
     for k, c in enumerate(cells):
         if c: ax.plot([k - .45, k + .45], [c["value"]] * 2, "k--", lw=1, label="chance" if k == 0 else None)
 
+# %% ../../nbs/report/tables.ipynb #31d06526
+def _groups_with(results, system, place):
+    "The groups of which a system has the score at `place`; reports have one."
+    groups = [*groups_of([results], place["task"]), "macro", "all"]
+    return [group for group in dict.fromkeys(groups) if lookup(results, system, **place, group=group)]
+
 # %% ../../nbs/report/tables.ipynb #9c56f089
 def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "standard",
                     metric: str = "accuracy", title: str | None = None) -> Figure:
@@ -301,15 +307,15 @@ def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "stand
     if not names:
         what = getattr(run, "name", "results")
         raise MedVLM3DError(what, f"holds no {task} {metric}", "Evaluate the run first.")
-    groups = [*groups_of([results], task), "macro"]
     place = dict(protocol=protocol, task=task, metric=metric)
+    groups = _groups_with(results, names[0], place)
     def cells(system): return [lookup(results, system, **place, group=group) for group in groups]
 
     figure, ax = new_figure(6 + .3 * len(names), 2.9)
     _draw_systems(ax, {name: cells(name) for name in names})
     _draw_chance(ax, cells("chance"))
-    ax.set(xticks=range(len(groups)), xticklabels=[*groups[:-1], "mean"], ylabel=f"{metric} (%)",
-           ylim=(0, 100))
+    labels = ["mean" if group == "macro" else group for group in groups]
+    ax.set(xticks=range(len(groups)), xticklabels=labels, ylabel=f"{metric} (%)", ylim=(0, 100))
     ax.set_title(title or "")
     legend_beside(figure, ax)
     return figure

@@ -4,25 +4,22 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'PADDING', 'STREAM_ERRORS', 'FAR_MORE', 'DO_NOT_USE', 'MAX_FILES', 'MAX_BYTES', 'read_exactly', 'drain',
-           'Inflated', 'beside', 'Member', 'members', 'guess_intensity', 'label', 'labelled', 'letters_affine',
-           'pick_frame', 'rescale']
+           'Inflated', 'open_plain', 'beside', 'Member', 'check_regular', 'is_leftover', 'without_leftovers', 'is_zip',
+           'members']
 
 # %% ../../nbs/scans/guard.ipynb #6152b673
-import io, zipfile, zlib
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import gzip, io, lzma, zipfile, zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-
-from ..base.core import MedVLM3DError, sha256_file, sha256_json
-from .volume import Volume, check_intensity, codes_affine, make_volume
+from ..base.core import MedVLM3DError
 
 # %% ../../nbs/scans/guard.ipynb #7ff65112
 CHUNK, PADDING = 2**20, 2**24   # bytes
-STREAM_ERRORS = (EOFError, zlib.error, OSError, zipfile.BadZipFile)
+STREAM_ERRORS = (EOFError, zlib.error, lzma.LZMAError, OSError, zipfile.BadZipFile)
 
 def _damaged(path, error):
     reason = f"its compressed data are damaged ({error})"
@@ -69,6 +66,14 @@ class Inflated:
             if not compressed: raise EOFError("they end before their end mark")
         return b""
 
+@contextmanager
+def open_plain(path: Path) -> Iterator[io.BufferedIOBase]:
+    "A file opened for reading, decompressed if its first bytes are those of gzip, whatever its ending."
+    with open(path, "rb") as f:
+        packed = f.read(2) == b"\x1f\x8b"
+        f.seek(0)
+        yield gzip.GzipFile(fileobj=f) if packed else f
+
 # %% ../../nbs/scans/guard.ipynb #2bb0a232
 def beside(header: Path, name: str) -> Path:
     "The data file `name` in the folder of the file `header`; refuse what points elsewhere or is missing."
@@ -93,7 +98,7 @@ class Member(NamedTuple):
         size = self.size if size is None else min(size, self.size)   # a larger number would be allocated
         try:
             with self.open() as f: return f.read(size)
-        except (*STREAM_ERRORS, RuntimeError) as e:
+        except (*STREAM_ERRORS, RuntimeError, NotImplementedError) as e:
             reason = f"is damaged, or cannot be read ({type(e).__name__})"
             remedy = "Copy the file again, or zip the series again."
             raise MedVLM3DError(f"{path}/{self.name}", reason, remedy) from e
@@ -101,8 +106,30 @@ class Member(NamedTuple):
 def _file_member(file, folder):
     return Member(file.relative_to(folder).as_posix(), partial(open, file, "rb"), file.stat().st_size)
 
+def check_regular(path: Path) -> None:
+    "Refuse a pipe, a device and a socket: reading them may never end."
+    if path.is_file() or path.is_dir() or not path.exists(): return
+    raise MedVLM3DError(path, "is a pipe or a device, not a file", "Save the scan as a file, and give that.")
+
+# %% ../../nbs/scans/guard.ipynb #076d4116
+_OF_SYSTEMS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+
+def is_leftover(name: str) -> bool:
+    "Whether a path inside a folder or zip names what macOS or Windows left there."
+    parts = PurePosixPath(name.replace("\\", "/")).parts or ("",)
+    return parts[-1].startswith("._") or parts[-1].lower() in _OF_SYSTEMS or "__MACOSX" in parts
+
+def without_leftovers(paths: Iterable[Path]) -> list[Path]:
+    "The paths, sorted, without what macOS and Windows leave in folders."
+    return sorted(p for p in paths if not is_leftover(p.name))
+
 # %% ../../nbs/scans/guard.ipynb #eade6751
 MAX_FILES, MAX_BYTES = 20_000, 2**32
+
+def is_zip(path: Path) -> bool:
+    "Whether a file is a zip, by its ending or its first bytes."
+    if path.suffix.lower() == ".zip": return True
+    with open(path, "rb") as f: return f.read(4) == b"PK\x03\x04"
 _ONE_SERIES = "Give the one series, not the whole archive."
 
 def _zip_members(path):
@@ -110,7 +137,7 @@ def _zip_members(path):
     try: archive = zipfile.ZipFile(path)
     except (*STREAM_ERRORS, RuntimeError) as e:
         raise MedVLM3DError(path, f"is no readable zip ({e})", "Zip the series again.") from e
-    files = [m for m in archive.infolist() if not m.is_dir()]
+    files = [m for m in archive.infolist() if not m.is_dir() and not is_leftover(m.filename)]
     if any(m.flag_bits & 1 for m in files):
         raise MedVLM3DError(path, "is encrypted", "Zip the series without a password.")
     size = sum(m.file_size for m in files)
@@ -119,93 +146,19 @@ def _zip_members(path):
         raise MedVLM3DError(path, reason, _ONE_SERIES)
     return [Member(m.filename, partial(archive.open, m), m.file_size) for m in files]
 
+# %% ../../nbs/scans/guard.ipynb #20507477
+def _folder_members(folder):
+    "The `Member`s of a folder and its subfolders."
+    files = [_file_member(p, folder) for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [m for m in files if not is_leftover(m.name)]
+
+def _listed_members(path):
+    if path.is_dir(): return _folder_members(path)
+    return _zip_members(path) if is_zip(path) else [_file_member(path, path.parent)]
+
 def members(path: Path) -> dict[str, Member]:
     "Name → `Member` for a folder (with subfolders), a zip or a single file; bounded in number."
-    if path.is_dir(): files = [_file_member(p, path) for p in sorted(path.rglob("*")) if p.is_file()]
-    elif path.suffix.lower() == ".zip": files = _zip_members(path)
-    else: files = [_file_member(path, path.parent)]
+    files = _listed_members(path)
     if len(files) > MAX_FILES:
         raise MedVLM3DError(path, f"holds {len(files)} files, above the limit of {MAX_FILES}", _ONE_SERIES)
     return {m.name: m for m in files}
-
-# %% ../../nbs/scans/guard.ipynb #5c53ea1b
-def guess_intensity(array: np.ndarray, dtype: np.dtype | None = None) -> tuple[str, str, tuple]:
-    "(modality, intensity, notes) of numbers without a label, stored as `dtype`."
-    low, high = float(array.min()), float(array.max())
-    if -2**15 <= low <= -500 and high < 2**15:
-        return "CT", "HU", ("taken for CT in HU because of its values",)
-    if 0 <= low and high <= 1: return "unknown", "unit", ()
-    return "unknown", "grey8" if dtype == np.uint8 else "arbitrary", ()
-
-# %% ../../nbs/scans/guard.ipynb #6530dc1f
-def _modality_of(intensity, guess):
-    "The modality that goes with an intensity stated by the user; without one, the guess."
-    if intensity is None: return guess
-    return {"HU": "CT", "SUV": "PT"}.get(intensity, "unknown")
-
-def label(volume: Volume, what: Path | str, *, modality: str | None = None, intensity: str | None = None,
-          dtype: np.dtype | None = None) -> Volume:
-    """`volume` with the modality and intensity that the user states, else guessed; either is noted.
-
-    Parameters
-    ----------
-    what : the name of the file in errors
-    modality, intensity : stated by the user
-    dtype : the type in which the file stores its numbers
-    """
-    if intensity: check_intensity(intensity, what)
-    guess, kind, notes = guess_intensity(volume.array, dtype)
-    if modality not in (None, "CT") and kind == "HU": kind, notes = "arbitrary", ()
-    stated = [s for s in (modality, intensity) if s]
-    if intensity: notes = ()
-    if stated: notes = (f"{', '.join(stated)}: as told", *notes)
-    return replace(volume, modality=modality or _modality_of(intensity or None, guess),
-                   intensity=intensity or kind, warnings=(*volume.warnings, *notes))
-
-# %% ../../nbs/scans/guard.ipynb #a82b749c
-def labelled(array: np.ndarray, affine: np.ndarray | None, *, files: Sequence[Path], notes: tuple = (),
-             modality: str | None = None, intensity: str | None = None, dtype: np.dtype | None = None,
-             **options) -> Volume:
-    """The `Volume` of an array that was read from files, with modality and intensity stated or guessed.
-
-    Parameters
-    ----------
-    files : what was read; the first is named in errors
-    notes : put in front of the volume's warnings
-    modality, intensity, dtype : as for `label`
-    options : non_finite, as for `make_volume`
-    """
-    hashes = [sha256_file(f) for f in files]
-    source = hashes[0] if len(hashes) == 1 else sha256_json(sorted(hashes))
-    volume = make_volume(array, affine, what=files[0], notes=notes, source_hash=source, **options)
-    return label(volume, files[0], modality=modality, intensity=intensity, dtype=dtype)
-
-# %% ../../nbs/scans/guard.ipynb #03de9687
-def letters_affine(axis_order: str, spacing: Sequence[float] | None,
-                   path: Path | str) -> tuple[np.ndarray, tuple]:
-    "(affine, notes) of an array whose axes grow towards three letters, such as RAS; `spacing` in mm or None."
-    axes = {"RASLPI".find(c) % 3 if c in "RASLPI" else -1 for c in axis_order}
-    if len(axis_order) != 3 or axes != {0, 1, 2}:
-        raise MedVLM3DError(path, f"{axis_order!r} is no orientation",
-                            "Give three letters such as RAS or LPS: where each axis grows to.")
-    notes = (f"orientation {axis_order} as told",)
-    if spacing is None: return codes_affine(axis_order), (*notes, "spacing unknown: 1 mm assumed")
-    return codes_affine(axis_order, spacing), notes
-
-# %% ../../nbs/scans/guard.ipynb #44a33153
-def pick_frame(shape: Sequence[int], frame: int | None, path: Path | str) -> tuple:
-    "The index that leaves three axes of `shape`: trailing axes of one drop out, a longer one needs `frame`."
-    axes = list(shape)
-    while len(axes) > 3 and axes[-1] == 1: axes.pop()
-    space, dropped = [slice(None)] * 3, len(shape) - len(axes)
-    if len(axes) == 3: return (*space, *[0] * dropped)
-    if len(axes) != 4: raise MedVLM3DError(path, f"has shape {shape}, not three axes", "Give one volume.")
-    if frame is not None and 0 <= frame < axes[3]: return (*space, frame, *[0] * dropped)
-    remedy = f"Choose one with frame=0 to {axes[3] - 1}."
-    raise MedVLM3DError(path, f"has shape {shape}: {axes[3]} volumes", remedy)
-
-# %% ../../nbs/scans/guard.ipynb #92b12b80
-def rescale(array: np.ndarray, slope: float | None, shift: float | None) -> np.ndarray:
-    "array · slope + shift as float32, computed in float64; without a slope only the type changes."
-    if slope is None or (slope == 1 and not shift): return array.astype(np.float32)
-    return np.stack([part * np.float64(slope) + np.float64(shift) for part in array]).astype(np.float32)

@@ -6,15 +6,15 @@
 __all__ = ['NRRD_TYPES', 'NRRD_SPACES', 'META_TYPES', 'read_nrrd', 'read_meta']
 
 # %% ../../nbs/scans/itk.ipynb #9ecc6b8a
-import bz2, gzip, os
+import bz2, gzip
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 
 from ..base.core import MedVLM3DError
-from .guard import (
-    PADDING, Inflated, beside, drain, labelled, letters_affine, pick_frame, read_exactly)
+from .guard import CHUNK, DO_NOT_USE, FAR_MORE, PADDING, Inflated, beside, drain, read_exactly
+from .values import letters_affine, pick_frame, stored_volume
 from .volume import MAX_VOXELS, Volume, axis_codes, check_size
 
 # %% ../../nbs/scans/itk.ipynb #85a45d72
@@ -24,18 +24,28 @@ def _voxel_stream(stack, f, name, path):
     data = beside(path, name)
     return stack.enter_context(open(data, "rb")), [path, data]
 
-def _skip(stream, count, size, path):
-    "Move an uncompressed stream `count` bytes on; -1 moves it to its last `size` bytes."
-    if not -1 <= count <= PADDING:
-        raise MedVLM3DError(path, f"skips {count} bytes before its voxels", "Save it without a skip.")
-    if count == -1: stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
-    else: read_exactly(stream, count, path)
+def _check_skip(count, path):
+    if -1 <= count <= PADDING: return
+    raise MedVLM3DError(path, f"skips {count} bytes before its voxels", "Save it without a skip.")
 
-def _voxels(stream, shape, dtype, path):
-    "The array (x, y, z) of a stream that holds exactly `shape`, first axis fastest."
-    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    raw = read_exactly(stream, size, path)
+def _last(stream, size, path):
+    "The last `size` bytes of a stream, which holds at most PADDING bytes before them."
+    data = read_exactly(stream, size, path)
+    while (more := stream.read(CHUNK)) and len(data) <= size + PADDING: data += more
+    if len(data) > size + PADDING: raise MedVLM3DError(path, FAR_MORE, DO_NOT_USE)
+    return data[-size:]
+
+def _behind(stream, size, *, skip, path):
+    "The `size` bytes of voxels behind `skip` bytes; a skip of -1 means the last ones."
+    _check_skip(skip, path)
+    if skip == -1: return _last(stream, size, path)
+    read_exactly(stream, skip, path)
+    data = read_exactly(stream, size, path)
     drain(stream, path)
+    return data
+
+def _as_array(raw, shape, dtype):
+    "The array (x, y, z), first axis fastest."
     return np.frombuffer(raw, dtype).reshape(shape, order="F")
 
 def _refuse_list(name, path, suffix):
@@ -104,6 +114,19 @@ NRRD_SPACES = {
     "left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1), "right-anterior-superior": (1, 1, 1),
     "ras": (1, 1, 1), "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1)}
 
+_UNITS = {"": 1., "mm": 1., "millimeter": 1., "millimetre": 1., "um": 1e-3, "µm": 1e-3, "μm": 1e-3,
+          "micron": 1e-3, "micrometer": 1e-3, "micrometre": 1e-3,
+          "cm": 10., "centimeter": 10., "centimetre": 10.,
+          "m": 1000., "meter": 1000., "metre": 1000., "nm": 1e-6, "nanometer": 1e-6}
+
+def _nrrd_units(header, path):
+    "How many mm one unit of each direction in space is."
+    units = [str(u).strip().strip('"').lower() for u in header.get("space units") or [""] * 3]
+    scale = [_UNITS.get(u, _UNITS.get(u.removesuffix("s"))) for u in units]
+    if len(scale) == 3 and None not in scale: return np.array(scale)
+    raise MedVLM3DError(path, "states its lengths in a unit that is not known here",
+                        "Save it in millimetres.")
+
 def _nrrd_spacing(header, steps):
     "Three distances in mm, or None."
     lengths = header.get("spacings") if steps is None else np.linalg.norm(steps, axis=1)
@@ -111,14 +134,16 @@ def _nrrd_spacing(header, steps):
 
 def _nrrd_affine(header, steps, axis_order, path):
     "(affine (4, 4) in RAS mm, notes); without a known space, `axis_order` must say."
+    units = _nrrd_units(header, path)
+    steps = None if steps is None or steps.shape != (3, 3) else steps * units
     if axis_order: return letters_affine(axis_order, _nrrd_spacing(header, steps), path)
     origin = np.asarray(header.get("space origin", np.zeros(3)), dtype=float)
     sign = NRRD_SPACES.get(str(header.get("space")).lower())
-    if sign is None or steps is None or (steps.shape, origin.shape) != ((3, 3), (3,)):
+    if sign is None or steps is None or origin.shape != (3,):
         raise MedVLM3DError(path, "states no usable space (LPS, RAS or LAS) with directions",
                             "If you know it, pass axis_order, such as 'LPS'.")
     affine = np.eye(4)
-    affine[:3] = np.c_[steps.T, origin]
+    affine[:3] = np.c_[steps.T, origin * units]
     return np.diag([*sign, 1.]) @ affine, ()
 
 # %% ../../nbs/scans/itk.ipynb #eacda180
@@ -129,16 +154,12 @@ def _decompressed(f, encoding, path):
     if encoding in ("bzip2", "bz2"): return bz2.BZ2File(f)
     raise MedVLM3DError(path, "has an encoding that is not read", "Save it raw, with gzip or with bzip2.")
 
-def _nrrd_stream(f, header, size, path):
-    "The stream of voxels behind its line and byte skips, decompressed."
-    lines, count = int(header["line skip"] or 0), int(header["byte skip"] or 0)
-    stream = _decompressed(f, header.get("encoding"), path)
+def _nrrd_voxels(f, header, size, path):
+    "The bytes of the voxels behind their line and byte skips, decompressed."
+    lines, skip = int(header["line skip"] or 0), int(header["byte skip"] or 0)
     if not 0 <= lines <= 1000: raise MedVLM3DError(path, f"skips {lines} lines", "Save it without a skip.")
     for _ in range(lines): f.readline(2**14)
-    if stream is not f and count == -1:
-        raise MedVLM3DError(path, "skips -1 bytes of compressed voxels", "Save it without a skip.")
-    _skip(stream, count, size, path)
-    return stream
+    return _behind(_decompressed(f, header.get("encoding"), path), size, skip=skip, path=path)
 
 # %% ../../nbs/scans/itk.ipynb #eeb01ffc
 def _volume_axes(shape, extra):
@@ -151,9 +172,9 @@ def _nrrd_array(f, header, *, dtype, shape, size, path):
     _refuse_list(header["data file"], path, ".nrrd")
     with ExitStack() as stack:
         stream, files = _voxel_stream(stack, f, header["data file"], path)
-        return _voxels(_nrrd_stream(stream, header, size, path), shape, dtype, path), files
+        return _as_array(_nrrd_voxels(stream, header, size, path), shape, dtype), files
 
-def read_nrrd(path: Path, axis_order: str | None = None, frame: int | None = None,
+def read_nrrd(path: Path, axis_order: str | None = None, *, frame: int | None = None,
               max_voxels: int = MAX_VOXELS, **options) -> Volume:
     """An `.nrrd` file, or an `.nhdr` header with its data file beside it, as stored.
 
@@ -162,17 +183,17 @@ def read_nrrd(path: Path, axis_order: str | None = None, frame: int | None = Non
     axis_order : three letters such as LPS, where the header states no space
     frame : which of several volumes, from 0
     max_voxels : the limit on the declared size
-    options : modality, intensity and non_finite, as for `read_volume`
+    options : modality, intensity, non_finite and resample, as for `read_volume`
     """
     with open(path, "rb") as f:
         header = _nrrd_header(f, path)
         dtype, (shape, steps, extra) = _nrrd_dtype(header, path), _nrrd_axes(header, path)
-        size = check_size(shape, path, max_voxels) * dtype.itemsize
+        size = check_size(shape, path, max_voxels=max_voxels, itemsize=dtype.itemsize) * dtype.itemsize
         index = pick_frame(_volume_axes(shape, extra), frame, path)
         affine, notes = _nrrd_affine(header, steps, axis_order, path)
         array, files = _nrrd_array(f, header, dtype=dtype, shape=shape, size=size, path=path)
     if extra is not None: array = np.moveaxis(array, extra, -1)
-    return labelled(array[index], affine, files=files, notes=notes, dtype=dtype, **options)
+    return stored_volume(array[index], affine, files=files, notes=notes, **options)
 
 # %% ../../nbs/scans/itk.ipynb #af0d82bc
 def _meta_header(f, path):
@@ -279,14 +300,19 @@ def _meta_array(f, fields, *, dtype, shape, size, path):
     if name: _refuse_list(name.upper(), path, ".mha")
     with ExitStack() as stack:
         stream, files = _voxel_stream(stack, f, name, path)
-        compressed = _meta_flag(fields, "CompressedData")
-        count, = _meta_numbers(fields, ["HeaderSize"], count=1, path=path, kind=int) or [0]
-        if compressed and count == -1:
-            _refuse(path, "skips -1 bytes of compressed voxels", "Save it without a skip.")
-        _skip(stream, count, size, path)
-        return _voxels(Inflated(stream) if compressed else stream, shape, dtype, path), files
+        skip, = _meta_numbers(fields, ["HeaderSize"], count=1, path=path, kind=int) or [0]
+        if _meta_flag(fields, "CompressedData"): raw = _meta_inflated(stream, size, skip=skip, path=path)
+        else: raw = _behind(stream, size, skip=skip, path=path)
+        return _as_array(raw, shape, dtype), files
 
-def read_meta(path: Path, axis_order: str | None = None, frame: int | None = None,
+def _meta_inflated(stream, size, *, skip, path):
+    "The bytes of compressed voxels; `skip` counts bytes before they were compressed."
+    _check_skip(skip, path)
+    if skip == -1: _refuse(path, "skips -1 bytes of compressed voxels", "Save it without a skip.")
+    read_exactly(stream, skip, path)
+    return _behind(Inflated(stream), size, skip=0, path=path)
+
+def read_meta(path: Path, axis_order: str | None = None, *, frame: int | None = None,
               max_voxels: int = MAX_VOXELS, **options) -> Volume:
     """An `.mha` file, or an `.mhd` header with its `.raw` or `.zraw` beside it, as stored.
 
@@ -295,14 +321,14 @@ def read_meta(path: Path, axis_order: str | None = None, frame: int | None = Non
     axis_order : three letters such as LPS, where the header states no matrix
     frame : which of several volumes, from 0
     max_voxels : the limit on the declared size
-    options : modality, intensity and non_finite, as for `read_volume`
+    options : modality, intensity, non_finite and resample, as for `read_volume`
     """
     with open(path, "rb") as f:
         fields = _meta_header(f, path)
         shape = _meta_shape(fields, path)
         dtype, order_notes = _meta_dtype(fields, path)
-        size = check_size(shape, path, max_voxels) * dtype.itemsize
+        size = check_size(shape, path, max_voxels=max_voxels, itemsize=dtype.itemsize) * dtype.itemsize
         index = pick_frame(shape, frame, path)
         affine, notes = _meta_affine(fields, len(shape), axis_order, path)
         array, files = _meta_array(f, fields, dtype=dtype, shape=shape, size=size, path=path)
-    return labelled(array[index], affine, files=files, notes=(*order_notes, *notes), dtype=dtype, **options)
+    return stored_volume(array[index], affine, files=files, notes=(*order_notes, *notes), **options)

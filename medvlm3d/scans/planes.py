@@ -24,8 +24,8 @@ def _slice_through(volume, plane, point):
     axis, affine = _axis_across(volume, plane), volume.affine.copy()
     index = int(point[axis])
     affine[:3, 3] += index * affine[:3, axis]
-    array = volume.array.take([index], axis=axis)
-    return reorient(replace(volume, array=array, affine=affine), plane)
+    array = volume.voxels.take([index], axis=axis)
+    return reorient(replace(volume, voxels=array, affine=affine), plane)
 
 # %% ../../nbs/scans/planes.ipynb #c7fe3099
 def _place(view, volume, point):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'ORGAN', 'ORGANS', 'coverage', 'prepare', 'blind_plan', 'trainings', 'train_twins', 'file_stem', 'load',
-           'predictions_of', 'Constant', 'answer_all', 'answer_again', 'trained_by', 'cost_of', 'evaluate', 'score',
-           'read_scan', 'read_real_scans']
+           'made_of', 'predictions_of', 'Constant', 'answer_all', 'answer_again', 'trained_by', 'truth_of', 'cost_of',
+           'evaluate', 'score', 'read_scan', 'read_real_scans']
 
 # %% ../../nbs/studies/demo.ipynb #d813a47f
 import json, re, shutil
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from ..base.core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root,
-                                read_json, relative, sha256_file, versions, write_json, write_text)
+                                read_json, relative, sha256_file, sha256_json, versions, write_json,
+                                write_text)
 from ..base.fetch import fetch
-from ..data.manifest import load_samples
+from ..data.manifest import load_samples, samples_root
 from ..data.samples import Sample, by_image
 from ..evaluation.answering import answer_mode
 from ..evaluation.baselines import Blank, Reversed, case_facts, nearest_lines, neighbours, strata
@@ -158,10 +159,23 @@ def load(folder: Path | str) -> dict:
     model = MedVLM3D.from_pretrained(folder, dtype=torch.float32)
     return {"model": model.to(pick_device()), "weights": Path(folder)/"model.safetensors"}
 
+# %% ../../nbs/studies/demo.ipynb #5fe5c240
+def made_of(model: dict, samples: Sequence[Sample], store: FeatureStore | None) -> dict[str, str]:
+    "What a file of predictions depends on: hashes of the weights, and of all questions with their volumes."
+    features = getattr(store, "store", store)
+    key = getattr(features, "key", lambda image: None)
+    asked = [[s.id, s.question, s.answer, list(s.choices), s.image, key(s.image)] for s in samples]
+    return {"weights": sha256_file(model["weights"]),
+            "asked": sha256_json([asked, getattr(features, "spec", None)])[:16]}
+
+def _mark_of(path):
+    mark = path.with_suffix(".json")
+    return read_json(mark) if mark.exists() else None
+
 # %% ../../nbs/studies/demo.ipynb #057192c4
 def predictions_of(folder: Path, name: str, *, model: dict, samples: Sequence[Sample],
                    store: FeatureStore | None, batch_size: int = 96, **options) -> list[dict]:
-    """The lines of one system: those of `predictions/NAME.jsonl` if the same weights wrote it, else new ones.
+    """The lines of one system: those of `predictions/NAME.jsonl` if it was made of the same, else new ones.
 
     Parameters
     ----------
@@ -172,10 +186,9 @@ def predictions_of(folder: Path, name: str, *, model: dict, samples: Sequence[Sa
     store : image → features; None: no image
     batch_size : items answered together
     options : of `predict_items`"""
-    path, weights = folder/"predictions"/f"{file_stem(name)}.jsonl", sha256_file(model["weights"])
-    mark = path.with_suffix(".json")
-    if not mark.exists() or read_json(mark)["weights"] != weights: path.unlink(missing_ok=True)
-    write_json(mark, {"weights": weights})
+    path, mark = folder/"predictions"/f"{file_stem(name)}.jsonl", made_of(model, samples, store)
+    if not path.exists() or _mark_of(path) != mark: path.unlink(missing_ok=True)
+    write_json(path.with_suffix(".json"), mark)
     return predict_items(model["model"], model["model"].processor, samples=samples, features=store,
                          batch_size=batch_size, out_path=path, **options)
 
@@ -202,6 +215,7 @@ def answer_all(folder: Path, asked: Sequence[Sample], *, training: Sequence[Samp
     model, twin = load(folder/"model"), folder/"training"/"blind"/"model"
     variants = _variants(asked, store, seed)
     if answer_mode(model["model"]) != "options": del variants["model, in words"]
+    variants = {name: variant for name, variant in variants.items() if variant["samples"]}
     systems = {name: predictions_of(folder, name, model=model, **variant, **options)
                for name, variant in variants.items()}
     if twin.exists():
@@ -217,12 +231,17 @@ def _variants(asked, store, seed):
     blank = Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"]))
     return {"model": dict(samples=asked, store=store),
             "model, in words": dict(samples=_closed(asked), store=store, by="words"),
-            "other image": dict(samples=asked, store=store, images=other_images(asked, seed)),
+            **_exchanged(asked, store, seed),
             "no image": dict(samples=once, store=None),
             "blank image": dict(samples=once, store=blank),
             "slices reversed": dict(samples=once, store=Reversed(store))}
 
 def _closed(samples): return [sample for sample in samples if sample.task == "closed"]
+
+def _exchanged(asked, store, seed):
+    "The model with the image of another case, where there is another case."
+    if len({sample.case for sample in asked}) < 2: return {}
+    return {"other image": dict(samples=asked, store=store, images=other_images(asked, seed))}
 
 # %% ../../nbs/studies/demo.ipynb #659e057a
 def _without_model(folder, asked, *, training, store, lines):
@@ -267,14 +286,22 @@ def trained_by(folder: Path) -> dict:
     return {"seeds": seeds, "blind": twin.get("share")}
 
 # %% ../../nbs/studies/demo.ipynb #56e42544
+def truth_of(data: Path | str) -> dict[str, dict]:
+    "Image → row of a phantom's truth; {} for a corpus that has none."
+    root = samples_root(data)
+    return read_truth(root) if (root/"truth.jsonl").exists() else {}
+
 def _case_of(row): return "/".join(Path(row["image"]).parts[-3:-1])
 
-def _strata_and_findings(systems, truth, **bootstrap):
-    "Strata and clinical findings of the model, and of those it stands beside."
-    facts, beside = case_facts(truth, _case_of), [name for name in BESIDE if name in systems]
+def _strata_of(systems, truth, **bootstrap):
+    "Closed accuracy by what is in the volume, of the model and of others; {} without a truth."
+    beside = [name for name in BESIDE if name in systems]
+    if not truth or not _closed_lines(systems["model"]): return {}
+    facts = case_facts(truth, _case_of)
     by_system = {name: strata(systems[name], facts, **bootstrap) for name in beside}
-    return {"strata": by_system.pop("model"), "strata_beside": by_system,
-            "clinical": {name: clinical(systems[name], **bootstrap) for name in beside}}
+    return {"strata": by_system.pop("model"), "strata_beside": by_system}
+
+def _closed_lines(lines): return [line for line in lines if line["task"] == "closed"]
 
 # %% ../../nbs/studies/demo.ipynb #a91db73f
 def cost_of(folder: Path, lines: Sequence[dict]) -> dict:
@@ -302,7 +329,7 @@ def evaluate(out: Path | str, data: Path | str, *, store: Path | str, split: str
     run.note(status="running", seed=seed, split=split)
     options = {"batch_size": batch_size, "progress": progress}
     systems, again, facts = _answers(folder, data, features=features, split=split, seed=seed, **options)
-    results = score(systems, again, truth=read_truth(data), facts=facts, seed=seed, n=resamples)
+    results = score(systems, again, truth=truth_of(data), facts=facts, seed=seed, n=resamples)
     write_json(folder/"results.json", results)
     write_json(folder/"cost.json", cost_of(folder, systems["model"]))
     run.note(status="done", commit=git_commit(), versions=versions(), hardware=hardware(),
@@ -318,6 +345,9 @@ def _answers(folder, data, *, features, split, seed, **options):
     "(system → lines, seed → lines of further trainings, facts for `results.json`)."
     samples, trained = load_samples(data), trained_by(folder)
     asked = [sample for sample in samples if sample.split == split]
+    if not asked:
+        raise MedVLM3DError(relative(data), f"has nothing to ask in the split {split}",
+                            "Choose another split, or split the corpus with `medvlm3d data split`.")
     training = [sample for sample in samples if sample.split == "train"]
     systems = answer_all(folder, asked, training=training, store=features, seed=seed, **options)
     first, *further = trained["seeds"]
@@ -336,14 +366,15 @@ def score(systems: dict, again: dict, *, truth: dict, facts: dict, **bootstrap) 
     ----------
     systems : system → lines
     again : seed → closed lines of further trainings
-    truth : image → row of the phantom's truth
+    truth : image → row of the phantom's truth; {} where there is none
     facts : what else stands in the results
     bootstrap : `seed` and number `n` of resamples"""
     with quietly(): bertscore = BERTScore(fetch("minilm"))
     findings = {_case_of(row): {name: row[name] for name in LEXICON} for row in truth.values()}
-    results = evaluate_systems(systems, (), truth=findings, lexicon=LEXICON, meteor=METEOR(fetch("wordnet")),
-                               bertscore=bertscore, **bootstrap, **facts,
-                               **_strata_and_findings(systems, truth, **bootstrap))
+    found = {name: clinical(systems[name], **bootstrap) for name in BESIDE if name in systems}
+    results = evaluate_systems(systems, (), truth=findings or None, lexicon=LEXICON, bertscore=bertscore,
+                               meteor=METEOR(fetch("wordnet")), **bootstrap, **facts, clinical=found,
+                               **_strata_of(systems, truth, **bootstrap))
     if again:
         trained = [systems["model"], *again.values()]
         results["seeds"] = over_trainings(trained, systems.get("blind"), **bootstrap)
@@ -408,6 +439,7 @@ def _save_figures(folder, pixels, attention, facts):
 
 def read_real_scans(out: Path | str, names: Sequence[str] = ("lung1", "lung2", "brain1", "brain2")) -> dict:
     "Name → what `read_scan` returns, for each of the real scans."
+    if not names: return {}
     model, scans = load(project_root()/out/"model")["model"], real_scans(*names)
     return {name: read_scan(out, model, name=name, volume=volume, mask=mask)
             for name, (volume, mask) in scans.items()}

@@ -122,7 +122,8 @@ class _ReviewPanel:
     def judge(self, button):
         "Write the verdict of a button on the pair that is shown, then show the next."
         left = self.open_ids()
-        if left: set_verdict(self.sheet, left[0], button.description, escape_csv(self.comment.value))
+        comment = escape_csv(self.comment.value, numbers=False)
+        if left: set_verdict(self.sheet, left[0], button.description, comment)
         self.comment.value = ""
         self.show()
 

@@ -7,6 +7,7 @@ __all__ = ['FROZEN', 'RULE', 'LEARNED', 'FIGURE_2', 'Station', 'stations', 'way_
            'draw_slice', 'answers_figure', 'paper_figures']
 
 # %% ../../nbs/studies/pictures.ipynb #6b5de507
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,19 +20,19 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from ..base.core import MedVLM3DError, project_root, relative
-from ..data.m3d import load_m3d
+from ..data.m3d import image_reader
+from ..data.manifest import load_samples, samples_root
 from ..evaluation.prediction import read_predictions
 from ..features.store import FeatureStore
 from ..method.connector import MedVLM3DConfig
 from ..method.injection import low_size
 from ..method.model import MedVLM3D
 from ..method.selection import indices_ahead
-from ..method.tokens import open_prompt
+from ..method.tokens import open_prompt, report_prompt
 from ..phantoms.phantom import read_masks, read_truth
 from ..report.figures import new_figure, save_figure
 from ..report.looking import look
 from ..report.tables import pick, shorten
-from ..scans.readers import read_volume
 from .demo import load
 
 # %% ../../nbs/studies/pictures.ipynb #cffb1fd0
@@ -83,22 +84,22 @@ def _connector(config):
 # %% ../../nbs/studies/pictures.ipynb #8ab590cb
 def way_figure(config: MedVLM3DConfig, title: str = "The way of the data"):
     "The paper's Figure 1 with the shapes of `config`: blue is frozen, grey is a rule, orange is trained."
-    figure, ax = new_figure(9, 1.6)
     steps = stations(config)
+    figure, ax = new_figure(1.45 * len(steps), 2.1)
     for i, station in enumerate(steps):
         _draw_station(ax, i, station)
         if i: ax.add_patch(_arrow(i))
-    ax.set(xlim=(-.1, len(steps) - .15), ylim=(-.3, .7))
+    ax.set(xlim=(-.15, len(steps) - .1), ylim=(-.4, .7))
     ax.set_axis_off()
-    ax.set_title(title, fontsize=9)
+    ax.set_title(title, fontsize=10)
     return figure
 
 def _draw_station(ax, i, station):
     "The box of station number `i` with its name inside and its shape below."
     box = FancyBboxPatch((i, 0), .74, .6, boxstyle="round,pad=.04", fc=station.colour, ec=".3", lw=.8)
     ax.add_patch(box)
-    ax.text(i + .37, .3, station.name, ha="center", va="center", fontsize=7)
-    ax.text(i + .37, -.16, station.shape, ha="center", va="top", fontsize=6.5, color=".25")
+    ax.text(i + .37, .3, station.name, ha="center", va="center", fontsize=9.5)
+    ax.text(i + .37, -.14, station.shape, ha="center", va="top", fontsize=9.5, color=".1")
 
 def _arrow(i):
     "The arrow that leads to station `i`."
@@ -106,18 +107,20 @@ def _arrow(i):
 
 # %% ../../nbs/studies/pictures.ipynb #d6e6b5e1
 def chosen_cases(folder: Path, cases: int = 3, seed: int = 0, type: str = "Organ") -> list[dict]:
-    """Lines of the model's open answers, chosen by the hash of their ids.
+    """Lines of the model's open answers, else of its reports, chosen by the hash of their ids.
 
     Parameters
     ----------
     folder : the study's folder
     cases : how many
     seed : of the hash
-    type : of the questions"""
+    type : of the questions; others are taken where there are none of it"""
     path = folder/"predictions"/"model.jsonl"
     if not path.exists(): raise MedVLM3DError(relative(path), "is missing", "Run 92_evaluate first.")
-    lines = [line for line in read_predictions(path) if line["task"] == "open" and line["type"] == type]
-    return pick(lines, cases, seed)
+    lines = [line for line in read_predictions(path) if line["task"] != "closed"]
+    opened = [line for line in lines if line["task"] == "open"]
+    of_type = [line for line in opened if line["type"] == type]
+    return pick(of_type or opened or lines, cases, seed)
 
 # %% ../../nbs/studies/pictures.ipynb #a7c15fad
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def _lesion(data, image):
     return read_masks(data, truth)[1] if truth else None
 
 # %% ../../nbs/studies/pictures.ipynb #d15fadb6
-def looked_at(model: MedVLM3D, data: Path, *, store: FeatureStore, image: str, line: dict) -> Look:
+def looked_at(model: MedVLM3D, data: Path, *, store: FeatureStore, image: str, line: dict,
+              read: Callable) -> Look:
     """What one answer looked at.
 
     Parameters
@@ -149,11 +153,13 @@ def looked_at(model: MedVLM3D, data: Path, *, store: FeatureStore, image: str, l
     model : that gave the answer
     data : folder of the corpus
     store, image : the features, and the image that was asked about
-    line : the prediction; where it is empty, the true answer takes its place"""
+    line : the prediction; where it is empty, the true answer takes its place
+    read : image → `Volume`"""
     features, kept = store[image]
     answer = line["prediction"] or line["answer"]
-    attention = look(model, features[None].float(), [(open_prompt(line["question"]), answer)])[0].numpy()
-    pixels = model.processor.preprocess(read_volume(data/image)).numpy()
+    prompt = report_prompt(0) if line["task"] == "report" else open_prompt(line["question"])
+    attention = look(model, features[None].float(), [(prompt, answer)])[0].numpy()
+    pixels = model.processor.preprocess(read(image)).numpy()
     return Look(pixels, kept.tolist(), attention, _lesion(data, image))
 
 # %% ../../nbs/studies/pictures.ipynb #b215e742
@@ -221,10 +227,12 @@ def answers_figure(out: Path | str, data: Path | str, *, store: Path | str, case
     seed : of the choice of cases"""
     folder, data, store = project_root()/out, project_root()/data, FeatureStore(project_root()/store)
     model, lines = load(folder/"model")["model"], chosen_cases(folder, cases, seed)
-    image_of = {sample.id: sample.image for sample in load_m3d(data)}
+    samples = load_samples(data)
+    image_of, root = {sample.id: sample.image for sample in samples}, samples_root(data)
+    read = image_reader(root, samples)
     figure, rows = _rows_of_slices(len(lines), slices)
     for row, line in zip(rows, lines):
-        view = looked_at(model, data, store=store, image=image_of[line["id"]], line=line)
+        view = looked_at(model, root, store=store, image=image_of[line["id"]], line=line, read=read)
         _draw_case(row, view, line)
     figure.suptitle(FIGURE_2, fontsize=8)
     return figure

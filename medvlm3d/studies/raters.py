@@ -36,7 +36,8 @@ def sheet_rows(pairs: Sequence[Sample], rater: str, seed: int = 0) -> list[list[
     rows = []
     for p in (pairs[i] for i in order):
         cells = p.id, volume_name(p.image), p.question, *p.choices, f"{p.letter}. {p.answer}"
-        rows.append([*map(escape_csv, cells), "", ""])
+        texts = [escape_csv(cell, numbers=False) for cell in cells]
+        rows.append([*texts, "", ""])
     return rows
 
 # %% ../../nbs/studies/raters.ipynb #a4a9fa03

@@ -13,7 +13,7 @@ __all__ = ['CURVE', 'CURVE_ROW', 'INSTRUMENT', 'TESTS', 'ABLATION_NOTE', 'CURVE_
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -63,20 +63,18 @@ def groups_within(items: Sequence[Sequence], corpus: str) -> dict:
     for i, (_, _, item_corpus, type, _) in enumerate(items):
         if item_corpus == corpus: types.setdefault(type, []).append(i)
     if not types: return {}
-    return {**dict(sorted(types.items())), "mean": sorted(i for index in types.values() for i in index)}
+    everything = sorted(chain.from_iterable(types.values()))
+    return {**dict(sorted(types.items())), "mean": everything}
 
 # %% ../../nbs/studies/sweep.ipynb #831a2164
 def over_groups(items: Sequence[Sequence], statistic: Callable) -> dict:
     "Corpus → group → `statistic(indices, clusters)` of its items."
-    out = {}
+    cells = {}
     for corpus in CORPORA:
-        groups = groups_within(items, corpus)
-        if not groups: continue
-        out[corpus] = {}
-        for group, index in groups.items():
+        for group, index in groups_within(items, corpus).items():
             clusters = [items[i][1] for i in index]
-            out[corpus][group] = statistic(index, clusters)
-    return out
+            cells.setdefault(corpus, {})[group] = statistic(index, clusters)
+    return cells
 
 # %% ../../nbs/studies/sweep.ipynb #a8483c1a
 def pooled(p: Sequence[float]) -> float:
@@ -125,18 +123,25 @@ def score_rows(records: dict, rows: dict[str, Row], *, items: Sequence[Sequence]
     rows : name → `Row`
     items : what was asked of the test cases
     seed, n : of the bootstrap, and its resamples"""
-    right = {name: right_answers(runs, items) for name, runs in records.items() if not isinstance(runs, str)}
+    run = {name: of_seeds for name, of_seeds in records.items() if not isinstance(of_seeds, str)}
+    right = {name: right_answers(of_seeds, items) for name, of_seeds in run.items()}
     scored = {name: about(row) for name, row in rows.items()}
     for name, entry in scored.items():
-        if name not in right:
+        if name not in run:
             entry["why"] = records[name]
             continue
-        entry |= {key: records[name][0][key] for key in ("parameters", "tokens")}
-        entry["cells"] = _cells(right[name], items, seed=seed, n=n)
-        other = entry["versus row"]
-        if name != other and other in right:
-            entry["versus"] = _differences(right[name], right[other], items, seed=seed, n=n)
+        entry |= _size(run[name][0])
+        entry |= _scores(name, entry["versus row"], right=right, items=items, seed=seed, n=n)
     return adjust(scored)
+
+def _size(record): return {"parameters": record["parameters"], "tokens": record["tokens"]}
+
+def _scores(name, other, *, right, items, **bootstrap):
+    "Cells of a row, and its differences from the row `other` if that is another one that was run."
+    scores = {"cells": _cells(right[name], items, **bootstrap)}
+    if name != other and other in right:
+        scores["versus"] = _differences(right[name], right[other], items, **bootstrap)
+    return scores
 
 # %% ../../nbs/studies/sweep.ipynb #0bbd6534
 def adjust_family(cells: Sequence[dict]) -> None:
@@ -241,13 +246,14 @@ def run_curve(out: Path, data: Path, *, store: Path, volume_lr: float, shares: S
     slices = setup.slices(encoded, "phantom/")
     kept = slices.kept(CURVE_ROW.rho, CURVE_ROW.selection)
     lessons = dict.fromkeys(CURVE, setup.lesson) | {"3D": replace(setup.lesson, lr=volume_lr)}
+    same = dict(kept=kept, spec=encoded.spec, setup=setup)
     trials = {}
     for side, share, seed in product(reversed(CURVE), shares, setup.seeds):
-        trials[side, share, seed] = curve_trial(out, side, share=share, seed=seed, kept=kept,
-                                                lesson=lessons[side], spec=encoded.spec, setup=setup)
+        trials[side, share, seed] = curve_trial(out, side, share=share, seed=seed, lesson=lessons[side],
+                                                **same)
     sources = {"slices": slices.grids, "volumes": _volumes(data, slices.images, setup.corpora.preprocess)}
-    done = setup.run([*trials.values()], sources, corpus="phantom/", name="curve of data")
-    return _by_side(dict(zip(trials, done)), shares, setup.seeds)
+    records = setup.run([*trials.values()], sources, corpus="phantom/", name="curve of data")
+    return _by_side(dict(zip(trials, records)), shares, setup.seeds)
 
 # %% ../../nbs/studies/sweep.ipynb #5cf5d711
 def _volumes(data, images, preprocess):
@@ -449,18 +455,23 @@ def ablation_table(results: dict, rows: dict[str, Row] | None = None) -> Table:
     """The paper's Table 8: its accuracy beside ours, with differences.
 
     Without results, the rows of `rows` (name → `Row`) stand there and are not run."""
+    entries = results.get("rows") or {name: about(row) for name, row in (rows or {}).items()}
+    lines = _ablation_lines(entries)
+    for name, text in _baseline_rows(results, ["phantom"]):
+        lines.append(("baseline", name, "–", "–", text, *"––––"))
+    note = dial_text(results) + ABLATION_NOTE
+    return Table("Table 8: ablation, closed accuracy", ABLATION_COLUMNS, tuple(lines), note)
+
+def _ablation_lines(entries):
+    "The line of each row: where it stands, the paper's number, and what was measured."
     known = published()
     full = published_value(known, "paper", task="closed", type="macro", metric="accuracy: full")
-    entries = results.get("rows") or {name: about(row) for name, row in (rows or {}).items()}
     lines = []
     for entry in entries.values():
         paper = _paper_text(known, entry["published"], full)
         other = entries.get(entry["versus row"], {}).get("label", "–")
         lines.append((entry["group"], entry["label"], paper, *_measured(entry, other)))
-    for name, text in _baseline_rows(results, ["phantom"]):
-        lines.append(("baseline", name, "–", "–", text, *"––––"))
-    note = dial_text(results) + ABLATION_NOTE
-    return Table("Table 8: ablation, closed accuracy", ABLATION_COLUMNS, tuple(lines), note)
+    return lines
 
 # %% ../../nbs/studies/sweep.ipynb #4341c706
 def _measured(entry, other):
@@ -473,12 +484,12 @@ def _measured(entry, other):
 # %% ../../nbs/studies/sweep.ipynb #6a0d08bf
 def probe_table(results: dict) -> Table:
     "Where a part helps: each row's difference on each probe."
+    measured = [entry for entry in results.get("rows", {}).values() if "cells" in entry]
     lines = []
-    for entry in results.get("rows", {}).values():
-        if "cells" in entry:
-            lines.append((entry["group"], entry["label"], *(_probe_text(entry, corpus) for corpus in PROBES)))
+    for entry in measured:
+        lines.append((entry["group"], entry["label"], *(_probe_text(entry, corpus) for corpus in PROBES)))
     lines += [("baseline", *row) for row in _baseline_rows(results, PROBES)]
-    columns = ("part", "row", *(f"{name} (claim of {probe[0]})" for name, probe in PROBES.items()))
+    columns = ("part", "row", *(f"{name} (claim of {claim})" for name, (claim, *_) in PROBES.items()))
     note = ("Rows that are compared with another show the difference from it, the others accuracy; "
             f"Holm over rows and probes. {dial_text(results)}{ABLATION_NOTE}")
     title = "Where a part helps: closed accuracy on the probes, and differences from it"

@@ -126,10 +126,11 @@ def newest_whole(folder: Path | str, tell: Callable = print) -> Path | None:
                         "Restore the files from a copy, or delete the folder to begin the stage anew.")
 
 # %% ../../nbs/training/checkpoint.ipynb #5c2b342a
-def tidy(folder: Path | str, keep: int | None = None) -> None:
-    "Remove what is half written and, with a number to `keep`, all checkpoints but the newest."
+def tidy(folder: Path | str, keep: int | None = None, best: int | None = None) -> None:
+    "Remove what is half written and, with a number to `keep`, all checkpoints but the newest and the `best`."
     shutil.rmtree(Path(folder)/PART, ignore_errors=True)
     if not keep: return
     for old in checkpoints(folder)[keep:]:
+        if step_of(old) == best: continue
         (old/MARK).unlink(missing_ok=True)
         shutil.rmtree(old)

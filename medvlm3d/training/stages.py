@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CARD', 'ALLOWANCES', 'Segments', 'PackedVolumes', 'make_arguments', 'frozen_hash', 'drop_log_after', 'resume_point',
-           'take_steps', 'train_stage', 'finish_stage', 'plan_samples', 'training_part', 'training_data', 'note_words',
-           'note_targets', 'run_stages', 'stage_data', 'write_card', 'check_data', 'train', 'main']
+           'is_over', 'take_steps', 'train_stage', 'kept_checkpoint', 'finish_stage', 'plan_samples', 'training_part',
+           'training_data', 'validation_part', 'note_words', 'note_targets', 'run_stages', 'stage_data', 'write_card',
+           'check_data', 'train', 'main']
 
 # %% ../../nbs/training/stages.ipynb #680f3182
-import json, sys
+import copy, json, sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 
 from ..base.core import (
     MedVLM3DError, RunFolder, open_run, pick_device, project_root, read_json, relative,
-    seed_everything, write_json, write_text)
+    seed_everything, sha256_file, write_json, write_text)
 from ..base.ranks import Ranks, only_writer
 from ..base.values import check_name, read_yaml
 from ..data.manifest import load_samples, pin_data, samples_root
@@ -28,11 +29,11 @@ from ..method.model import MedVLM3D
 from ..method.tokens import image_prefix, instruction_index, prompt_ids, target_ids
 from ..method.packing import collate, pack_examples, padding_id
 from ..method.weights import quietly
-from .checkpoint import newest_whole, step_of
+from .checkpoint import flaw, newest_whole, step_of
 from .launch import record_failure
 from .plan import (
     Plan, Stage, agree, base_dtype, check_conditions, check_lora, check_requirements, check_volumes,
-    in_bf16, initial_model, plan_llm, training_features)
+    first_model, in_bf16, init_folder, plan_llm, training_features)
 from .words import (
     check_unknown, is_scheduled, measure_targets, task_pair, unknown_by_split, unknown_line)
 
@@ -67,10 +68,18 @@ class PackedVolumes(torch.utils.data.Dataset):
                  seed=0, constant=None, policy="error"):
         self.store, self.tokenizer, self.config = store, processor.tokenizer, config
         self.weighting, self.forms, self.policy = weighting, forms, policy
-        self.seed, self.epoch, self.constant = seed, 0, constant
+        self.seed, self.epoch, self.constant, self.tasks = seed, 0, constant, tasks
         self.segments = Segments(self.tokenizer)
         self.prefix = image_prefix(self.tokenizer, config.visual_tokens)
-        self.groups = list(by_image([s for s in samples if s.task in tasks]).items())
+        self.groups = self._grouped(samples)
+
+    def _grouped(self, samples): return list(by_image([s for s in samples if s.task in self.tasks]).items())
+
+    def held_out(self, samples: list[Sample]) -> "PackedVolumes":
+        "Other volumes that are read in the same way, with both forms of each question, in epoch 0."
+        other = copy.copy(self)
+        other.groups, other.forms, other.epoch = self._grouped(samples), "both", 0
+        return other
 
     def __len__(self): return len(self.groups)
 
@@ -159,9 +168,23 @@ def resume_point(run: RunFolder, stage: int, folder: Path) -> Path | None:
     if ranks.rank == 0: drop_log_after(run, stage, step_of(newest) if newest else 0)
     return newest
 
+# %% ../../nbs/training/stages.ipynb #35371b7a
+def is_over(checkpoint: Path, plan: Plan, steps: int) -> bool:
+    "Whether a stage of so many `steps` has ended with this checkpoint: after the last, or early."
+    from medvlm3d.training.trainer import has_waited
+    if step_of(checkpoint) >= steps: return True
+    state = read_json(checkpoint/"trainer_state.json")
+    return has_waited(state["global_step"], state["best_global_step"], every=plan.validate_every,
+                      patience=plan.patience)
+
+def _add_validation(trainer, plan, held_out):
+    from medvlm3d.training.trainer import Validator
+    trainer.add_callback(Validator(trainer, data=held_out, every=plan.validate_every, patience=plan.patience,
+                                   save=plan.select == "best"))
+
 # %% ../../nbs/training/stages.ipynb #2a410fb0
 def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, data: PackedVolumes,
-               progress: bool, signals: dict | None) -> None:
+               progress: bool, signals: dict | None, held_out: PackedVolumes | None = None) -> None:
     """Take the steps of a stage from its newest checkpoint on, and check that what is frozen has not changed.
 
     Parameters
@@ -170,18 +193,20 @@ def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, dat
     stage, model, data : the stage, the model that is trained in place, and its volumes
     progress : whether rank 0 shows a progress bar
     signals : what `catch_signals` yields, or None
+    held_out : volumes of the validation split, or None
     """
     from medvlm3d.training.trainer import SafeTrainer
     folder = run/"checkpoints"/f"stage-{stage.stage}"
     arguments = make_arguments(plan, stage, folder=folder, steps_an_epoch=_steps_an_epoch(stage, data),
                                progress=progress and Ranks.here().rank == 0)
     newest = resume_point(run, stage.stage, folder)
-    if newest and step_of(newest) >= arguments.max_steps: return
+    if newest and is_over(newest, plan, arguments.max_steps): return
     if pick_device().type == "cpu":   # torch's fused kernel is twice as slow there on short rows with a mask
         model.llm.set_attn_implementation("eager")
     before = base_hash(model.llm)
     trainer = SafeTrainer(model, arguments, data_collator=data.batch, train_dataset=data, signals=signals,
                           run=run, stage=stage.stage, nonfinite=plan.nonfinite)
+    if held_out is not None: _add_validation(trainer, plan, held_out)
     trainer.train(resume_from_checkpoint=newest and str(newest))
     _check_end(trainer, stage.stage, before)
 
@@ -203,7 +228,8 @@ def _check_end(trainer, stage, before):
 
 # %% ../../nbs/training/stages.ipynb #089b7e32
 def train_stage(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, data: PackedVolumes,
-                progress: bool = True, signals: dict | None = None) -> list[dict]:
+                progress: bool = True, signals: dict | None = None,
+                held_out: PackedVolumes | None = None) -> list[dict]:
     """Train `model` for one stage, from its newest whole checkpoint on; returns the trained parts.
 
     The result is in the newest checkpoint, and in `model` if that is not divided among ranks.
@@ -214,6 +240,7 @@ def train_stage(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, da
     stage, model, data : the stage, the model that is trained in place, and its volumes
     progress : whether the table and a progress bar are shown
     signals : what `catch_signals` yields, or None
+    held_out : volumes of the validation split, or None
     """
     from medvlm3d.training.trainer import deepspeed_context
     check_lora(model.config.lora, stage.lora)
@@ -222,7 +249,8 @@ def train_stage(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, da
     table = [{"part": part, "parameters": n, "trained": learn} for part, n, learn in model.trainable_table()]
     if progress and Ranks.here().rank == 0: _print_trained(stage, table)
     with quietly(), deepspeed_context(plan.deepspeed):
-        take_steps(run, plan, stage=stage, model=model, data=data, progress=progress, signals=signals)
+        take_steps(run, plan, stage=stage, model=model, data=data, progress=progress, signals=signals,
+                   held_out=held_out)
     return table
 
 # %% ../../nbs/training/stages.ipynb #41be4a1e
@@ -231,18 +259,40 @@ def _print_trained(stage, table):
         sizes = f"{row['trained']:,} of {row['parameters']:,} parameters are trained"
         print(f"stage {stage.stage}: {row['part']}, {sizes}")
 
+# %% ../../nbs/training/stages.ipynb #1fca668d
+def kept_checkpoint(run: RunFolder, plan: Plan, stage: Stage) -> Path:
+    "The checkpoint whose weights a finished stage keeps: the newest, or the best where it was validated."
+    newest = newest_whole(run/"checkpoints"/f"stage-{stage.stage}")
+    state = read_json(newest/"trainer_state.json")
+    best = state["best_global_step"] if plan.validate_every else None
+    if not best: return newest
+    _note_validation(run, stage, state, plan.select)
+    if plan.select == "last" or best == step_of(newest): return newest
+    chosen = newest.parent/f"checkpoint-{best}"
+    if why := flaw(chosen): raise MedVLM3DError(relative(chosen), why, "Restore it, or keep select: last.")
+    return chosen
+
+# %% ../../nbs/training/stages.ipynb #4d5dbccf
+def _note_validation(run, stage, state, select):
+    "Print and record the best step of a stage, and where it ended."
+    best, loss, last = state["best_global_step"], state["best_metric"], state["global_step"]
+    facts = {"best step": best, "best loss": round(loss, 6), "last step": last, "of": state["max_steps"],
+             "kept": select}
+    run.note(validation={**run.manifest.get("validation", {}), f"stage {stage.stage}": facts})
+    early = f", ended early at step {last} of {state['max_steps']}" if last < state["max_steps"] else ""
+    print(f"stage {stage.stage}: validation loss {loss:.4f} at step {best} is best{early}; kept: {select}")
+
 # %% ../../nbs/training/stages.ipynb #74224dae
 def finish_stage(run: RunFolder, plan: Plan, stage: Stage, table: list[dict]) -> None:
-    """Save the model of a finished stage, as its last checkpoint holds it, in `stage-N` of the run folder.
+    """Save the model of a finished stage, as its kept checkpoint holds it, in `stage-N` of the run folder.
 
     Parameters
     ----------
     run, plan, stage : the run folder, what it trains, and the stage that is finished
     table : what was trained, from `train_stage`
     """
-    checkpoint = newest_whole(run/"checkpoints"/f"stage-{stage.stage}")
     saved = run/f"stage-{stage.stage}"
-    model = _load(plan, checkpoint, dtype=torch.float32)
+    model = _load(plan, kept_checkpoint(run, plan, stage), dtype=torch.float32)
     model.save_pretrained(saved)
     write_json(saved/"trained.json", table)
 
@@ -261,6 +311,16 @@ def training_part(plan: Plan, samples: list[Sample]) -> list[Sample]:
 def training_data(plan: Plan, allow_shared: bool = False, run: RunFolder | None = None) -> list[Sample]:
     "The training samples of a plan."
     return training_part(plan, plan_samples(plan, allow_shared, run))
+
+def validation_part(plan: Plan, samples: list[Sample]) -> list[Sample]:
+    "The samples of up to `validate_volumes` volumes of the validation split, evenly spaced, if wanted."
+    if not plan.validate_every: return []
+    groups = list(by_image([s for s in samples if s.split == "validation"]).values())
+    if not groups:
+        raise MedVLM3DError(plan.data, "has no validation split, and validate_every asks for its loss",
+                            "Split it with `medvlm3d data split`, or leave validate_every out.")
+    chosen = groups[::max(1, -(-len(groups) // plan.validate_volumes))]
+    return [s for group in chosen for s in group]
 
 # %% ../../nbs/training/stages.ipynb #914dd36f
 def note_words(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVLM3D) -> None:
@@ -302,6 +362,23 @@ def note_targets(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVL
 def _print_cut(cut, total, tokens):
     print(f"{cut} of {total} targets are longer than the context leaves room for: {tokens} tokens are cut")
 
+# %% ../../nbs/training/stages.ipynb #e8514cde
+def _first_model(run, plan, *, corpus, store, allow_changes):
+    "The model before the first step, once its base, its words and its lengths have been found to fit."
+    samples = training_part(plan, corpus)
+    model = first_model(plan, store, list(by_image(samples)))
+    Ranks.here().lead(lambda: _check_base(run, plan, model, allow_changes))
+    note_words(run, plan, corpus, model)
+    note_targets(run, plan, samples, model)
+    held_out = _used(plan, validation_part(plan, corpus))
+    measure_targets(held_out, model.config, model.processor.tokenizer, plan.policy)
+    return model
+
+def _aside(plan, corpus, data):
+    "The volumes of the validation split, read as those of `data`; None if they are not looked at."
+    samples = validation_part(plan, corpus)
+    return data.held_out(samples) if samples else None
+
 # %% ../../nbs/training/stages.ipynb #d6f7d213
 def run_stages(run: RunFolder, plan: Plan, *, corpus: list[Sample], store: FeatureStore, progress: bool,
                signals: dict, allow_changes: bool = False) -> dict[str, list[dict]]:
@@ -316,16 +393,13 @@ def run_stages(run: RunFolder, plan: Plan, *, corpus: list[Sample], store: Featu
     allow_changes : continue although the language model is another one than at the run's start
     """
     ranks, trained, samples = Ranks.here(), {}, training_part(plan, corpus)
-    model = initial_model(plan, store, list(by_image(samples)))
-    ranks.lead(lambda: _check_base(run, plan, model, allow_changes))
-    note_words(run, plan, corpus, model)
-    note_targets(run, plan, samples, model)
+    model = _first_model(run, plan, corpus=corpus, store=store, allow_changes=allow_changes)
     for stage in plan.stages:
         saved = run/f"stage-{stage.stage}"
         if not ranks.lead(lambda: (saved/"trained.json").exists()):
             data = stage_data(plan, stage, samples=samples, store=store, model=model)
-            table = train_stage(run, plan, stage=stage, model=model, data=data,
-                                progress=progress, signals=signals)
+            table = train_stage(run, plan, stage=stage, model=model, data=data, progress=progress,
+                                signals=signals, held_out=_aside(plan, corpus, data))
             ranks.lead(lambda: finish_stage(run, plan, stage, table))
         trained[f"stage {stage.stage}"] = read_json(saved/"trained.json")
         model = _load(plan, saved)
@@ -338,10 +412,13 @@ def _load(plan, folder, **options):
 
 # %% ../../nbs/training/stages.ipynb #428091cb
 def _check_base(run, plan, model, allow_changes):
-    "The first 16 digits of the language model's hash are a condition of the run."
+    "The first 16 digits of the hashes of the language model and of `init_from` are conditions of the run."
     known = (model.config.llm_reference or {}).get("sha256")
-    digest = known or base_hash(model.llm)
-    check_conditions(run.path, plan, Ranks.here().world, allow_changes, base=digest[:16])
+    facts = {"base": (known or base_hash(model.llm))[:16]}
+    if plan.init_from:
+        facts["init"] = sha256_file(init_folder(plan.init_from)/"model.safetensors")[:16]
+        run.note(init_from={"name": plan.init_from, "sha256": facts["init"]})
+    check_conditions(run.path, plan, Ranks.here().world, allow_changes, **facts)
 
 # %% ../../nbs/training/stages.ipynb #8c22dc08
 def stage_data(plan: Plan, stage: Stage, *, samples: list[Sample], store: FeatureStore,
@@ -397,7 +474,7 @@ def _stage_row(stage, manifest, last):
 def write_card(run: RunFolder, plan: Plan, spec: dict) -> None:
     "Write `model/README.md` from the run's manifest and log, and from the `spec` of its feature store."
     manifest = run.manifest
-    last = {entry["stage"]: entry for entry in run.read_log()}
+    last = {entry["stage"]: entry for entry in run.read_log() if "loss" in entry}
     rows = [_stage_row(stage, manifest, last.get(stage.stage, {})) for stage in plan.stages]
     text = CARD.format(base=_base_name(plan), seed=plan.seed, rows="\n".join(rows), **_feature_facts(spec),
                        **_run_facts(manifest))
@@ -448,7 +525,7 @@ def _open_training(run, plan, *, contexts, allow_changes, allow_shared):
     corpus = plan_samples(plan, allow_shared, run if ranks.rank == 0 else None)
     agree(store.spec, MedVLM3DConfig(**plan.model))
     ranks.lead(lambda: check_conditions(run.path, plan, ranks.world, allow_changes, store=store.spec))
-    ranks.lead(lambda: check_data(run, plan, store, training_part(plan, corpus)))
+    ranks.lead(lambda: check_data(run, plan, store, _looked_at(plan, corpus)))
     if ranks.rank == 0: contexts.enter_context(_opened(run, plan, store, continued))
     return corpus, store
 
@@ -456,6 +533,8 @@ def _opened(run, plan, store, continued):
     "The run with its manifest; when it is continued, the conditions have said what may differ in its config."
     if continued: (run/"config.yaml").unlink(missing_ok=True)
     return open_run(run.path, plan.to_dict(), store=store.spec)
+
+def _looked_at(plan, corpus): return training_part(plan, corpus) + validation_part(plan, corpus)
 
 # %% ../../nbs/training/stages.ipynb #316a16cc
 def train(folder: Path | str, plan: Plan | dict, *, progress: bool = True, allow_changes: bool = False,

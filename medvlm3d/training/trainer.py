@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REPEATS', 'Interrupted', 'catch_signals', 'any_rank', 'weight_of', 'WeightedTrainer', 'GuardedTrainer',
-           'SealedTrainer', 'Bar', 'Keeper', 'loader_error', 'SafeTrainer', 'load_shard', 'deepspeed_context']
+           'SealedTrainer', 'Bar', 'Keeper', 'sum_ranks', 'shares_of', 'held_out_loss', 'Validator', 'has_waited',
+           'loader_error', 'SafeTrainer', 'load_shard', 'deepspeed_context']
 
 # %% ../../nbs/training/trainer.ipynb #6dcbc6f0
 import signal, threading, time
@@ -149,7 +150,7 @@ class SealedTrainer(GuardedTrainer):
             self._save_part(model, trial)
             self.accelerator.wait_for_everyone()
             if is_first: self._seal(final)
-        if is_first: tidy(final.parent, self.args.save_total_limit)
+        if is_first: tidy(final.parent, self.args.save_total_limit, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
 
     def _save_part(self, model, trial):
@@ -220,6 +221,75 @@ class Keeper(TrainerCallback):
         (before, done), self.since = self.since, (time.monotonic(), self.trainer.tokens)
         seconds = max(1e-9, self.since[0] - before)
         return (self.since[1] - done) * self.trainer.args.world_size / seconds
+
+# %% ../../nbs/training/trainer.ipynb #5395ad53
+def sum_ranks(values: torch.Tensor) -> torch.Tensor:
+    "The sum of all ranks' `values`."
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return values
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    total = values.to(device)
+    torch.distributed.all_reduce(total)
+    return total.cpu()
+
+def shares_of(count: int, batch: int, ranks: int) -> list[tuple[list[int], bool]]:
+    "Batches of rows for all ranks in turn, as many for each; one that only fills up does not count (False)."
+    batches = [(list(range(i, min(i + batch, count))), True) for i in range(0, count, batch)]
+    return batches + [(batches[0][0], False)] * (-len(batches) % ranks)
+
+# %% ../../nbs/training/trainer.ipynb #71a2703b
+@torch.no_grad()
+def held_out_loss(trainer: "SafeTrainer", data: torch.utils.data.Dataset) -> float:
+    "The mean loss over the questions of `data`, the same on every rank; the model's mode is left as it was."
+    model, args, sums = trainer.model_wrapped, trainer.args, torch.zeros(2, dtype=torch.float64)
+    was_training = model.training
+    model.eval()
+    shares = shares_of(len(data), args.per_device_train_batch_size, args.world_size)
+    for rows, counts in shares[args.process_index::args.world_size]:
+        if counts: sums += _weighted_loss(trainer, data, rows)
+        else: _weighted_loss(trainer, data, rows)
+    model.train(was_training)
+    loss, weight = sum_ranks(sums).tolist()
+    return loss / weight
+
+def _weighted_loss(trainer, data, rows):
+    "(Σ w loss, Σ w) of some rows of a dataset."
+    batch = data.batch([data[row] for row in rows])
+    batch.pop("rows")
+    inputs = trainer._prepare_inputs(batch)
+    with trainer.compute_loss_context_manager(): loss = trainer.model_wrapped(**inputs).loss
+    weight = float(weight_of(inputs))
+    return torch.tensor([float(loss) * weight, weight], dtype=torch.float64)
+
+# %% ../../nbs/training/trainer.ipynb #62139a0f
+class Validator(TrainerCallback):
+    """Measures and logs the loss of held-out volumes, marks the best step, and may end the stage.
+
+    It takes the trainer, the volumes (`data`), the steps between two losses (`every`), how many may pass
+    without a better one (`patience`; 0: all), and whether the best step is saved (`save`)."""
+    def __init__(self, trainer, *, data, every, patience=0, save=True):
+        self.trainer, self.data, self.every, self.patience, self.save = trainer, data, every, patience, save
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if state.global_step % self.every and state.global_step < state.max_steps: return
+        loss = held_out_loss(self.trainer, self.data)
+        if state.is_world_process_zero:
+            self.trainer.run.log(stage=self.trainer.stage, step=state.global_step, of=state.max_steps,
+                                 validation_loss=loss if loss - loss == 0 else None)
+        if loss == loss and (state.best_metric is None or loss < state.best_metric):   # NaN is never best
+            state.best_metric, state.best_global_step = loss, state.global_step
+            control.should_save = control.should_save or self.save
+        if has_waited(state.global_step, state.best_global_step, every=self.every, patience=self.patience):
+            control.should_save = control.should_training_stop = True
+
+def has_waited(step: int, best: int | None, *, every: int, patience: int) -> bool:
+    """Whether a stage ends at `step`, since the validations behind the `best` step were no better.
+
+    Parameters
+    ----------
+    step, best : the newest step, and the best one or None
+    every, patience : steps between two validations, and how many may pass; 0: all
+    """
+    return bool(patience) and best is not None and step - best >= patience * every
 
 # %% ../../nbs/training/trainer.ipynb #617588fd
 def loader_error(error: Exception) -> MedVLM3DError | None:

@@ -1,0 +1,112 @@
+"""Time listing, audit, split and resume on a generated CT-RATE layout.
+
+    python bench/ctrate_scale.py runs/out/ctrate --volumes 2000
+
+Writes small volumes in the layout of the first release (raw numbers, blank headers, metadata), then runs each
+step in a process of its own and prints one line a step: seconds of the processor and by the clock, and peak
+memory of that process. Files that are there already are kept.
+
+Measured on two busy cores with 2,000 volumes of 500 patients: listed in 7.7 s of processor time (15 s by the
+clock), audited in 31.6 s and split in 37.4 s by the clock with two workers, pinned and compared on resume in
+2.7 s each; every process peaks at 0.3 GB, of which the imported libraries are nearly all.
+"""
+import argparse
+import csv
+import json
+import resource
+import sys
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+SHAPE = 32, 32, 12
+STEPS = ("list", "verify", "split", "pin", "resume")
+
+
+def names(volumes):
+    "Names of volumes: two visits a patient, two reconstructions a visit, one patient of twenty for testing."
+    for n in range(volumes):
+        patient, rest = divmod(n, 4)
+        part = "valid" if patient % 20 == 0 else "train"
+        yield f"{part}_{patient + 1}_{'ab'[rest // 2]}_{rest % 2 + 1}"
+
+
+def write_volume(root, name, seed):
+    part, patient = name.split("_")[:2]
+    file = root/"dataset"/part/f"{part}_{patient}"/name.rsplit("_", 1)[0]/f"{name}.nii.gz"
+    if file.exists(): return
+    x, y, _ = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
+    lungs = (np.abs(x) - .4)**2 + y**2 < .06
+    hu = np.where(x**2 + y**2 < .7, np.where(lungs, -850, 40), -1000)
+    noise = np.random.default_rng(seed).normal(0, 15, SHAPE)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image((hu + noise + 1024).round().astype(np.int16), np.eye(4)), file)
+
+
+def write_tables(root, volumes):
+    "Reports and metadata of both parts."
+    for part, word in (("train", "train"), ("valid", "validation")):
+        mine = [name for name in names(volumes) if name.startswith(part)]
+        reports = [(f"{n}.nii.gz", "Not given.", "Not given.", f"Visit {n[:-2]}: both lungs are clear.", "Not given.") for n in mine]
+        metadata = [(f"{n}.nii.gz", 1, -1024, "[0.7, 0.7]", 1.5, "[1, 0, 0, 0, 1, 0]") for n in mine]
+        tables = {f"radiology_text_reports/{word}_reports.csv": [
+                      ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"), *reports],
+                  f"metadata/{word}_metadata.csv": [
+                      ("VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing", "ImageOrientationPatient"),
+                      *metadata]}
+        for file, rows in tables.items():
+            (root/file).parent.mkdir(parents=True, exist_ok=True)
+            with open(root/file, "w", newline="") as f: csv.writer(f).writerows(rows)
+
+
+def run(step, root):
+    "One step; returns a few numbers about it."
+    from medvlm3d.data.ctrate import scan_ctrate
+    from medvlm3d.data.manifest import load_samples, pin_data, with_hashes, write_manifest
+    from medvlm3d.data.split import split_corpus
+    from medvlm3d.data.ties import audit
+    if step == "list":
+        problems = []
+        samples = with_hashes(root, list(scan_ctrate(root, problems)))
+        return {"lines": write_manifest(root/"manifest.jsonl", samples), "problems": len(problems)}
+    if step == "verify":
+        result = audit(root, allow=("near text", "near image", "text"), progress=False)
+        return {"problems": result["problems"], "patients": result["patients"], "leaks": result["leaks"]}
+    if step == "split":
+        result = split_corpus(root, "patient", ties=(), progress=False)
+        return {"volumes": result["volumes"], "groups": result["groups"]}
+    pin_data(root/"pinned.json", root, load_samples(root, allow_shared=True))
+    return {}
+
+
+def timed(step, root, results):
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = run(step, root)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    results.put({"step": step, "seconds": round(time.perf_counter() - wall, 1),
+                 "cpu seconds": round(time.process_time() - cpu, 1), "peak GB": round(peak, 2), **found})
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--volumes", type=int, default=2000)
+    given = parser.parse_args()
+    for seed, name in enumerate(names(given.volumes)): write_volume(given.root, name, seed)
+    write_tables(given.root, given.volumes)
+    (given.root/"pinned.json").unlink(missing_ok=True)
+    context = get_context("spawn")
+    for step in STEPS:
+        results = context.Queue()
+        process = context.Process(target=timed, args=(step, given.root, results))
+        process.start()
+        process.join()
+        if process.exitcode: sys.exit(f"{step} failed")
+        print(json.dumps(results.get()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
