@@ -84,9 +84,11 @@ def fusion_flops(config: MedVLM3DConfig) -> dict[str, int]:
     "Operations of the fusion on one volume, by part, without the Fourier transforms of the literal path."
     grid, C = (config.kept, *config.grid), config.channels
     L = prod(grid)
-    pairs = L if config.frequency == "fft" else mirror_pair_count(grid)
+    literal = config.frequency == "fft"
+    # two maps a voxel, or a pair of voxels; the bias is one more voxel through the real map
+    maps = 2 * L if literal else 2 * mirror_pair_count(grid) + 1
     weights = C if config.alpha == "channel" else 1
-    parts = {"spatial": 2 * 27 * L * C * C, "frequency": 4 * pairs * C * C, "gate": 4 * L * C * weights}
+    parts = {"spatial": 2 * 27 * L * C * C, "frequency": 2 * maps * C * C, "gate": 4 * L * C * weights}
     used = parts if config.fusion == "both" else (config.fusion,)
     return {name: flops if name in used else 0 for name, flops in parts.items()}
 
