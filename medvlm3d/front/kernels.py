@@ -113,12 +113,30 @@ class _Forked:
 
     def __init__(self, process):
         self.process, self.pid = process, process.pid
-        self.send_signal, self.kill, self.terminate = process.send_signal, process.kill, process.terminate
+
+    def send_signal(self, number: int) -> None:
+        "Send a signal; nothing happens where the process has ended."
+        import psutil
+        try:
+            self.process.send_signal(number)
+        except psutil.NoSuchProcess:
+            return
+
+    def kill(self) -> None:
+        "End the process at once."
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self) -> None:
+        "Ask the process to end."
+        self.send_signal(signal.SIGTERM)
 
     def poll(self) -> int | None:
         "None while the process runs, else 0: the status of a forked kernel is not known here."
         import psutil
-        running = self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        try:
+            running = self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:   # it ended between the two questions
+            return 0
         return None if running else 0
 
     def wait(self) -> int:
