@@ -56,6 +56,7 @@ def serve(address: str) -> None:
     import gc, importlib
     for name in LIBRARIES:
         importlib.import_module(name)
+    sys.modules["transformers"].logging.disable_progress_bar()   # bars would be stored as text
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # the system removes kernels that have ended
     gc.freeze()
     caller = os.getppid()
