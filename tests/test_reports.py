@@ -171,7 +171,7 @@ def unexplained(text, results, facts):
     return left
 
 
-NO_PROSE = re.compile(r"https?://\S+|`[^`\n]*`|Python [0-9.]+ to [0-9.]+|^```.*?^```", re.M | re.S)
+NO_PROSE = re.compile(r"^```.*?^```|https?://\S+|`[^`\n]*`|Python [0-9.]+ to [0-9.]+", re.M | re.S)
 PROSE = "\n".join(NO_PROSE.sub("", c.source) for c in PAGES if c.cell_type == "markdown")
 
 
