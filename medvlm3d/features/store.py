@@ -251,10 +251,11 @@ def encode_missing(path: Path, todo: dict, *, load: Callable, encode: Callable, 
 
 # %% ../../nbs/features/store.ipynb #3883e6c6
 def count_remarks(store: FeatureStore, images: list[str]) -> list[str]:
-    "`n volumes: remark`, for each remark of the reader on the `images`; the commonest first."
+    "`n volumes: remark`, for each remark of the reader on the `images`; the commonest first, then by name."
     counts = Counter()
     for image in images: counts.update({reason(remark) for remark in store.notes(image)})
-    return [f"{n} volume{'s' * (n > 1)}: {why}" for why, n in counts.most_common()]
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{n} volume{'s' * (n > 1)}: {why}" for why, n in ranked]
 
 # %% ../../nbs/features/store.ipynb #51d7de4c
 def open_or_create(path: Path, spec: StoreSpec, verify: bool = False) -> list[str]:

@@ -76,7 +76,8 @@ def unknown_of(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Unkn
         ids, missing = _missing_words(" " + text.strip(), tokenizer)
         tokens, unknown = tokens + times * len(ids), unknown + times * len(missing)
         words.update({word: times for word in {*missing}})
-    shared = tuple(word for word, times in words.most_common(8) if times >= SHARED)
+    ranked = sorted(words.items(), key=lambda item: (-item[1], item[0]))
+    shared = tuple(word for word, times in ranked[:8] if times >= SHARED)
     return Unknown(len(texts), tokens, unknown, shared)
 
 # %% ../../nbs/training/words.ipynb #0e3590aa
