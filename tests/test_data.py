@@ -34,7 +34,7 @@ from medvlm3d.data.samples import Sample
 from medvlm3d.method.encoders import load_encoder
 from medvlm3d.data.ties import audit, find_ties, take_census
 from medvlm3d.data.manifest import check_lengths, load_samples, pin_data, read_manifest, samples_root
-from medvlm3d.data.manifest import scan_manifest, with_hashes, write_manifest
+from medvlm3d.data.manifest import scan_manifest, sha256_image, volume_files, with_hashes, write_manifest
 from medvlm3d.phantoms.phantom import make_phantom
 from medvlm3d.training.reader import make_reader, reader_tokenizer
 from medvlm3d.data.similarity import jaccard, near_texts, near_volumes, set_matrix, shingles, volume_hash
@@ -1389,3 +1389,29 @@ def test_the_committed_record_is_of_the_scale_that_was_asked():
         record["manifest-by-case"]["volumes"].values()) == 100_000
     assert record["manifest"]["leaks"] == ["case", "patient", "text", "near text", "bytes", "near image"]
     assert record["manifest-by-case"]["passed"]
+
+
+def test_pairs_and_mgz_are_listed_with_all_their_bytes(tmp_path):
+    "What the reader takes as one volume is listed as one; the hash of a pair is of both files; no part is left over."
+    voxels = np.arange(8 * 9 * 10, dtype=np.int16).reshape(8, 9, 10)
+    nib.save(nib.Nifti1Pair(voxels, np.diag([2., 2., 3., 1.])), tmp_path/"p1.img")
+    nib.save(nib.MGHImage(voxels, np.diag([2., 2., 3., 1.])), tmp_path/"p2.mgz")
+    for name in ("p1", "p2"): (tmp_path/f"{name}.txt").write_text("A cyst of 5 mm in the left kidney.")
+    scans = find_scans(tmp_path)
+    assert [p.name for p in scans] == ["p1.hdr", "p2.mgz"] and not left_over(tmp_path, scans)
+    assert [s.image for s in load_folder(tmp_path)] == ["p1.hdr", "p2.mgz"]
+    before = sha256_image(tmp_path/"p1.hdr")
+    nib.save(nib.Nifti1Pair(voxels + 1, np.diag([2., 2., 3., 1.])), tmp_path/"p1.img")
+    assert sha256_image(tmp_path/"p1.hdr") != before
+
+
+def test_a_header_that_points_elsewhere_hashes_nothing_there(tmp_path):
+    "The hash of a volume is of files in its own folder: another folder's bytes do not enter it."
+    (tmp_path/"in").mkdir()
+    secret = tmp_path/"secret.raw"
+    secret.write_bytes(b"1")
+    header = tmp_path/"in"/"scan.mhd"
+    header.write_text("NDims = 3\nElementDataFile = ../secret.raw\n")
+    before = sha256_image(header)
+    secret.write_bytes(b"2")
+    assert [*volume_files(header)] == [""] and sha256_image(header) == before

@@ -22,6 +22,7 @@ from .samples import OTHER_VOLUME, PLANE_NAMES, SIDES, Problem, Sample, alias, b
 from .samples import path_problem, reading, settle, shared_cases, shared_reports, side_problem
 from .samples import text_lines, text_problem
 from ..method.tokens import target_ids
+from ..scans.nifti import image_file
 
 # %% ../../nbs/data/manifest.ipynb #48438adb
 FIELDS = ("id", "case", "patient", "image", "sha256", "series", "frame", "axis_order", "slope", "intercept",
@@ -47,12 +48,25 @@ def write_manifest(path: Path | str, samples: Iterable[Sample]) -> int:
 # %% ../../nbs/data/manifest.ipynb #34366e66
 DETACHED = re.compile(rb"(?im)^(?:ElementDataFile\s*=|data ?file:)[ \t]*(\S.*?)\s*$")
 
-def _data_file(header):
-    "The data file that a detached header names, or None."
+def _named_file(header):
+    "The file that an `.mhd` or `.nhdr` names, or None."
     if header.suffix.lower() not in (".mhd", ".nhdr"): return None
     named = DETACHED.search(header.read_bytes()[:65536])
-    file = named and header.parent/named[1].decode(errors="replace")
-    return file if file and file != header and file.is_file() else None
+    return named and header.parent/named[1].decode(errors="replace")
+
+def _image_beside(header):
+    "The `.img` of a `.hdr`, or None where it is missing: reading the volume gives the reason."
+    try:
+        return image_file(header)
+    except MedVLM3DError:
+        return None
+
+def _data_file(header):
+    "The data file of a detached header or pair; None where it is missing or outside the folder."
+    pair = header.name.lower().endswith((".hdr", ".hdr.gz"))
+    file = _image_beside(header) if pair else _named_file(header)
+    if not file or file == header or not file.is_file(): return None
+    return file if file.resolve().is_relative_to(header.parent.resolve()) else None
 
 def volume_files(path: Path | str) -> dict[str, Path]:
     "name → file of all files that a volume consists of; a volume in one file has no name."
