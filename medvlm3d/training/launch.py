@@ -42,7 +42,7 @@ def steps_of(run: RunFolder | Path | str) -> dict[int, list[dict]]:
     return stages
 
 # %% ../../nbs/training/launch.ipynb #a59783b7
-BELOW = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_second": "tokens / s"}
+BELOW = {"lr": "learning\nrate", "grad_norm": "gradient\nnorm", "tokens_per_second": "tokens\na second"}
 
 def loss_figure(run: RunFolder | Path | str):
     "A figure from a run's log: loss by step of each stage and, below, what else was logged of `BELOW`."
