@@ -213,7 +213,7 @@ def test_widgets_are_built_and_drawn_without_a_kernel_too():
     for path in COMPONENTS:
         calls = [n.value for c in cells(path, "code") for n in parse(c.source).body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
         named = [(c, c.func.id) for c in calls if isinstance(c.func, ast.Name)]
-        if not any(re.search(r"from ipywidgets import .*\binteract", c.source) for c in cells(path, "code")): continue
+        if not any(re.search(r"(?m)^from ipywidgets import .*\binteract", c.source) for c in cells(path, "code")): continue
         drawn = [{n.id for n in ast.walk(c.args[0]) if isinstance(n, ast.Name)} for c, name in named if name == "interact"]
         assert drawn and all(names & {name for _, name in named} for names in drawn), path.name
     for path in COMPONENTS:
