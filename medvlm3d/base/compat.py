@@ -21,30 +21,35 @@ def loads(library: Path) -> bool:
     except (OSError, ImportError): return False
     return True
 
+# %% ../../nbs/base/compat.ipynb #fc693688
 def declare_operators(package: Path | str) -> bool:
     "Declare torchvision's two operators unless its own library in `package` loads. Returns whether it did."
     libraries = [*Path(package).glob("_C*.so"), *Path(package).glob("_C*.pyd")]
-    if KEPT or any(loads(p) for p in libraries): return False
+    if KEPT or any(map(loads, libraries)): return False
     import torch
     KEPT.append(torch.library.Library("torchvision", "FRAGMENT"))
     for schema in SCHEMAS: KEPT[0].define(schema)
     return True
 
 # %% ../../nbs/base/compat.ipynb #180adf8f
+def _declare_first(spec):
+    "Let the loader of a module declare the operators before it executes the module."
+    execute = spec.loader.exec_module
+    def exec_module(module):
+        declare_operators(spec.submodule_search_locations[0])
+        execute(module)
+    spec.loader.exec_module = exec_module
+
 class TorchvisionFinder:
     "A `sys.meta_path` entry: finds torchvision as Python would, and declares its operators before it runs."
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name != "torchvision": return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None: return spec
-        execute = spec.loader.exec_module
-        def exec_module(module):
-            declare_operators(spec.submodule_search_locations[0])
-            execute(module)
-        spec.loader.exec_module = exec_module
+        if spec and spec.loader: _declare_first(spec)
         return spec
 
+# %% ../../nbs/base/compat.ipynb #587d08d6
 def install():
     "Put the finder first in `sys.meta_path`, once."
     if TorchvisionFinder not in sys.meta_path: sys.meta_path.insert(0, TorchvisionFinder)

@@ -38,6 +38,7 @@ def _number(data, i):
         value, shift, i = value | (byte & 127) << shift, shift + 7, i + 1
         if byte < 128: return value, i
 
+# %% ../../nbs/base/convert.ipynb #bfd49257
 def message_fields(data: memoryview) -> Iterator[tuple]:
     "(field number, value) of a message of Protocol Buffers: an int, or a piece of `data`."
     i = 0
@@ -67,6 +68,7 @@ class Node:
 
 ONNX_TYPES = {1: "<f4", 7: "<i8"}
 
+# %% ../../nbs/base/convert.ipynb #66ef76c4
 def _texts(values): return tuple(bytes(value).decode() for value in values)
 
 def _shape(values):
@@ -83,10 +85,11 @@ def _constant(data):
     "(name, array) of a constant; None in place of the array where it is of another type than is wanted."
     import numpy as np
     fields = _grouped(data)
-    kind, raw = ONNX_TYPES.get(fields[2][0]), fields[9]
-    array = np.frombuffer(raw[0], kind).reshape(tuple(_shape(fields[1]))) if kind and raw else None
-    return _texts(fields[8])[0], array
+    name, kind, raw = _texts(fields[8])[0], ONNX_TYPES.get(fields[2][0]), fields[9]
+    if not kind or not raw: return name, None
+    return name, np.frombuffer(raw[0], kind).reshape(tuple(_shape(fields[1])))
 
+# %% ../../nbs/base/convert.ipynb #2ab2f455
 def read_graph(data: bytes) -> tuple[dict, list]:
     "The constants (name → array) and the nodes of an ONNX model."
     (graph,) = _grouped(memoryview(data))[7]
@@ -119,14 +122,19 @@ DINOV2_S = {
     "num_attention_heads": 6, "mlp_ratio": 4, "patch_size": 14, "image_size": 518, "num_channels": 3,
     "layer_norm_eps": 1e-6, "hidden_act": "gelu"}
 
-def convert_dinov2(raw: Path, result: Path) -> None:
-    "`vit_s_focus.onnx` in `raw` to a `transformers.Dinov2Model` folder (float32)."
+# %% ../../nbs/base/convert.ipynb #77a41be6
+def _save_arrays(state, path):
+    "Write NumPy weights for PyTorch."
     import numpy as np
     from safetensors.numpy import save_file
-    state = dinov2_state(*read_graph((raw/"vit_s_focus.onnx").read_bytes()))
     state = {name: np.ascontiguousarray(array) for name, array in state.items()}
+    save_file(state, path, metadata={"format": "pt"})
+
+def convert_dinov2(raw: Path, result: Path) -> None:
+    "`vit_s_focus.onnx` in `raw` to a `transformers.Dinov2Model` folder (float32)."
+    state = dinov2_state(*read_graph((raw/"vit_s_focus.onnx").read_bytes()))
     result.mkdir(parents=True)
-    save_file(state, result/"model.safetensors", metadata={"format": "pt"})
+    _save_arrays(state, result/"model.safetensors")
     write_json(result/"config.json", DINOV2_S)
 
 def keep(raw: Path, result: Path) -> None:
@@ -140,6 +148,7 @@ def unpermute(weight, heads: int):
     halves = weight.reshape(heads, rows // heads // 2, 2, columns)
     return halves.swapaxes(1, 2).reshape(rows, columns)
 
+# %% ../../nbs/base/convert.ipynb #49976571
 NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -153,15 +162,18 @@ def llama_name(name: str) -> str:
     return f"model.layers.{layer}.{NAMES[part]}.{kind}"
 
 # %% ../../nbs/base/convert.ipynb #455006e5
+def _in_order(name, weight, heads, kv_heads):
+    "A weight whose rows are in the order of `transformers`: queries and keys are unpermuted."
+    if ".attn_q." in name: return unpermute(weight, heads)
+    return unpermute(weight, kv_heads) if ".attn_k." in name else weight
+
 def llama_state(reader, heads: int, kv_heads: int) -> dict:
     "State dict (bfloat16) of a LLaMA-architecture model in a `gguf.GGUFReader`."
     import torch
     dequantize = optional("gguf.quants").dequantize
     state = {}
     for t in tqdm(reader.tensors, desc="dequantise", disable=None):
-        weight = dequantize(t.data, t.tensor_type)
-        if ".attn_q." in t.name: weight = unpermute(weight, heads)
-        if ".attn_k." in t.name: weight = unpermute(weight, kv_heads)
+        weight = _in_order(t.name, dequantize(t.data, t.tensor_type), heads, kv_heads)
         state[llama_name(t.name)] = torch.from_numpy(weight.copy()).bfloat16()
     return state
 
@@ -193,13 +205,15 @@ TOKENIZER = {
     "clean_up_tokenization_spaces": False}
 
 # %% ../../nbs/base/convert.ipynb #b12768fb
+_VOCABULARY = [f"tokenizer.ggml.{part}" for part in ("tokens", "token_type", "merges")]
+
 def _write_tokenizer(field, result):
     "The tokenizer of a GGUF file; `field` gives the contents of one of its fields."
-    tokens, kinds, merges = (field(f"tokenizer.ggml.{part}") for part in ("tokens", "token_type", "merges"))
-    gguf_tokenizer(tokens, kinds, merges).save(str(result/"tokenizer.json"))
+    gguf_tokenizer(*map(field, _VOCABULARY)).save(str(result/"tokenizer.json"))
     settings = {**TOKENIZER, "chat_template": field("tokenizer.chat_template")}
     write_json(result/"tokenizer_config.json", settings)
 
+# %% ../../nbs/base/convert.ipynb #e0d3eb3d
 def convert_smollm2(raw: Path, result: Path) -> None:
     "The GGUF file in `raw` to a folder for `AutoModelForCausalLM` (bfloat16) and `AutoTokenizer`."
     from safetensors.torch import save_file
@@ -216,12 +230,13 @@ def convert_smollm2(raw: Path, result: Path) -> None:
 # %% ../../nbs/base/convert.ipynb #0aa54136
 PUNKT = ("ABBREV_TYPES", "SENT_STARTERS", "COLLOCATIONS", "ORTHO_CONTEXT")
 
+def _is_frozenset(node): return isinstance(node, ast.Call) and getattr(node.func, "id", "") == "frozenset"
+
 def _literal(node):
     "The value of an assigned literal; a frozenset is given as a sorted list."
-    is_set = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "frozenset"
-    if is_set: return sorted(_literal(node.args[0]))
-    return ast.literal_eval(node)
+    return sorted(_literal(node.args[0])) if _is_frozenset(node) else ast.literal_eval(node)
 
+# %% ../../nbs/base/convert.ipynb #64ffb5c5
 def convert_punkt(raw: Path, result: Path) -> None:
     "The literals of `english.py` in `raw` to `english.json`: abbreviations, starters, collocations, case."
     tree = ast.parse((raw/"english.py").read_text(encoding="utf-8"))

