@@ -16,7 +16,7 @@ import numpy as np
 from ..base.core import MedVLM3DError, sha256_json
 from .guard import DO_NOT_USE, FAR_MORE, members
 from .headers import HEADER, Slice, data_set, inflated, silenced
-from .regular import regular_stack, sheared
+from .regular import columns_affine, regular_stack, sheared
 from .series import (
     check_stack, choose_volume, heights, image_series, repeated, spacing_fault)
 from .suv import suv_factor
@@ -35,12 +35,12 @@ def _steps(slices):
 
 def _first_pixels(slices): return np.array([s.position for s in slices]) * _TO_RAS
 
+# %% ../../nbs/scans/dicom.ipynb #77b467df
 def stack_affine(slices: Sequence[Slice]) -> np.ndarray:
     "The affine (4, 4) of a sorted stack (D, H, W), in RAS mm. Eq. (V5)."
     places, (down, right) = _first_pixels(slices), _steps(slices)
-    affine = np.eye(4)
-    affine[:3] = np.stack([(places[-1] - places[0]) / (len(slices) - 1), down, right, places[0]], axis=1)
-    return affine
+    across = (places[-1] - places[0]) / (len(slices) - 1)
+    return columns_affine(across, down, right, places[0])
 
 # %% ../../nbs/scans/dicom.ipynb #496d6b8a
 def _refuse(path, reason, remedy="Export the series again."): raise MedVLM3DError(path, reason, remedy)
@@ -57,6 +57,7 @@ def _ct_kind(slices, rescaled):
     fault = "rescaled to another quantity" if rescaled else "without rescale tags"
     return "arbitrary", (f"CT {fault}: the numbers are not HU",)
 
+# %% ../../nbs/scans/dicom.ipynb #6856498e
 def _intensity_kind(slices: Sequence[Slice], path: Path, suv: bool = True) -> tuple[str, str, float, tuple]:
     "(modality, intensity, factor, notes) of a series, from its modality, rescale tags and units."
     modality, rescaled = slices[0].modality, _rescaled(slices, path)
@@ -81,16 +82,21 @@ def _combine(field, stated, given, path):
 # %% ../../nbs/scans/dicom.ipynb #8eaca9df
 DECODERS = "pylibjpeg-openjpeg, pyjpegls and python-gdcm (pip install 'medvlm3d[dicom]')"
 
+def _decoders(uid):
+    "Names of what is installed and decodes a transfer syntax."
+    from pydicom.pixels import get_decoder
+    try: return set(get_decoder(uid).available_plugins)
+    except NotImplementedError: return set()
+
 def _can_decode(uid, bits):
     "Whether something installed decodes pixels of so many bits; Pillow's JPEG reads no more than eight."
-    from pydicom.pixels import get_decoder
     from pydicom.uid import JPEGBaseline8Bit, JPEGExtended12Bit
     if not uid.is_compressed or uid.is_deflated: return True
-    try: plugins = set(get_decoder(uid).available_plugins)
-    except NotImplementedError: return False
+    plugins = _decoders(uid)
     too_few = bits > 8 and uid in (JPEGBaseline8Bit, JPEGExtended12Bit)
     return bool(plugins - {"pillow"} if too_few else plugins)
 
+# %% ../../nbs/scans/dicom.ipynb #4a37dcc8
 def _check_decoder(syntax, bits, path):
     "Refuse a compressed transfer syntax that nothing installed can decode."
     from pydicom.uid import UID
@@ -101,14 +107,19 @@ def _check_decoder(syntax, bits, path):
             f"Install {DECODERS}, or export it uncompressed.")
 
 # %% ../../nbs/scans/dicom.ipynb #97e214e4
+def _largest_file(slices):
+    "As many bytes as the header of a file justifies."
+    rows, columns = slices[0].shape
+    return HEADER + 8 * rows * columns * (1 + max(s.frame for s in slices))
+
 def _file_bytes(slices, member, path):
     "The bytes of the file of `slices`, if there are no more than eight a pixel beside the header."
-    rows, columns = slices[0].shape
-    limit = HEADER + 8 * rows * columns * (1 + max(s.frame for s in slices))
+    limit = _largest_file(slices)
     data, whole = inflated(member.read(path), limit) if member.size <= limit else (b"", False)
     if whole: return data
     raise MedVLM3DError(f"{path}/{member.name}", FAR_MORE, DO_NOT_USE)
 
+# %% ../../nbs/scans/dicom.ipynb #ac5c023a
 def _raw_frames(data, slices) -> Iterator[tuple]:
     "Yield (slice, stored numbers (H, W), data set) for `slices` of one file."
     import pydicom
@@ -126,6 +137,7 @@ def _stored_range(s):
     bits, _, signed = s.bits
     return (-2**(bits - 1), 2**(bits - 1) - 1) if signed else (0, 2**bits - 1)
 
+# %% ../../nbs/scans/dicom.ipynb #64eb7e52
 def _padded(raw, s):
     "Where a slice holds padding, or None."
     if s.padding is None: return None
@@ -140,6 +152,11 @@ def _in_units(raw, s, ds):
     return raw.astype(np.float64) * s.slope + s.shift
 
 # %% ../../nbs/scans/dicom.ipynb #22c8b7ab
+def _just_below(numbers, smallest, largest):
+    "Whether padding is one number that lies within a hundredth of the range below all others."
+    return len(numbers) == 1 and 0 <= smallest - min(numbers) <= .01 * (largest - smallest)
+
+# %% ../../nbs/scans/dicom.ipynb #78ee91cf
 class _Stack:
     "An array (D, H, W) that is filled slice by slice; padding is marked, and judged at the end."
     def __init__(self, slices, factor):
@@ -174,8 +191,7 @@ class _Stack:
         "Set what is marked to the smallest other value; notes."
         if not 0 < self.padding < self.array.size: return self._restore(self.seen)
         smallest, largest = self._range()
-        if len(self.seen) == 1 and 0 <= smallest - min(self.seen) <= .01 * (largest - smallest):
-            return self._restore(self.seen)
+        if _just_below(self.seen, smallest, largest): return self._restore(self.seen)
         self._restore({smallest})
         return (f"{self.padding} voxels are padding by the header: set to the smallest other value",)
 
@@ -190,9 +206,10 @@ def _turning_sum(slices, array):
     "The sum of a value and its inverse."
     s = next(s for s in slices if s.inverted)
     if s.table: return float(array.min()) + float(array.max())
-    slope, (low, high) = 1. if s.slope is None else s.slope, _stored_range(s)
-    return slope * (low + high) + 2 * s.shift * (s.slope is not None)
+    ends = sum(_stored_range(s))
+    return ends if s.slope is None else s.slope * ends + 2 * s.shift
 
+# %% ../../nbs/scans/dicom.ipynb #86a889df
 def _inverted(array, slices):
     "The array with its MONOCHROME1 slices inverted, as float32."
     turn, array = _turning_sum(slices, array), array.astype(np.float32, copy=False)
@@ -222,6 +239,7 @@ def _one_of(copies, files, path):
     if all(np.array_equal(raw, sound[0][1]) for _, raw in sound): return sound[0][0], len(copies) - len(sound)
     return None, 0
 
+# %% ../../nbs/scans/dicom.ipynb #2b938172
 def _without_copies(slices, path):
     "(one slice for each place, notes)."
     if not repeated(slices): return slices, ()
@@ -270,6 +288,7 @@ def _read_stack(slices, factor, path):
             raise MedVLM3DError(f"{path}/{name}", reason, "Copy or export the file again.") from None
     return stack, hashes
 
+# %% ../../nbs/scans/dicom.ipynb #30823238
 def _values(slices, factor, *, intensity, path):
     "(array, hashes of the files, notes): without padding, bright is bright."
     stack, hashes = _read_stack(slices, factor, path)
@@ -287,6 +306,7 @@ def _is_regular(slices, path, resample):
     if fault: _refuse(path, *fault)
     return check_affine(stack_affine(slices), path) is None      # raises: sheared
 
+# %% ../../nbs/scans/dicom.ipynb #6fc537ec
 def _chosen(path, series, *, frame, max_voxels):
     "(sorted slices, notes) of the chosen volume, checked before any pixel is read."
     groups, notes = image_series(path)

@@ -8,14 +8,14 @@ __all__ = ['CHUNK', 'PADDING', 'STREAM_ERRORS', 'FAR_MORE', 'DO_NOT_USE', 'MAX_F
            'members']
 
 # %% ../../nbs/scans/guard.ipynb #6152b673
-import gzip, io, lzma, zipfile, zlib
+import gzip, io, lzma, os, zipfile, zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from ..base.core import MedVLM3DError
+from ..base.core import MedVLM3DError, outside
 
 # %% ../../nbs/scans/guard.ipynb #7ff65112
 CHUNK, PADDING = 2**20, 2**24   # bytes
@@ -25,14 +25,31 @@ def _damaged(path, error):
     reason = f"its compressed data are damaged ({error})"
     return MedVLM3DError(path, reason, "Copy the file again from its source.")
 
-def read_exactly(stream: io.BufferedIOBase, size: int, path: Path | str) -> bytearray:
-    "`size` bytes of a stream, in pieces, so that nothing is allocated for bytes that never come."
+# %% ../../nbs/scans/guard.ipynb #f0f92419
+def _bytes_left(stream):
+    "How many bytes an open file still holds; 0 for any other stream, which may promise more than it has."
+    if not isinstance(stream, io.BufferedReader): return 0
+    return os.fstat(stream.fileno()).st_size - stream.tell()
+
+def _filled(stream, size):
+    "`size` bytes of a file that holds them, without a second copy."
+    data = bytearray(size)
+    read = stream.readinto(data)
+    return data if read == size else data[:read]
+
+def _in_pieces(stream, size):
+    "At most `size` bytes of a stream, piece by piece."
     data = bytearray()
-    try:
-        while len(data) < size:
-            piece = stream.read(min(CHUNK, size - len(data)))
-            if not piece: break
-            data += piece
+    while len(data) < size:
+        piece = stream.read(min(CHUNK, size - len(data)))
+        if not piece: break
+        data += piece
+    return data
+
+# %% ../../nbs/scans/guard.ipynb #145e0186
+def read_exactly(stream: io.BufferedIOBase, size: int, path: Path | str) -> bytearray:
+    "`size` bytes of a stream; nothing is allocated for bytes that never come."
+    try: data = _filled(stream, size) if 0 < size <= _bytes_left(stream) else _in_pieces(stream, size)
     except STREAM_ERRORS as e: raise _damaged(path, e) from e
     if len(data) == size: return data
     reason = f"is truncated: {len(data)} of {size} bytes are there"
@@ -66,6 +83,7 @@ class Inflated:
             if not compressed: raise EOFError("they end before their end mark")
         return b""
 
+# %% ../../nbs/scans/guard.ipynb #0c1b3863
 @contextmanager
 def open_plain(path: Path) -> Iterator[io.BufferedIOBase]:
     "A file opened for reading, decompressed if its first bytes are those of gzip, whatever its ending."
@@ -75,10 +93,15 @@ def open_plain(path: Path) -> Iterator[io.BufferedIOBase]:
         yield gzip.GzipFile(fileobj=f) if packed else f
 
 # %% ../../nbs/scans/guard.ipynb #2bb0a232
+def _is_inside(name, folder):
+    "Whether a name may be that of a file, and leads to a place in the resolved `folder`."
+    possible = name and "\0" not in name and len(name) <= 255
+    return possible and (folder/name).resolve().is_relative_to(folder)
+
 def beside(header: Path, name: str) -> Path:
     "The data file `name` in the folder of the file `header`; refuse what points elsewhere or is missing."
     folder = header.parent.resolve()
-    if not name or "\0" in name or len(name) > 255 or not (folder/name).resolve().is_relative_to(folder):
+    if not _is_inside(name, folder):
         raise MedVLM3DError(header, "points to a data file outside its own folder",
                             "Put both files into one folder and name the data file without a path.")
     if not (folder/name).is_file():
@@ -96,13 +119,14 @@ class Member(NamedTuple):
     def read(self, path: Path, size: int | None = None) -> bytes:
         "Its first `size` bytes, or all; `path` is the folder or zip."
         size = self.size if size is None else min(size, self.size)   # a larger number would be allocated
+        remedy = "Copy the file again, or zip the series again."
         try:
             with self.open() as f: return f.read(size)
-        except (*STREAM_ERRORS, RuntimeError, NotImplementedError) as e:
+        except Exception as e:
             reason = f"is damaged, or cannot be read ({type(e).__name__})"
-            remedy = "Copy the file again, or zip the series again."
             raise MedVLM3DError(f"{path}/{self.name}", reason, remedy) from e
 
+# %% ../../nbs/scans/guard.ipynb #7b7ca384
 def _file_member(file, folder):
     return Member(file.relative_to(folder).as_posix(), partial(open, file, "rb"), file.stat().st_size)
 
@@ -130,13 +154,16 @@ def is_zip(path: Path) -> bool:
     "Whether a file is a zip, by its ending or its first bytes."
     if path.suffix.lower() == ".zip": return True
     with open(path, "rb") as f: return f.read(4) == b"PK\x03\x04"
+
+# %% ../../nbs/scans/guard.ipynb #efe60ba3
 _ONE_SERIES = "Give the one series, not the whole archive."
 
 def _zip_members(path):
     "The `Member`s of a zip, bounded in size; an encrypted one is refused."
-    try: archive = zipfile.ZipFile(path)
-    except (*STREAM_ERRORS, RuntimeError) as e:
-        raise MedVLM3DError(path, f"is no readable zip ({e})", "Zip the series again.") from e
+    with outside(path, "Zip the series again."):
+        try: archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as e:
+            raise MedVLM3DError(path, f"is no readable zip ({e})", "Zip the series again.") from e
     files = [m for m in archive.infolist() if not m.is_dir() and not is_leftover(m.filename)]
     if any(m.flag_bits & 1 for m in files):
         raise MedVLM3DError(path, "is encrypted", "Zip the series without a password.")

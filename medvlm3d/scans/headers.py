@@ -11,6 +11,7 @@ import logging, threading, warnings, zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +26,18 @@ from .suv import Tracer, tracer
 # %% ../../nbs/scans/headers.ipynb #8b95d61b
 _ONE_AT_A_TIME = threading.RLock()
 
-def _loggers():
-    "pydicom's loggers that are switched on."
+@lru_cache(1)
+def _all_loggers(count):
+    "pydicom's loggers; found again when there are more or fewer than `count` of all programs."
     known = {"pydicom": logging.getLogger("pydicom"), **logging.root.manager.loggerDict}
     logs = [log for name, log in known.items() if name.split(".")[0] == "pydicom"]
-    return [log for log in logs if isinstance(log, logging.Logger) and not log.disabled]
+    return [log for log in logs if isinstance(log, logging.Logger)]
 
+def _loggers():
+    "pydicom's loggers that are switched on."
+    return [log for log in _all_loggers(len(logging.root.manager.loggerDict)) if not log.disabled]
+
+# %% ../../nbs/scans/headers.ipynb #7259422c
 @contextmanager
 def silenced():
     "Mute pydicom's warnings and log entries."
@@ -83,6 +90,7 @@ _GROUPS = {
     "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence",
     "FrameType": "MRImageFrameTypeSequence"}
 
+# %% ../../nbs/scans/headers.ipynb #7fbfbab9
 class _Header:
     "A data set or one frame of it; values come from its own functional groups, shared ones or the top level."
     def __init__(self, ds, layers=()): self.ds, self.layers = ds, layers
@@ -110,17 +118,22 @@ PASSES = {"acquisition": ("FrameAcquisitionNumber", "AcquisitionNumber"),
           "trigger": ("NominalCardiacTriggerDelayTime", "TriggerTime"),
           "direction": ("DiffusionGradientOrientation",), "type": ("FrameType", "ImageType")}
 
+# %% ../../nbs/scans/headers.ipynb #8b38111e
+def _number_or_word(text):
+    return float(text) if text.replace(".", "", 1).isdigit() else text
+
 def _plain(value):
     "A number, or a tuple of numbers or words, that can be compared."
     if value is None or isinstance(value, (int, float)): return value
-    if isinstance(value, str): return float(value) if value.replace(".", "", 1).isdigit() else value
-    try: return tuple(float(v) for v in value)
+    if isinstance(value, str): return _number_or_word(value)
+    try: return tuple(map(float, value))
     except (TypeError, ValueError): return tuple(map(str, value))
 
 def _passes(header):
     "The values of PASSES of a slice."
     return {name: _plain(header.first(*keys)) for name, keys in PASSES.items()}
 
+# %% ../../nbs/scans/headers.ipynb #2fc36344
 def _series_key(header):
     "(series number, uid, stack): slices with equal keys may form one series."
     ds = header.ds
@@ -137,6 +150,7 @@ def _rescaling(header):
                 hounsfield=header.value("RescaleType") in (None, "", "HU"),
                 inverted=header.ds.get("PhotometricInterpretation") == "MONOCHROME1")
 
+# %% ../../nbs/scans/headers.ipynb #f9cfec96
 def _signed(value, bits, signed):
     "A stored number within its type, whichever way the header wrote its sign."
     value = int(value) % 2**bits
@@ -150,6 +164,7 @@ def _pixels(ds):
     return dict(bits=(int(ds.get("BitsStored") or allocated), allocated, signed),
                 padding=(known[0], known[-1]) if ends[0] not in (None, "") else None)
 
+# %% ../../nbs/scans/headers.ipynb #6911f379
 def _geometry(header):
     "The fields of a `Slice` that say where it lies."
     return dict(position=header.numbers("ImagePositionPatient", 3),
@@ -165,6 +180,7 @@ def _modality(ds):
     if modality == "PT": return modality, tracer(ds)
     return modality if modality in ("CT", "MR") else "another modality", None
 
+# %% ../../nbs/scans/headers.ipynb #9050a78e
 def _slice_header(name, ds, *, layers=(), frame=0, frames=1):
     "The `Slice` of a pydicom data set, or of one frame of it with its functional groups `layers`."
     header, (modality, pet) = _Header(ds, layers), _modality(ds)
@@ -176,6 +192,7 @@ def _slice_header(name, ds, *, layers=(), frame=0, frames=1):
         shape=(int(ds.Rows), int(ds.Columns)), frames=frames, syntax=str(ds.file_meta.TransferSyntaxUID),
         **_rescaling(header), **_pixels(ds), **_geometry(header))
 
+# %% ../../nbs/scans/headers.ipynb #a378dcfd
 def _frame_headers(name, ds):
     "The `Slice` of each frame; for an old multi-frame file, one that counts its frames."
     frames, own = int(ds.get("NumberOfFrames") or 1), ds.get("PerFrameFunctionalGroupsSequence")
@@ -196,19 +213,26 @@ OTHERS = {
     "1": "a radiograph, one projection", "12": "an angiogram, one projection", "3": "an ultrasound image",
     "6": "an ultrasound image", "30": "a parametric map", "68": "a surface", "78": "an eye measurement"}
 
+# %% ../../nbs/scans/headers.ipynb #c33bf3d0
 def _by_class(uid):
     "What a SOP class is, in words, if it is no scan; the longest prefix decides."
-    parts = str(uid).removeprefix(_STORAGE).split(".") if str(uid).startswith(_STORAGE) else []
+    if not str(uid).startswith(_STORAGE): return None
+    parts = str(uid).removeprefix(_STORAGE).split(".")
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((OTHERS[p] for p in prefixes if p in OTHERS), None)
+
+def _colour(ds):
+    "What a picture in colour is, in words; None for grey."
+    kind = ds.get("PhotometricInterpretation") or "MONOCHROME2"
+    if "PALETTE" in str(kind): return "colour images (palette)"
+    grey = kind in ("MONOCHROME1", "MONOCHROME2") and int(ds.get("SamplesPerPixel") or 1) == 1
+    return None if grey else "colour images"
 
 def what_else(ds) -> str | None:
     "What a pydicom data set is, in words, if it is no slice of a scan."
     if word := _by_class(ds.get("SOPClassUID") or ds.file_meta.get("MediaStorageSOPClassUID")): return word
     if "Rows" not in ds: return None
-    if "PALETTE" in str(ds.get("PhotometricInterpretation") or ""): return "colour images (palette)"
-    colour = ds.get("PhotometricInterpretation") not in ("MONOCHROME1", "MONOCHROME2", None, "")
-    if colour or int(ds.get("SamplesPerPixel") or 1) != 1: return "colour images"
+    if colour := _colour(ds): return colour
     return "a mosaic, all slices in one picture" if "MOSAIC" in (ds.get("ImageType") or ()) else None
 
 # %% ../../nbs/scans/headers.ipynb #f054af84
@@ -219,11 +243,12 @@ def is_deflated(data: bytes) -> bool:
     "Whether the bytes of a DICOM file are deflated behind its first group."
     return data[128:132] == b"DICM" and _DEFLATED in data[:2048]
 
+def _first_group_end(data): return 144 + int.from_bytes(data[140:144], "little")
+
 def inflated(data: bytes, limit: int) -> tuple[bytes, bool]:
     "(at most `limit` bytes of a file that is deflated as a whole, whether that is all)."
     if not is_deflated(data): return data[:limit], len(data) <= limit
-    end = 144 + int.from_bytes(data[140:144], "little")
-    state = zlib.decompressobj(-15)
+    end, state = _first_group_end(data), zlib.decompressobj(-15)
     body = state.decompress(data[end:], limit)
     return data[:end].replace(_DEFLATED, _EXPLICIT) + body, state.eof
 
@@ -238,6 +263,7 @@ def _stop_at_pixels():
         return tag in (0x7FE00010, 0x7FE00008, 0x7FE00009)
     return stop
 
+# %% ../../nbs/scans/headers.ipynb #b8dd380a
 def _first_groups(data: bytes) -> None:
     "Refuse more elements of groups 0 and 2, which pydicom reads without asking `stop`, than any file has."
     at = 132 if data[128:132] == b"DICM" else 0
@@ -248,18 +274,22 @@ def _first_groups(data: bytes) -> None:
         else: at += 8 + int.from_bytes(data[at + 6:at + 8], "little")
     raise ValueError("more elements than any image")
 
+# %% ../../nbs/scans/headers.ipynb #363cff04
+def _assumed_meta(ds):
+    "The file meta information of a data set without one: the transfer syntax in which it was read."
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+    implicit, _ = ds.original_encoding
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    return meta
+
 def data_set(data: bytes, stop: Callable | None = None):
     "The pydicom data set of a file's bytes, also without a preamble; `stop` as for pydicom."
-    from pydicom.dataset import FileMetaDataset
     from pydicom.filereader import read_partial
-    from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
     _first_groups(data)
-    bare = data[128:132] != b"DICM"
-    ds = read_partial(BytesIO(data), stop, force=bare)
-    if "TransferSyntaxUID" not in ds.file_meta:
-        implicit, _ = ds.original_encoding
-        ds.file_meta = FileMetaDataset()
-        ds.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else ExplicitVRLittleEndian
+    ds = read_partial(BytesIO(data), stop, force=data[128:132] != b"DICM")
+    if "TransferSyntaxUID" not in ds.file_meta: ds.file_meta = _assumed_meta(ds)
     return ds
 
 # %% ../../nbs/scans/headers.ipynb #f194036a
@@ -270,6 +300,7 @@ class Found(NamedTuple):
     error: MedVLM3DError | None = None      # if it is damaged
     uid: str | None = None                  # of the damaged image, if it can be found
 
+# %% ../../nbs/scans/headers.ipynb #db6a80e9
 NO_IMAGE = "no DICOM image"
 
 def _no_dicom(data, name):
@@ -299,6 +330,7 @@ def _parsed(data, name):
         if other := what_else(ds): return Found([], other)
         return Found(_frame_headers(name, ds)) if "Rows" in ds else Found([], NO_IMAGE)
 
+# %% ../../nbs/scans/headers.ipynb #dab7253b
 def read_file(member: Member, path: Path) -> Found:
     "What a file of the folder or zip `path` is."
     data, where = member.read(path, HEADER), f"{path}/{member.name}"

@@ -14,6 +14,7 @@ import numpy as np
 
 from ..base.core import MedVLM3DError
 from .guard import CHUNK, DO_NOT_USE, FAR_MORE, PADDING, Inflated, beside, drain, read_exactly
+from .regular import has_axes
 from .values import letters_affine, pick_frame, stored_volume
 from .volume import MAX_VOXELS, Volume, axis_codes, check_size
 
@@ -24,15 +25,16 @@ def _voxel_stream(stack, f, name, path):
     data = beside(path, name)
     return stack.enter_context(open(data, "rb")), [path, data]
 
+# %% ../../nbs/scans/itk.ipynb #63fd2ce5
 def _check_skip(count, path):
     if -1 <= count <= PADDING: return
     raise MedVLM3DError(path, f"skips {count} bytes before its voxels", "Save it without a skip.")
 
 def _last(stream, size, path):
     "The last `size` bytes of a stream, which holds at most PADDING bytes before them."
-    data = read_exactly(stream, size, path)
-    while (more := stream.read(CHUNK)) and len(data) <= size + PADDING: data += more
-    if len(data) > size + PADDING: raise MedVLM3DError(path, FAR_MORE, DO_NOT_USE)
+    data, limit = read_exactly(stream, size, path), size + PADDING
+    while (more := stream.read(CHUNK)) and len(data) <= limit: data += more
+    if len(data) > limit: raise MedVLM3DError(path, FAR_MORE, DO_NOT_USE)
     return data[-size:]
 
 def _behind(stream, size, *, skip, path):
@@ -44,6 +46,7 @@ def _behind(stream, size, *, skip, path):
     drain(stream, path)
     return data
 
+# %% ../../nbs/scans/itk.ipynb #a0c3830f
 def _as_array(raw, shape, dtype):
     "The array (x, y, z), first axis fastest."
     return np.frombuffer(raw, dtype).reshape(shape, order="F")
@@ -81,14 +84,19 @@ def _nrrd_header(f, path):
         header.setdefault(usual, header.get(other))
     return header
 
+# %% ../../nbs/scans/itk.ipynb #2b7ef6e5
+def _byte_order(header, kind, path):
+    "NumPy's sign for the byte order of a header; single bytes need none."
+    order = header.get("endian")
+    if kind[1] == "1" or order in ("little", "big"): return ">" if order == "big" else "<"
+    raise MedVLM3DError(path, "does not state its byte order", "Export the scan again.")
+
 def _nrrd_dtype(header, path):
     "The type of one voxel; anything but one real number with a known byte order is refused."
-    kind, order = NRRD_TYPES.get(header.get("type")), header.get("endian")
+    kind = NRRD_TYPES.get(header.get("type"))
     if kind is None:
         raise MedVLM3DError(path, "holds voxels of an unknown type", "Save one real number a voxel.")
-    if kind[1] != "1" and order not in ("little", "big"):
-        raise MedVLM3DError(path, "does not state its byte order", "Export the scan again.")
-    return np.dtype((">" if order == "big" else "<") + kind)
+    return np.dtype(_byte_order(header, kind, path) + kind)
 
 # %% ../../nbs/scans/itk.ipynb #6cba3be2
 def _directions(header):
@@ -97,6 +105,7 @@ def _directions(header):
     if steps is None: return None
     return np.array([[np.nan] * 3 if s is None else s for s in steps], dtype=float)
 
+# %% ../../nbs/scans/itk.ipynb #74039170
 def _nrrd_axes(header, path):
     "(shape, space directions (3, 3) or None, place of the axis that is no direction, or None)."
     shape, steps = tuple(map(int, header.get("sizes", ()))), _directions(header)
@@ -119,14 +128,20 @@ _UNITS = {"": 1., "mm": 1., "millimeter": 1., "millimetre": 1., "um": 1e-3, "µm
           "cm": 10., "centimeter": 10., "centimetre": 10.,
           "m": 1000., "meter": 1000., "metre": 1000., "nm": 1e-6, "nanometer": 1e-6}
 
+# %% ../../nbs/scans/itk.ipynb #954de46d
+def _unit_length(word):
+    "How many mm a unit is, by its name in singular or plural; None for an unknown one."
+    word = str(word).strip().strip('"').lower()
+    return _UNITS.get(word, _UNITS.get(word.removesuffix("s")))
+
 def _nrrd_units(header, path):
     "How many mm one unit of each direction in space is."
-    units = [str(u).strip().strip('"').lower() for u in header.get("space units") or [""] * 3]
-    scale = [_UNITS.get(u, _UNITS.get(u.removesuffix("s"))) for u in units]
+    scale = [_unit_length(unit) for unit in header.get("space units") or [""] * 3]
     if len(scale) == 3 and None not in scale: return np.array(scale)
     raise MedVLM3DError(path, "states its lengths in a unit that is not known here",
                         "Save it in millimetres.")
 
+# %% ../../nbs/scans/itk.ipynb #dde925a7
 def _nrrd_spacing(header, steps):
     "Three distances in mm, or None."
     lengths = header.get("spacings") if steps is None else np.linalg.norm(steps, axis=1)
@@ -154,12 +169,16 @@ def _decompressed(f, encoding, path):
     if encoding in ("bzip2", "bz2"): return bz2.BZ2File(f)
     raise MedVLM3DError(path, "has an encoding that is not read", "Save it raw, with gzip or with bzip2.")
 
+# %% ../../nbs/scans/itk.ipynb #5c16282c
+def _skip_lines(f, count, path):
+    if not 0 <= count <= 1000: raise MedVLM3DError(path, f"skips {count} lines", "Save it without a skip.")
+    for _ in range(count): f.readline(2**14)
+
 def _nrrd_voxels(f, header, size, path):
     "The bytes of the voxels behind their line and byte skips, decompressed."
-    lines, skip = int(header["line skip"] or 0), int(header["byte skip"] or 0)
-    if not 0 <= lines <= 1000: raise MedVLM3DError(path, f"skips {lines} lines", "Save it without a skip.")
-    for _ in range(lines): f.readline(2**14)
-    return _behind(_decompressed(f, header.get("encoding"), path), size, skip=skip, path=path)
+    _skip_lines(f, int(header["line skip"] or 0), path)
+    stream, skip = _decompressed(f, header.get("encoding"), path), int(header["byte skip"] or 0)
+    return _behind(stream, size, skip=skip, path=path)
 
 # %% ../../nbs/scans/itk.ipynb #eeb01ffc
 def _volume_axes(shape, extra):
@@ -174,6 +193,7 @@ def _nrrd_array(f, header, *, dtype, shape, size, path):
         stream, files = _voxel_stream(stack, f, header["data file"], path)
         return _as_array(_nrrd_voxels(stream, header, size, path), shape, dtype), files
 
+# %% ../../nbs/scans/itk.ipynb #6bcf9a02
 def read_nrrd(path: Path, axis_order: str | None = None, *, frame: int | None = None,
               max_voxels: int = MAX_VOXELS, **options) -> Volume:
     """An `.nrrd` file, or an `.nhdr` header with its data file beside it, as stored.
@@ -206,6 +226,7 @@ def _meta_header(f, path):
         if key.strip().lower() == "elementdatafile": return fields
     raise MedVLM3DError(path, "has no readable MetaImage header", "Export the scan again.")
 
+# %% ../../nbs/scans/itk.ipynb #ce326a32
 def _meta_numbers(fields, keys, *, count, path, kind=float):
     "The `count` numbers under the first of `keys` that is there, or None where there is none."
     key = next((k for k in keys if k.lower() in fields), None)
@@ -227,6 +248,7 @@ META_TYPES = {"MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHOR
               "MET_INT": "i4", "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4",
               "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
 
+# %% ../../nbs/scans/itk.ipynb #1be9987d
 def _refuse(path, reason, remedy="Save one volume of real numbers."):
     raise MedVLM3DError(path, reason, remedy)
 
@@ -241,6 +263,7 @@ def _meta_shape(fields, path):
     if channels not in (None, [1]): _refuse(path, "holds colours or vectors")
     return tuple(shape)
 
+# %% ../../nbs/scans/itk.ipynb #a3f35978
 def _check_function(fields, path):
     "Refuse an intensity function other than the identity."
     keys = {"Slope": 1., "Offset": 0.}
@@ -266,11 +289,11 @@ def _meta_dtype(fields, path):
 # %% ../../nbs/scans/itk.ipynb #82d1d6fc
 def _contradicts(letters, affine):
     "Whether the letters of AnatomicalOrientation name other axes than the affine, read either way."
-    if len(letters) != 3 or not set(letters) <= set("RASLPI"): return False
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not steps.all(): return False
+    stated = len(letters) == 3 and set(letters) <= set("RASLPI")
+    if not stated or not has_axes(affine): return False
     return letters not in (axis_codes(-affine), axis_codes(affine))
 
+# %% ../../nbs/scans/itk.ipynb #47f9bf5a
 def _meta_matrix(fields, n, *, spacing, matrix, path):
     "The affine (4, 4) in RAS mm of a matrix (n·n numbers), a spacing and the header's offset. Eq. (V8)."
     origin = _meta_numbers(fields, ["Offset", "Position", "Origin"], count=n, path=path) or [0.] * n
@@ -279,6 +302,7 @@ def _meta_matrix(fields, n, *, spacing, matrix, path):
     affine[:3, 3] = origin[:3]
     return np.diag([-1., -1, 1, 1]) @ affine
 
+# %% ../../nbs/scans/itk.ipynb #82a57599
 def _meta_affine(fields, n, axis_order, path):
     "(affine (4, 4) in RAS mm, notes); without a matrix, `axis_order` must say."
     spacing = _meta_numbers(fields, ["ElementSpacing", "ElementSize"], count=n, path=path)
@@ -305,6 +329,7 @@ def _meta_array(f, fields, *, dtype, shape, size, path):
         else: raw = _behind(stream, size, skip=skip, path=path)
         return _as_array(raw, shape, dtype), files
 
+# %% ../../nbs/scans/itk.ipynb #b6340e00
 def _meta_inflated(stream, size, *, skip, path):
     "The bytes of compressed voxels; `skip` counts bytes before they were compressed."
     _check_skip(skip, path)
@@ -312,6 +337,7 @@ def _meta_inflated(stream, size, *, skip, path):
     read_exactly(stream, skip, path)
     return _behind(Inflated(stream), size, skip=0, path=path)
 
+# %% ../../nbs/scans/itk.ipynb #ee89fdf4
 def read_meta(path: Path, axis_order: str | None = None, *, frame: int | None = None,
               max_voxels: int = MAX_VOXELS, **options) -> Volume:
     """An `.mha` file, or an `.mhd` header with its `.raw` or `.zraw` beside it, as stored.

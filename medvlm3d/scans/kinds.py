@@ -13,18 +13,22 @@ from pathlib import Path
 from ..base.core import MedVLM3DError
 from .arrays import PICTURES
 from .guard import STREAM_ERRORS, check_regular, is_zip, members, open_plain, without_leftovers
-from .nifti import PAIRS
+from .nifti import PAIRS, header_sizes
 
 # %% ../../nbs/scans/kinds.ipynb #aa3e6d03
 _GROUPS = (b"\x02\0", b"\x08\0")
 
+def _first_length(start):
+    "The length of the element with which bytes begin; two capital letters before it name its type."
+    typed = start[4:6].isalpha() and start[4:6].isupper()
+    return int.from_bytes(start[6:8] if typed else start[4:8], "little")
+
 def bare_dicom(start: bytes) -> bool:
     "Whether bytes begin with a DICOM element of group 2 or 8, without preamble and mark."
     if len(start) < 12 or start[:2] not in _GROUPS or start[3] != 0 or start[2] > 0x20: return False
-    explicit = start[4:6].isalpha() and start[4:6].isupper()
-    length = int.from_bytes(start[6:8] if explicit else start[4:8], "little")
-    return length < 1000
+    return _first_length(start) < 1000
 
+# %% ../../nbs/scans/kinds.ipynb #7586921d
 def begins_as_dicom(path: Path) -> bool:
     "Whether a file begins as DICOM, with or without a preamble."
     with open(path, "rb") as f: start = f.read(132)
@@ -35,11 +39,11 @@ _MARKS = {b"NRRD000": "nrrd", b"\x93NUMPY": "numpy", b"PK\x03\x04": "zip", b"PK\
           b"II*\0": "tiff", b"MM\0*": "tiff", b"II+\0": "tiff", b"MM\0+": "tiff", b"\0\0\0\x01\0\0": "mgh"}
 _META = re.compile(rb"\s*(ObjectType|NDims|Comment|ObjectSubType)\s*=", re.IGNORECASE)
 
+# %% ../../nbs/scans/kinds.ipynb #5e899053
 def _is_nifti(start):
     "Whether bytes hold the size and the mark of a NIfTI header."
-    sizes = [int.from_bytes(start[:4], order) for order in ("little", "big")]
-    first, second = start[344:347] in (b"n+1", b"ni1"), start[4:7] in (b"n+2", b"ni2")
-    return (first and 348 in sizes) or (second and 540 in sizes)
+    if start[344:347] in (b"n+1", b"ni1"): return 348 in header_sizes(start)
+    return start[4:7] in (b"n+2", b"ni2") and 540 in header_sizes(start)
 
 def kind_by_content(start: bytes) -> str | None:
     "The kind of a file that begins with these 400 bytes; None where they do not say."
@@ -50,6 +54,7 @@ def kind_by_content(start: bytes) -> str | None:
     if _is_nifti(start): return "nifti"
     return "dicom" if bare_dicom(start) else None
 
+# %% ../../nbs/scans/kinds.ipynb #e6c589d6
 def _start(path):
     "The first 400 bytes of a file, decompressed."
     try:
@@ -63,6 +68,7 @@ ENDINGS = {"nifti": (".nii", ".nii.gz", *PAIRS), "mgh": (".mgh", ".mgz"), "nrrd"
            "meta": (".mha", ".mhd"), "numpy": (".npy", ".npz"), "dicom": (".zip", ".dcm", ".ima"),
            "tiff": (".tif", ".tiff")}
 
+# %% ../../nbs/scans/kinds.ipynb #73cac6b8
 def kind_by_ending(name: str) -> str | None:
     "The kind that the ending of a file's name claims, or None."
     return next((kind for kind, endings in ENDINGS.items() if name.lower().endswith(endings)), None)
@@ -73,6 +79,7 @@ def _kind_of_zip(path):
     names = list(members(path))
     return "numpy" if names and all(n.endswith(".npy") for n in names) else "dicom"
 
+# %% ../../nbs/scans/kinds.ipynb #f433ffa8
 def _kind_of_file(path):
     "The kind of a file; raises for anything that is not read."
     claimed, found = kind_by_ending(path.name), kind_by_content(_start(path))
@@ -91,6 +98,7 @@ def _kind_of_folder(path):
     if not others: return "pictures"
     raise MedVLM3DError(path, "holds pictures beside DICOM files", "Give a folder with files of one kind.")
 
+# %% ../../nbs/scans/kinds.ipynb #401f482a
 def kind_of(path: Path) -> str:
     "nifti, mgh, nrrd, meta, numpy, tiff, pictures or dicom; raises for anything else."
     check_regular(path)
@@ -102,6 +110,7 @@ VOLUMES = (".nii", ".nii.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh", ".nrrd", ".nhdr
             ".npy", ".npz")
 _WITH_THEM = (*PAIRS, ".raw", ".zraw", ".txt")
 
+# %% ../../nbs/scans/kinds.ipynb #755c4c4c
 def _names_in(path):
     "Names of the files of a folder (without its subfolders) or of a zip."
     if path.is_dir(): return [p.name for p in without_leftovers(p for p in path.iterdir() if p.is_file())]

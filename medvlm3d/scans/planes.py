@@ -23,9 +23,9 @@ def _slice_through(volume, plane, point):
     "A volume of one slice: that of `plane` through the voxel `point`, in canonical orientation."
     axis, affine = _axis_across(volume, plane), volume.affine.copy()
     index = int(point[axis])
-    affine[:3, 3] += index * affine[:3, axis]
-    array = volume.voxels.take([index], axis=axis)
-    return reorient(replace(volume, voxels=array, affine=affine), plane)
+    affine[:, 3] += index * affine[:, axis]
+    cut = replace(volume, voxels=volume.voxels.take([index], axis), affine=affine)
+    return reorient(cut, plane)
 
 # %% ../../nbs/scans/planes.ipynb #c7fe3099
 def _place(view, volume, point):
@@ -69,6 +69,7 @@ def _draw_slice(ax, view, limits):
     ax.imshow(view.array[0], cmap="gray", vmin=low, vmax=high, extent=(0, columns * width, rows * height, 0))
     ax.set(xticks=[], yticks=[])
 
+# %% ../../nbs/scans/planes.ipynb #0bf29a92
 def _draw_plane(ax, volume, *, plane, point, marks, limits):
     "One plane through `point` in millimetre proportions, with cross lines, letters and marks."
     view = _slice_through(volume, plane, point)
@@ -86,8 +87,7 @@ def _draw_plane(ax, volume, *, plane, point, marks, limits):
 # %% ../../nbs/scans/planes.ipynb #84f93a8e
 def _limits(volume, window):
     "(low, high) of the grey scale."
-    if isinstance(window, str): return WINDOWS[window]
-    if window is not None: return tuple(window)
+    if window is not None: return WINDOWS[window] if isinstance(window, str) else tuple(window)
     if volume.intensity == "HU": return -1000., 400.
     return float(volume.array.min()), float(np.percentile(volume.array, 99.8))
 
@@ -131,17 +131,17 @@ def _figure_size(across, front, up, width=10.):
     return width, max(front, up) * scale + .8
 
 # %% ../../nbs/scans/planes.ipynb #76a285e6
+def _slider(plane, start, count):
+    "A slider over `count` slices of a plane."
+    from ipywidgets import IntSlider, Layout
+    return IntSlider(start, 0, count - 1, description=f"{plane} slice", continuous_update=False,
+                     style={"description_width": "7em"}, layout=Layout(width="30em"))
+
 def _sliders(volume, point=None):
     "Array axis → slider over the slices of one plane, in the order of PLANES."
-    from ipywidgets import IntSlider, Layout
-    sliders = {}
-    for plane in PLANES:
-        axis = _axis_across(volume, plane)
-        n = volume.shape[axis]
-        start = n // 2 if point is None else int(point[axis])
-        sliders[axis] = IntSlider(start, 0, n - 1, description=f"{plane} slice", continuous_update=False,
-                                  style={"description_width": "7em"}, layout=Layout(width="30em"))
-    return sliders
+    point = [n // 2 for n in volume.shape] if point is None else point
+    axes = {plane: _axis_across(volume, plane) for plane in PLANES}
+    return {axis: _slider(plane, int(point[axis]), volume.shape[axis]) for plane, axis in axes.items()}
 
 # %% ../../nbs/scans/planes.ipynb #6840e2a3
 def scroll(volume: Volume, marks: Sequence[int] = (), *, point: Sequence[int] | None = None,

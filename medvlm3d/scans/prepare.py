@@ -24,15 +24,17 @@ from .volume import PLANES, Volume, acquired_plane, reorient
 WINDOWS = {"lung": (-1350., 150.), "soft": (-160., 240.), "bone": (-450., 1050.), "brain": (0., 80.)}
 AIR = np.float32(-1024)   # HU; scanners pad what lies outside their field of view with lower numbers
 
+def _bounds(window):
+    "(low, high) of a window in HU; without one, from air upwards."
+    if window is None: return AIR, np.float32(np.inf)
+    return WINDOWS[window] if isinstance(window, str) else window
+
 def clip_window(volume: Volume, window: tuple[float, float] | str | None) -> np.ndarray:
     "The array with its HU clipped to `window`: (low, high) or a name in WINDOWS; None clips at air only."
-    in_hu = volume.intensity == "HU"
-    if window is None: return np.maximum(volume.array, AIR) if in_hu else volume.array
-    if not in_hu:
-        raise MedVLM3DError(f"window {window}", f"is in HU, the volume's intensity is {volume.intensity}",
-                            "Use window=None for it.")
-    low, high = WINDOWS[window] if isinstance(window, str) else window
-    return np.clip(volume.array, low, high)
+    if volume.intensity == "HU": return np.clip(volume.array, *_bounds(window))
+    if window is None: return volume.array
+    raise MedVLM3DError(f"window {window}", f"is in HU, the volume's intensity is {volume.intensity}",
+                        "Use window=None for it.")
 
 # %% ../../nbs/scans/prepare.ipynb #cec8dc3d
 CONSTANT = "the volume is constant: it becomes zeros"
@@ -62,6 +64,7 @@ def _counts(slabs):
         count += np.bincount(bins, minlength=BINS)
     return count
 
+# %% ../../nbs/scans/prepare.ipynb #c19e26da
 def _split(count):
     "Otsu's threshold of a histogram over [0, 1]."
     edges, share = np.linspace(0, 1, BINS + 1), count / count.sum()
@@ -84,6 +87,7 @@ def _margins(slabs, threshold):
         height, width = height + above.sum((0, 2)), width + above.sum((0, 1))
     return np.concatenate(depth), height, width
 
+# %% ../../nbs/scans/prepare.ipynb #af2b0b9d
 def _extent(count, total, share):
     "From the first to the last index whose part of the foreground is large enough; all when there is none."
     indices = np.flatnonzero(count / (total / len(count)) >= share)
@@ -106,6 +110,7 @@ def resize_weights(n: int, m: int) -> Tensor:
     weights = (1 - distance).clamp(min=0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
+# %% ../../nbs/scans/prepare.ipynb #b60db0cf
 def resize(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
     "Resample x (D, H, W) to `shape`, the axis that shrinks most first; an equal axis is untouched."
     for axis in sorted(range(3), key=lambda a: shape[a] / x.shape[a]):
@@ -127,6 +132,7 @@ def _extremes(array):
     "(smallest, largest) value as float32."
     return np.float32(array.min()), np.float32(array.max())
 
+# %% ../../nbs/scans/prepare.ipynb #bc6f7465
 def _percentiles(array, percentiles):
     "The two percentiles of an array, of at most about SLAB voxels spread evenly over it."
     every = math.ceil((array.size / SLAB)**(1 / 3))
@@ -150,6 +156,7 @@ def _shrink(array, n, *, axis, limits):
         pieces.append(torch.tensordot(weights, x, dims=([1], [axis])).movedim(0, axis))
     return torch.cat(pieces, across)
 
+# %% ../../nbs/scans/prepare.ipynb #44f3140a
 def _prepared(array, shape, limits):
     "`array` stretched to [0, 1] and resampled to `shape`."
     first = min(range(3), key=lambda a: shape[a] / array.shape[a])
@@ -169,6 +176,7 @@ def _check_window(window):
     if isinstance(window, tuple) and not _ascending(window):
         _refuse(f"window {window} is not (low, high)", "Give two ascending HU values.")
 
+# %% ../../nbs/scans/prepare.ipynb #59f500e8
 def _check_settings(preprocess):
     "Refuse a shape, plane, window or percentiles that no volume could be given."
     shape, plane, percentiles = preprocess.shape, preprocess.plane, preprocess.percentiles
@@ -188,11 +196,7 @@ class Plan:
     limits: tuple[np.float32, np.float32]   # what becomes 0 and 1
     box: tuple[slice, slice, slice]     # what the crop keeps
 
-def _bounds(window):
-    "(low, high) of a window in HU; without one, from air upwards."
-    if window is None: return AIR, np.inf
-    return WINDOWS[window] if isinstance(window, str) else window
-
+# %% ../../nbs/scans/prepare.ipynb #7dbdbedd
 def _limits(volume, *, window, percentiles):
     "What becomes 0 and 1 in an oriented volume."
     low, high = _extremes(volume.voxels)
@@ -217,6 +221,7 @@ def _plan(preprocess, volume):
     if preprocess not in known: known[preprocess] = _new_plan(preprocess, volume)
     return known[preprocess]
 
+# %% ../../nbs/scans/prepare.ipynb #310586e9
 def _new_plan(preprocess, volume):
     "Orient, find what becomes 0 and 1, and the box."
     view = preprocess.orient(volume)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.core import MedVLM3DError
+from ..base.core import MedVLM3DError, outside
 from .arrays import read_numpy, read_pictures, read_tiff, slice_order
 from .dicom import read_dicom
 from .guard import members
@@ -33,31 +33,37 @@ _OPTIONS = {
 _READERS = {"nifti": read_nifti, "mgh": read_mgh, "nrrd": read_nrrd, "meta": read_meta, "numpy": read_numpy,
             "pictures": read_pictures, "tiff": read_tiff, "dicom": read_dicom}
 
-def check_options(path: Path | str, kind: str, **options) -> None:
-    "Refuse an option that was given and that this kind of file does not have."
-    unused = [name for name, value in options.items() if value is not None and name not in _OPTIONS[kind]]
-    if not unused: return
+# %% ../../nbs/scans/readers.ipynb #a24118ee
+def _refuse_options(path, kind, unused):
     available = " and ".join(_OPTIONS[kind]) or "no choice"
     raise MedVLM3DError(path, f"has nothing to choose by {', '.join(unused)}",
                         f"Leave it out; for this kind of file there is {available}.")
+
+def check_options(path: Path | str, kind: str, **options) -> None:
+    "Refuse an option that was given and that this kind of file does not have."
+    unused = [name for name, value in options.items() if value is not None and name not in _OPTIONS[kind]]
+    if unused: _refuse_options(path, kind, unused)
 
 def _check_modality(modality, path):
     if modality in (None, *MODALITIES): return
     raise MedVLM3DError(path, f"is given the modality {modality!r}", f"Use one of {', '.join(MODALITIES)}.")
 
 # %% ../../nbs/scans/readers.ipynb #3aa2ae1c
+def _unpack(archive, folder):
+    "Write the files of a zip side by side into a folder."
+    for name, member in members(archive).items(): (folder/Path(name).name).write_bytes(member.read(archive))
+
 @contextmanager
 def _unpacked(path):
     "The one volume inside a zip, or alone in a folder, as a file; anything else as it is."
     inside = only_volume(path)
-    if inside is None or path.is_dir():
-        yield path/inside if inside else path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        for name, member in members(path).items():
-            (Path(folder)/Path(name).name).write_bytes(member.read(path))
-        yield Path(folder)/Path(inside).name
+    if inside is None or path.is_dir(): yield path/(inside or "")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            _unpack(path, Path(folder))
+            yield Path(folder)/Path(inside).name
 
+# %% ../../nbs/scans/readers.ipynb #36c99cec
 def _canonical(volume, kind):
     "In the canonical orientation; a note where the slices of a file without positions look interleaved."
     if volume.assumed: return volume
@@ -98,7 +104,7 @@ def read_volume(path: Path | str, axis_order: str | None = None, *, series: int 
                    suv=None if suv else False, resample=resample or None)
     options = dict(non_finite=non_finite, max_voxels=max_voxels, modality=modality, intensity=intensity)
     path = Path(path)
-    with _unpacked(path) as file:
+    with outside(path), _unpacked(path) as file:
         try: return _read_kind(file, kind_of(file), choices=choices, options=options)
         except MedVLM3DError as e:
             if file == path: raise

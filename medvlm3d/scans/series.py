@@ -10,6 +10,7 @@ __all__ = ['SAME', 'MOST', 'repeated', 'volumes_in', 'by_grid', 'without_scouts'
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def _complete(parts, slices):
     "Whether each part has all places of the whole."
     return all(set(_places(part)) == set(_places(slices)) for part in parts)
 
+# %% ../../nbs/scans/series.ipynb #f08f9a98
 def _best_pass(slices):
     "(name, parts) of the value that tells the volumes of these slices apart; None where none does."
     tried = [(name, parts) for name in PASSES if len(parts := _by_value(slices, name)) > 1]
@@ -62,6 +64,7 @@ def _by_rank(slices):
     columns = zip(*(sorted(stack, key=lambda s: s.instance) for stack in stacks.values()))
     return [[replace(s, passes={**s.passes, "pass": k + 1}) for s in part] for k, part in enumerate(columns)]
 
+# %% ../../nbs/scans/series.ipynb #46628623
 def volumes_in(slices: Sequence[Slice]) -> list[list[Slice]]:
     "The volumes that one series holds."
     if not repeated(slices): return [list(slices)]
@@ -73,17 +76,24 @@ def volumes_in(slices: Sequence[Slice]) -> list[list[Slice]]:
 def _near(a, b): return (a is None) == (b is None) and (a is None or np.allclose(a, b, atol=1e-3))
 
 def _one_grid(a, b):
+    "Whether two slices have one size, orientation and pixel spacing."
     return a.shape == b.shape and _near(a.orientation, b.orientation) and _near(a.spacing, b.spacing)
+
+# %% ../../nbs/scans/series.ipynb #8a5cb3d3
+def _part_for(s, parts):
+    "The part to which a slice belongs; a new one where there is none."
+    for part in parts:
+        if _one_grid(part[0], s): return part
+    parts.append([])
+    return parts[-1]
 
 def by_grid(slices: Sequence[Slice]) -> list[list[Slice]]:
     "The slices in parts of one size, orientation and pixel spacing, the largest first."
     parts = []
-    for s in slices:
-        part = next((p for p in parts if _one_grid(p[0], s)), None)
-        if part is None: parts.append([s])
-        else: part.append(s)
+    for s in slices: _part_for(s, parts).append(s)
     return sorted(parts, key=len, reverse=True)
 
+# %% ../../nbs/scans/series.ipynb #148b8670
 def without_scouts(parts: list[list[Slice]]) -> tuple[list[list[Slice]], tuple]:
     "(the parts with two places or more, notes); all parts where none has."
     stacks = [p for p in parts if len(p) - repeated(p) > 1]
@@ -101,11 +111,12 @@ def _known(slices): return {s.uid.rpartition(" ")[0] for s in slices}
 
 def _drop_damaged(found, images):
     "Notes on damaged copies of sound images; raises the first error of another damaged file."
-    damaged = [f for f in found if f.error]
-    lost = [f.error for f in damaged if f.uid is None or f.uid not in _known(images)]
+    damaged, known = [f for f in found if f.error], _known(images)
+    lost = [f.error for f in damaged if f.uid not in known]
     if lost: raise lost[0]
     return (f"{len(damaged)} damaged copies of images left out",) if damaged else ()
 
+# %% ../../nbs/scans/series.ipynb #eecc1239
 def _refuse_all(localisers, others, path):
     "Refuse a folder, zip or file without a slice of a scan."
     words = sorted(set(others) - {NO_IMAGE})
@@ -114,12 +125,16 @@ def _refuse_all(localisers, others, path):
         _refuse(path, f"holds no scan, but {', '.join(words)}", remedy)
     _refuse(path, "holds only localisers" if localisers else "holds no DICOM images", _GIVE)
 
+# %% ../../nbs/scans/series.ipynb #375ff8f2
+def _left_out_words(word, n):
+    if word == NO_IMAGE: return f"{n} files that are no DICOM images left out"
+    return f"left out: {word} ({n} files)"
+
 def _left_out(localisers, others):
     "Notes on what was left out."
-    counts, notes = Counter(others), []
-    if localisers: notes.append(f"{localisers} localiser images left out")
-    if counts[NO_IMAGE]: notes.append(f"{counts.pop(NO_IMAGE)} files that are no DICOM images left out")
-    return (*notes, *(f"left out: {word} ({n} files)" for word, n in sorted(counts.items())))
+    scouts = (f"{localisers} localiser images left out",) if localisers else ()
+    counts = sorted(Counter(others).items(), key=lambda pair: (pair[0] != NO_IMAGE, pair[0]))
+    return (*scouts, *(_left_out_words(word, n) for word, n in counts))
 
 # %% ../../nbs/scans/series.ipynb #c3c6a46e
 def _scan_slices(path):
@@ -132,11 +147,16 @@ def _scan_slices(path):
     if not images: _refuse_all(localisers, others, path)
     return images, (*damaged, *_left_out(localisers, others))
 
+# %% ../../nbs/scans/series.ipynb #baae442a
+def _alike(slices):
+    "Whether slices share their grid, the number of their series and their modality."
+    return len(by_grid(slices)) == 1 and len({(s.series[0], s.modality) for s in slices}) == 1
+
 def _scattered(groups):
     "Whether each slice has a series identifier of its own, and all else says one series."
     slices = [s for group in groups for s in group]
-    alike = len(by_grid(slices)) == 1 and len({(s.series[0], s.modality) for s in slices}) == 1
-    return len(groups) > 2 and len(slices) == len(groups) and alike and not repeated(slices)
+    one_each = len(groups) > 2 and len(slices) == len(groups)
+    return one_each and _alike(slices) and not repeated(slices)
 
 def _by_identifier(images):
     "(the slices by series number, identifier and stack, notes)."
@@ -146,6 +166,7 @@ def _by_identifier(images):
     if not _scattered(parts): return parts, ()
     return [images], ("every image has a series identifier of its own: taken for one series",)
 
+# %% ../../nbs/scans/series.ipynb #8f8ea4a9
 def image_series(path: Path) -> tuple[list[list[list[Slice]]], tuple]:
     "(series, each a list of volumes, each a list of `Slice`; notes on what was left out)."
     images, notes = _scan_slices(path)
@@ -154,14 +175,17 @@ def image_series(path: Path) -> tuple[list[list[list[Slice]]], tuple]:
     return [volumes_in(part) for part in parts], (*notes, *more, *scouts)
 
 # %% ../../nbs/scans/series.ipynb #38737ccb
+def _has_place(s): return s.position is not None and s.orientation is not None
+
 def _step(slices):
     "The median distance of the slices in mm, or None."
-    if any(s.position is None or s.orientation is None for s in slices): return None
+    if not all(map(_has_place, slices)): return None
     z = np.unique([_height(s) for s in slices])
     return float(np.median(np.diff(z))) if len(z) > 1 else None
 
 def _height(s): return s.position @ np.cross(*s.orientation.reshape(2, 3))
 
+# %% ../../nbs/scans/series.ipynb #12999818
 def _plane_word(s):
     "axial, coronal or sagittal, or oblique; nothing where the header does not say."
     if s.orientation is None: return []
@@ -188,6 +212,7 @@ def _pass_words(volume, names):
     values = [(n, volume[0].passes[n]) for n in names]
     return [f"{n} {v:g}" for n, v in values if isinstance(v, (int, float))]
 
+# %% ../../nbs/scans/series.ipynb #e8dceb6b
 def _described(volume, names):
     "One volume of the list."
     s, (h, w) = volume[0], volume[0].shape
@@ -195,13 +220,17 @@ def _described(volume, names):
     number = [f"number {s.series[0]}"] if s.series[0] else []
     return ", ".join([*words, *_pass_words(volume, names), *number])
 
+MOST = 40      # volumes in the list of an error
+
+def _shortened(lines):
+    "At most MOST lines, and how many more there are."
+    more = [f"and {len(lines) - MOST} more"] if len(lines) > MOST else []
+    return "; ".join([*lines[:MOST], *more])
+
 def listed(series: list[list[list[Slice]]]) -> str:
     "The volumes, each with its number."
     lines = [_described(volume, _differing(volumes)) for volumes in series for volume in volumes]
-    shown = [f"{k}: {line}" for k, line in enumerate(lines[:MOST])]
-    return "; ".join([*shown, *([f"and {len(lines) - MOST} more"] if len(lines) > MOST else [])])
-
-MOST = 40      # volumes in the list of an error
+    return _shortened([f"{k}: {line}" for k, line in enumerate(lines)])
 
 # %% ../../nbs/scans/series.ipynb #fe30bf0d
 def _number(choice, count, *, name, path, among):
@@ -210,6 +239,7 @@ def _number(choice, count, *, name, path, among):
     if choice is not None and 0 <= choice < count: return choice
     _refuse(path, f"holds {count} {among}", f"Choose one with {name}=0 to {count - 1}.")
 
+# %% ../../nbs/scans/series.ipynb #e16f9fa3
 def choose_volume(series: list[list[list[Slice]]], number: int | None, *, frame: int | None,
                   path: Path) -> list[Slice]:
     """The one volume, or the chosen one of several.
@@ -231,29 +261,31 @@ def choose_volume(series: list[list[list[Slice]]], number: int | None, *, frame:
 # %% ../../nbs/scans/series.ipynb #cc065b3c
 def _possible(s):
     "Whether a slice states a finite position and an orientation of unit vectors at right angles."
-    row, column = s.orientation.reshape(2, 3)
-    lengths = np.linalg.norm([row, column], axis=1)
-    return np.isfinite(s.position).all() and np.allclose(lengths, 1, atol=1e-2) and abs(row @ column) < .02
+    axes = s.orientation.reshape(2, 3)
+    products = axes @ axes.T               # of unit vectors at right angles: the unit matrix
+    return np.isfinite(s.position).all() and np.allclose(products, np.eye(2), rtol=0, atol=.02)
 
+# %% ../../nbs/scans/series.ipynb #a2aaab13
 def _check_geometry(slices, path):
     "Refuse multi-frame files without positions, and missing or impossible geometry."
     if any(s.frames > 1 for s in slices):
         _refuse(path, "is a multi-frame file that does not say where its frames lie",
                 "Export the original series, as classic or enhanced CT or MR.")
-    if any(value is None for s in slices for value in (s.position, s.orientation, s.spacing)):
+    if not all(_has_place(s) and s.spacing is not None for s in slices):
         _refuse(path, "lacks the position, orientation or pixel spacing of its slices",
                 "Export the original series, not screenshots.")
     if not all(map(_possible, slices)): _refuse(path, "states an impossible position or orientation")
 
+_GRID = {"size": attrgetter("shape"), "orientations": attrgetter("orientation"),
+         "pixel spacings": attrgetter("spacing")}
+
 def _check_one_grid(slices, path):
     "Refuse slices that do not share one grid and orientation."
-    first = slices[0]
-    if any(s.shape != first.shape for s in slices): _refuse(path, "mixes slices of different size")
-    if not all(_near(s.orientation, first.orientation) for s in slices):
-        _refuse(path, "mixes slices of different orientations")
-    if not all(_near(s.spacing, first.spacing) for s in slices):
-        _refuse(path, "mixes slices of different pixel spacings")
+    for word, value in _GRID.items():
+        if not all(_near(value(s), value(slices[0])) for s in slices):
+            _refuse(path, f"mixes slices of different {word}")
 
+# %% ../../nbs/scans/series.ipynb #6fb0b3fe
 def check_stack(slices: Sequence[Slice], path: Path) -> None:
     "Refuse slices without usable geometry, of different grids, or a single one."
     _check_geometry(slices, path)
@@ -272,6 +304,7 @@ def _rounded(slices):
     tenths = np.array([s.position for s in slices]) * 10
     return np.allclose(tenths, tenths.round(), atol=1e-6)
 
+# %% ../../nbs/scans/series.ipynb #d738b2b2
 def _missing_slices(steps, step):
     "(how many slices are missing, index of the largest gap); (0, 0) if the steps are no multiples of `step`."
     gaps = np.round(steps / step)
@@ -283,6 +316,7 @@ def _off_grid(z):
     index = np.arange(len(z))
     return np.abs(z - np.polyval(np.polyfit(index, z, 1), index)).max()
 
+# %% ../../nbs/scans/series.ipynb #d71ea206
 _READ = "read it with resample=True (--resample)"
 
 def spacing_fault(slices: Sequence[Slice]) -> tuple[str, str] | None:

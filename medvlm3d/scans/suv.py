@@ -47,6 +47,7 @@ def _injection(drug):
     if stamp: return datetime.combine(DT(stamp).date(), DT(stamp).time())
     return TM(drug.get("RadiopharmaceuticalStartTime") or None)
 
+# %% ../../nbs/scans/suv.ipynb #a27c8349
 def _number(source, key, unit=1.):
     "A number of a data set in `unit`s, or None."
     value = source.get(key)
@@ -77,6 +78,7 @@ def mean_decay(duration: float, half_life: float) -> float:
     if x < 1e-6: return duration / 2
     return duration / x * math.log(x / -math.expm1(-x))
 
+# %% ../../nbs/scans/suv.ipynb #80b1902e
 def _refuse(path, reason):
     remedy = "Export the series with its original tags, or read it with suv=False for relative numbers."
     raise MedVLM3DError(path, f"cannot be turned into SUV: {reason}", remedy)
@@ -101,20 +103,26 @@ def scan_start(tracers: Sequence[Tracer], path: Path | str) -> datetime:
 LIMITS = {"weight": ("PatientWeight", .3, 500), "dose": ("RadionuclideTotalDose", 1e4, 1e11),
           "half_life": ("RadionuclideHalfLife", 1, 1e8)}
 
+_TIMES = {"injected": "RadiopharmaceuticalStartTime", "series": "SeriesDate or SeriesTime"}
+
+def _missing_times(tracers):
+    "Names of the tags with times that are missing."
+    missing = [name for key, name in _TIMES.items() if getattr(tracers[0], key) is None]
+    if any(t.acquired is None for t in tracers): missing.append("AcquisitionDate or AcquisitionTime")
+    return missing
+
+# %% ../../nbs/scans/suv.ipynb #09ba2ec9
 def _missing_tags(tracers):
     "Names of the tags that are missing or zero."
     first = tracers[0]
     missing = [name for key, (name, _, _) in LIMITS.items() if not getattr(first, key)]
-    if first.decay != "START": return missing
-    if first.injected is None: missing.append("RadiopharmaceuticalStartTime")
-    if first.series is None: missing.append("SeriesDate or SeriesTime")
-    if any(t.acquired is None for t in tracers): missing.append("AcquisitionDate or AcquisitionTime")
-    return missing
+    return missing if first.decay != "START" else [*missing, *_missing_times(tracers)]
 
 def _impossible_tags(tracer):
     "Names of the tags whose values cannot be true."
     return [name for key, (name, low, high) in LIMITS.items() if not low <= getattr(tracer, key) <= high]
 
+# %% ../../nbs/scans/suv.ipynb #8a617328
 def _dose_and_clock(t): return t.units, t.decay, t.weight, t.dose, t.half_life, t.injected
 
 def _check_tracers(tracers, path):
@@ -140,16 +148,20 @@ def _elapsed(tracers, path):
     return seconds
 
 # %% ../../nbs/scans/suv.ipynb #07562b1e
+def _is_corrected(tracer):
+    "Whether an image is corrected for attenuation and decay."
+    done = set(tracer.corrections)
+    return "ATTN" in done and bool({"DECY", "DECAY"} & done)
+
 def _check_units(first, path):
     "Refuse numbers of unknown unit, and numbers without the corrections that SUV needs."
     if first.units == "GML": _refuse(path, "it is SUV, but not by body weight")
     if first.units != "BQML" and not (first.units == "CNTS" and first.becquerel):
         _refuse(path, "its unit is neither BQML nor GML, nor CNTS with a factor")
-    corrections = set(first.corrections)
-    if "ATTN" not in corrections or not {"DECY", "DECAY"} & corrections:
-        _refuse(path, "it is not corrected for attenuation and decay")
+    if not _is_corrected(first): _refuse(path, "it is not corrected for attenuation and decay")
     if first.decay not in ("START", "ADMIN"): _refuse(path, "DecayCorrection is neither START nor ADMIN")
 
+# %% ../../nbs/scans/suv.ipynb #7b52f752
 def suv_factor(tracers: Sequence[Tracer], path: Path | str) -> float:
     "What the rescaled numbers of a PET series are multiplied by to become SUV by body weight. Eq. (V7)."
     first = tracers[0]

@@ -17,27 +17,30 @@ from itertools import permutations
 import numpy as np
 
 from ..base.core import MedVLM3DError
-from .regular import sheared, straighten
+from .regular import sheared, step_lengths, straighten
 
 # %% ../../nbs/scans/01_volume.ipynb #a081d3fa
 _TURN = np.eye(3) + np.array([[0, -3, 2], [3, 0, -1], [-2, 1, 0]]) / 4000    # a turn about (1, 2, 3)
 
 def axis_codes(affine: np.ndarray) -> str:
     "Three letters: the patient direction in which each axis grows. `affine` (4, 4) in RAS mm. Eq. (V1)."
-    steps = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    steps = affine[:3, :3] / step_lengths(affine)
     turned = np.abs(_TURN @ steps)
     best = max(permutations(range(3)), key=lambda rows: turned[rows, range(3)].sum())
     letters = ["RAS"[row] if steps[row, j] > 0 else "LPI"[row] for j, row in enumerate(best)]
     return "".join(letters)
 
 # %% ../../nbs/scans/01_volume.ipynb #385437ac
+def _step_towards(code, length):
+    "One step of `length` mm towards a side of the patient, in RAS mm."
+    step = np.zeros(3)
+    step["RASLPI".index(code) % 3] = length if code in "RAS" else -length
+    return step
+
 def codes_affine(codes: str, spacing: Sequence[float] = (1., 1., 1.)) -> np.ndarray:
     "The affine (4, 4) of an array whose axes grow towards `codes`, `spacing` mm apart; its origin is zero."
     affine = np.eye(4)
-    affine[:3, :3] = 0
-    for j, (code, step) in enumerate(zip(codes, spacing)):
-        row = "RASLPI".index(code) % 3
-        affine[row, j] = step if code in "RAS" else -step
+    affine[:3, :3] = np.stack([_step_towards(code, step) for code, step in zip(codes, spacing)], axis=1)
     return affine
 
 # %% ../../nbs/scans/01_volume.ipynb #92907b8d
@@ -54,6 +57,12 @@ def check_intensity(intensity: str, what: str) -> str:
     return intensity
 
 # %% ../../nbs/scans/01_volume.ipynb #1d9781a6
+def _spacing_words(volume):
+    "The distances of the voxels in words."
+    if volume.assumed: return "assumed geometry"
+    return "×".join(f"{s:.3g}" for s in volume.spacing) + " mm"
+
+# %% ../../nbs/scans/01_volume.ipynb #07e08545
 @dataclass(frozen=True, eq=False)
 class Volume:
     "A scan: voxels (D, H, W), and an `affine` (4, 4) from indices to RAS mm. It holds no patient data."
@@ -75,21 +84,21 @@ class Volume:
     @property
     def shape(self): return self.voxels.shape
     @property
-    def spacing(self): return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+    def spacing(self): return tuple(step_lengths(self.affine).tolist())
     @property
     def codes(self): return axis_codes(self.affine)
 
     def __repr__(self):
-        size, step = "×".join(map(str, self.shape)), "×".join(f"{s:.3g}" for s in self.spacing)
-        geometry = "assumed geometry" if self.assumed else f"{step} mm"
-        values = f"{self.intensity} {self.voxels.min():.5g} to {self.voxels.max():.5g}"
-        return f"Volume({self.modality} {self.plane}, {size}, {geometry}, {values})"
+        size, values = "×".join(map(str, self.shape)), f"{self.voxels.min():.5g} to {self.voxels.max():.5g}"
+        kind = f"{self.modality} {self.plane}"
+        return f"Volume({kind}, {size}, {_spacing_words(self)}, {self.intensity} {values})"
 
 # %% ../../nbs/scans/01_volume.ipynb #194e08b6
 MAX_VOXELS = 2**29   # 2 GB as float32
 REPAIR = "Repair the header, or export the scan again."
 _LARGER = "Pass a larger max_voxels if this is really its size."
 
+# %% ../../nbs/scans/01_volume.ipynb #817b439a
 def check_size(shape: Sequence[int], what: str, *, max_voxels: int = MAX_VOXELS, itemsize: int = 4) -> int:
     """The number of voxels of a declared `shape`; raises if it is not positive or above the limit.
 
@@ -116,11 +125,12 @@ def _check_spacing(affine, what):
     affine = np.array(affine, dtype=np.float64)
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise MedVLM3DError(what, "the affine holds NaN or infinite values", REPAIR)
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    spacing = step_lengths(affine)
     if spacing.min() < 1e-6 or spacing.max() > 1e4:
         raise MedVLM3DError(what, f"the voxel spacing {spacing.round(6).tolist()} mm is impossible", REPAIR)
     return affine + 0.0
 
+# %% ../../nbs/scans/01_volume.ipynb #b5a03688
 def check_affine(affine: np.ndarray, what: str = "affine") -> np.ndarray:
     "The affine as float64 (4, 4); raises if it is not finite, singular or sheared by more than 0.6 degrees."
     affine = _check_spacing(affine, what)
@@ -134,6 +144,7 @@ def _all_finite(array):
     if array.dtype.kind != "f": return True
     with np.errstate(over="ignore", invalid="ignore"): return np.isfinite(array.max() - array.min())
 
+# %% ../../nbs/scans/01_volume.ipynb #415040f5
 def check_finite(array: np.ndarray, what: str, policy: str) -> tuple[np.ndarray, tuple]:
     "Refuse NaN and infinities, or `replace` them by the smallest finite value; returns (array, notes)."
     if policy not in ("error", "replace"):
@@ -148,6 +159,7 @@ def check_finite(array: np.ndarray, what: str, policy: str) -> tuple[np.ndarray,
     note = f"{counted} were NaN or infinite: replaced by the smallest finite value"
     return np.where(bad, array[~bad].min(), array), (note,)
 
+# %% ../../nbs/scans/01_volume.ipynb #b59363e7
 def _check_array(array, what):
     "A 3D array of real numbers as float32; integers of 8 and 16 bits stay."
     if array.dtype.kind not in "fiub":
@@ -171,6 +183,11 @@ def _rectangular(array, affine, *, what, resample):
     return straighten(array, affine) if sheared(affine) else (array, affine, (NOT_RESAMPLED,))
 
 # %% ../../nbs/scans/01_volume.ipynb #1bf7b95d
+def _is_constant(array):
+    "Whether every voxel has the same value; the first slice that differs ends the search."
+    first = array.flat[0]
+    return all((part == first).all() for part in array)
+
 def make_volume(array: np.ndarray, affine: np.ndarray | None = None, *, plane: str = "axial",
                 spacing: Sequence[float] = (1., 1., 1.), what: str = "array", non_finite: str = "error",
                 notes: tuple = (), resample: bool = False, **meta) -> Volume:
@@ -190,7 +207,7 @@ def make_volume(array: np.ndarray, affine: np.ndarray | None = None, *, plane: s
     assumed = affine is None
     if assumed: affine, geometry = codes_affine(PLANES[plane], spacing), (_ASSUMED,)
     else: array, affine, geometry = _rectangular(array, affine, what=what, resample=resample)
-    constant = ("every voxel has the same value",) if array.min() == array.max() else ()
+    constant = ("every voxel has the same value",) if _is_constant(array) else ()
     warnings = (*notes, *geometry, *replaced, *constant)
     return Volume(array, check_affine(affine, what), plane=plane, warnings=warnings, assumed=assumed, **meta)
 
@@ -199,12 +216,12 @@ OPPOSITE = dict(zip("RASLPI", "LPIRAS"))
 
 def _flip(array, affine, axis):
     "The same voxels with `axis` in the other direction."
-    start, step = affine[:, 3].copy(), affine[:, axis].copy()
     affine = affine.copy()
-    affine[:, 3] = start + step * (array.shape[axis] - 1)
-    affine[:, axis] = -step
+    affine[:, 3] += affine[:, axis] * (array.shape[axis] - 1)
+    affine[:, axis] *= -1
     return np.flip(array, axis), affine
 
+# %% ../../nbs/scans/01_volume.ipynb #7ef036aa
 def reorient(volume: Volume, plane: str) -> Volume:
     "`volume` in the canonical orientation of `plane`: axes permuted and flipped, the affine with them."
     if plane not in PLANES: raise MedVLM3DError(plane, "is no plane", f"Use one of {', '.join(PLANES)}.")
