@@ -30,13 +30,18 @@ def taken_by(llm: nn.Module) -> set:
     "The names that a language model's forward pass takes."
     return set(inspect.signature(llm.forward).parameters)
 
+# %% ../../nbs/method/architectures.ipynb #09ffbb52
+def _lacking(llm):
+    "What a language model must take and this one does not."
+    taken = taken_by(llm)
+    cache = [] if taken & {"cache", "past_key_values"} else ["past_key_values"]
+    return [name for name in NEEDED if name not in taken] + cache
+
 def check_language_model(llm: nn.Module) -> nn.Module:
     "`llm`, or an error that names what its forward pass lacks."
-    taken = taken_by(llm)
-    lacking = [name for name in NEEDED if name not in taken]
-    if not taken & {"cache", "past_key_values"}: lacking.append("past_key_values")
+    lacking = ", ".join(_lacking(llm))
     if not lacking: return llm
-    problem = f"cannot be the language model: its forward pass takes no {', '.join(lacking)}"
+    problem = f"cannot be the language model: its forward pass takes no {lacking}"
     remedy = "Choose a causal language model with attention and a cache."
     raise MedVLM3DError(type(llm).__name__, problem, remedy)
 
@@ -71,10 +76,15 @@ def kind_mask(segments: Tensor, positions: Tensor, *, kind: str, config) -> Tens
     """
     seen = packed_mask(segments)
     if kind == "full_attention": return seen
-    query, key, reach = positions[:, None, :, None], positions[:, None, None], getattr(config, REACH[kind])
-    if kind == "sliding_attention": return seen & (query - key < reach)
-    return seen & (query // reach == key // reach)
+    query, key = positions[:, None, :, None], positions[:, None, None]
+    return seen & _within_reach(query, key, kind, getattr(config, REACH[kind]))
 
+def _within_reach(query, key, kind, reach):
+    "Whether a position lies in another's window, or in the same chunk."
+    if kind == "sliding_attention": return query - key < reach
+    return query // reach == key // reach
+
+# %% ../../nbs/method/architectures.ipynb #65a92f3a
 def packed_masks(llm: nn.Module, segments: Tensor, positions: Tensor, *, dtype: torch.dtype) -> Tensor | dict:
     """The masks of packed questions in the form that the model's attention takes; a dict if layers differ.
 
@@ -84,11 +94,11 @@ def packed_masks(llm: nn.Module, segments: Tensor, positions: Tensor, *, dtype: 
     segments, positions : (B, T)
     dtype : float type of what eager attention adds
     """
-    config, masks = text_config(llm), {}
-    for kind in layer_kinds(config):
-        mask = kind_mask(segments, positions, kind=kind, config=config)
-        masks[kind] = mask if attention_of(llm) == "sdpa" else as_added(mask, dtype)
-    return masks if len(masks) > 1 else masks[kind]
+    config = text_config(llm)
+    kinds = layer_kinds(config)
+    masks = [kind_mask(segments, positions, kind=kind, config=config) for kind in kinds]
+    if attention_of(llm) != "sdpa": masks = [as_added(mask, dtype) for mask in masks]
+    return dict(zip(kinds, masks)) if len(masks) > 1 else masks[0]
 
 def attention_of(llm: nn.Module) -> str:
     "The implementation of a language model's attention: sdpa, eager or another."
@@ -102,6 +112,7 @@ def _sequences(segments):
         for k in sorted({*row} - {0, -1}) or [0]:
             yield b, prefix + [t for t, s in enumerate(row) if s == k != 0]
 
+# %% ../../nbs/method/architectures.ipynb #cc7ae0ce
 def unpacked(segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Packed rows (B, T) as single sequences (S, L).
 
@@ -117,6 +128,12 @@ def unpacked(segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(t.to(segments.device) for t in (index, mask, back.view_as(segments)))
 
 # %% ../../nbs/method/architectures.ipynb #88ad5ea0
+def _refuse_attentions(llm):
+    problem = "has no attention between packed questions, which it reads one by one"
+    remedy = "Ask without output_attentions, or give one question a row."
+    raise MedVLM3DError(type(llm).__name__, problem, remedy)
+
+# %% ../../nbs/method/architectures.ipynb #5dc2e776
 def read_one_by_one(llm: nn.Module, embeds: Tensor, *, segments: Tensor, positions: Tensor,
                     logits_to_keep: int = 0, **options) -> CausalLMOutputWithPast:
     """The output of packed questions, each read alone.
@@ -128,10 +145,7 @@ def read_one_by_one(llm: nn.Module, embeds: Tensor, *, segments: Tensor, positio
     segments, positions : (B, T)
     logits_to_keep : how many places at the end get logits; 0: all
     """
-    if options.get("output_attentions"):
-        problem = "has no attention between packed questions, which it reads one by one"
-        remedy = "Ask without output_attentions, or give one question a row."
-        raise MedVLM3DError(type(llm).__name__, problem, remedy)
+    if options.get("output_attentions"): _refuse_attentions(llm)
     index, mask, back = unpacked(segments)
     if "position_ids" in taken_by(llm): options["position_ids"] = positions.flatten()[index]
     out = llm(inputs_embeds=embeds.flatten(0, 1)[index], attention_mask=mask, **options)
@@ -147,6 +161,7 @@ class Plan:
     kinds: tuple
     reason: str | None = None
 
+# %% ../../nbs/method/architectures.ipynb #61029742
 def obstacle(llm: nn.Module) -> str | None:
     "Why a language model cannot read packed questions in one row, as far as its configuration tells."
     config = text_config(llm)
@@ -160,10 +175,12 @@ def obstacle(llm: nn.Module) -> str | None:
 # %% ../../nbs/method/architectures.ipynb #676f4566
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3}     # of the logits' spread; other types: a twentieth
 
+def _names_reach(name):
+    return any(word in name for word in ("window", "chunk", "topk"))
+
 def longest_reach(config, context: int) -> int:
     "The largest window, chunk or selection below `context` that a configuration names, at least 4."
-    words = ("window", "chunk", "topk")
-    numbers = [v for name, v in config.to_dict().items() if type(v) is int and any(w in name for w in words)]
+    numbers = [v for name, v in config.to_dict().items() if type(v) is int and _names_reach(name)]
     return max([4, *(v for v in numbers if v < context)])
 
 def trial_embeds(llm: nn.Module, length: int) -> Tensor:
@@ -172,14 +189,20 @@ def trial_embeds(llm: nn.Module, length: int) -> Tensor:
     ids = torch.randint(table.weight.shape[0], (1, length), generator=torch.Generator().manual_seed(0))
     return table(ids.to(table.weight.device))
 
+# %% ../../nbs/method/architectures.ipynb #ff35d888
+def _trial_row(prefix, own, device):
+    "Segments and positions (1, T) of a prefix and two questions of `own` tokens."
+    first = torch.arange(prefix + own, device=device)
+    again = first[prefix:]
+    segments = torch.cat([(first >= prefix).long(), torch.full_like(again, 2)])
+    return segments[None], torch.cat([first, again])[None]
+
 @torch.no_grad()
 def packing_error(llm: nn.Module, context: int = 512) -> float:
     "How far packed logits of two questions lie from those of single sequences, relative to their spread."
-    prefix, own = longest_reach(text_config(llm), context) + 4, 4
-    embeds = trial_embeds(llm, prefix + 2 * own)
-    first = torch.arange(prefix + own, device=embeds.device)
-    positions = torch.cat([first, first[prefix:]])[None]
-    segments = torch.cat([(first >= prefix).long(), torch.full_like(first[prefix:], 2)])[None]
+    prefix = longest_reach(text_config(llm), context) + 4
+    segments, positions = _trial_row(prefix, 4, llm.get_input_embeddings().weight.device)
+    embeds = trial_embeds(llm, segments.shape[1])
     masks = packed_masks(llm, segments, positions, dtype=embeds.dtype)
     row = llm(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, use_cache=False).logits
     alone = read_one_by_one(llm, embeds, segments=segments, positions=positions, use_cache=False).logits
@@ -199,6 +222,7 @@ def has_values(llm: nn.Module) -> bool:
     "Whether the weights are here: not on the meta device, and not parted among processes."
     return not any(p.is_meta or hasattr(p, "ds_id") for p in llm.parameters())
 
+# %% ../../nbs/method/architectures.ipynb #2b1a5af8
 FAILURES = (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 def _tried(llm, context):
@@ -212,9 +236,13 @@ def _tried(llm, context):
 # %% ../../nbs/method/architectures.ipynb #0df8dc47
 _PLANS, _LOCK = WeakKeyDictionary(), threading.Lock()
 
-def _make_plan(llm, context):
+def _reason(llm, context):
+    "Why a language model is not packed: what its configuration says, else what a trial finds, else None."
     reason = obstacle(llm)
-    if reason is None and has_values(llm): reason = _tried(llm, context)
+    return _tried(llm, context) if reason is None and has_values(llm) else reason
+
+def _make_plan(llm, context):
+    reason = _reason(llm, context)
     if reason:
         name = type(llm).__name__
         warnings.warn(f"{name}: packed questions are read one by one, because {reason}.", stacklevel=4)

@@ -8,7 +8,7 @@ __all__ = ['Answer', 'answer_line', 'answer_html', 'Saying', 'Spoken', 'Packing'
 
 # %% ../../nbs/method/ask.ipynb #19ca7e93
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,18 +44,23 @@ class Answer:
 # %% ../../nbs/method/ask.ipynb #aff5a504
 def answer_line(answer: Answer, threshold: float | None = None) -> str:
     "An answer in one line: its letter and text, whether it was cut, or that none is given."
-    letter = f"{answer.letter}. " if answer.letter else ""
     if answer.cut: return f"{answer.text} … (cut at the limit of its length)"
-    if not answer.abstained: return letter + answer.text
+    option = f"{answer.letter}. {answer.text}" if answer.letter else answer.text
+    if not answer.abstained: return option
     below = "" if threshold is None else f" of {threshold:.1%}"
-    likeliest = f"the likeliest, {letter}{answer.text}, has {answer.confidence:.1%}"
-    return f"no answer: {likeliest}, below the threshold{below}"
+    return f"no answer: the likeliest, {option}, has {answer.confidence:.1%}, below the threshold{below}"
+
+# %% ../../nbs/method/ask.ipynb #e61e0619
+def _probability_table(answer):
+    "The probabilities of the options as an HTML table; empty without any."
+    if not answer.probabilities: return ""
+    rows = [(f"{p:.1%}", option) for option, p in answer.probabilities.items()]
+    return f"<table>{html_rows(rows)}</table>"
 
 def answer_html(answer: Answer) -> str:
     "An answer as HTML: the line, the probabilities, and a warning for each way in which the scan is unlike."
     warnings = "".join(f"<p><b>Warning:</b> {escape_html(line)}</p>" for line in answer.outside)
-    rows = html_rows([(f"{p:.1%}", option) for option, p in (answer.probabilities or {}).items()])
-    return f"{warnings}<p>{escape_html(answer_line(answer))}</p>" + (f"<table>{rows}</table>" if rows else "")
+    return f"{warnings}<p>{escape_html(answer_line(answer))}</p>{_probability_table(answer)}"
 
 Answer._repr_html_ = answer_html
 
@@ -71,13 +76,16 @@ class Saying:
             raise MedVLM3DError("the model", "has no processor", remedy)
         return self.processor
 
+    def _on_device(self, batch):
+        return {name: t.to(self.device) for name, t in batch.items()}
+
     def features_of(self, scan: Scan) -> Tensor:
         "Features (1, D′, N, C) of one scan: a path, `Volume` or prepared tensor."
         return self.encode(self.need_processor().pixels(scan)[None])[0]
 
     def outside(self, volume: Volume, features: Tensor) -> tuple:
         "Sentences on what of a `Volume` and its features (1, D′, N, C) is unlike the training scans."
-        if self.seen is None: return (NO_RECORD,)
+        if not (self.seen and self.seen.volumes): return (NO_RECORD,)
         oriented = self.need_processor().preprocess.orient(volume)
         return tuple(self.seen.outside(scan_facts(oriented), features[0]))
 
@@ -87,7 +95,7 @@ class Spoken(Saying):
     def spoken(self, features: Tensor, prompt: str, step: Callable = run_stage, **kwargs) -> Answer:
         "The generated answer to one prompt about features (1, D′, N, C), marked where it was cut."
         batch = step("prompt", lambda: self.need_processor()(prompts=prompt))
-        inputs = {name: t.to(self.device) for name, t in batch.items()}
+        inputs = self._on_device(batch)
         ids = step("language model", lambda: self.generate(**inputs, features=features, **kwargs))
         new = ids[0, batch["input_ids"].shape[1]:]
         words = step("words", lambda: self.processor.decode(new))
@@ -117,10 +125,14 @@ class Packing(Spoken):
     "Several options or questions behind one image."
     def option_segments(self, question: str, choices: Sequence[str]) -> list:
         "(prompt ids, target ids) of each option, ready to be packed; options `NA` are left out."
-        tok, style = self.need_processor().tokenizer, self.config.answer_style
+        tok = self.need_processor().tokenizer
         prompt = prompt_ids(tok, closed_prompt(question, choices))
-        targets = [closed_target(choice, letter, style) for letter, choice in lettered(choices)]
-        return [(prompt, target_ids(tok, target)) for target in targets]
+        return [(prompt, target_ids(tok, target)) for target in self._targets_of(choices)]
+
+    def _targets_of(self, choices):
+        "What the model would say for each of the choices."
+        style = self.config.answer_style
+        return [closed_target(choice, letter, style) for letter, choice in lettered(choices)]
 
     def _packed(self, segments, visual_tokens):
         "A batch with one row per volume: its prefix and its segments."
@@ -145,8 +157,7 @@ class Scoring(Packing):
         """
         blind = features is None and pixel_values is None
         visual_tokens = 0 if blind else self.config.visual_tokens
-        batch = step("prompt", lambda: self._packed(segments, visual_tokens))
-        batch = {name: t.to(self.device) for name, t in batch.items()}
+        batch = self._on_device(step("prompt", lambda: self._packed(segments, visual_tokens)))
         inputs = {name: batch[name] for name in ("input_ids", "position_ids", "segments")}
         inputs |= {"features": features, "pixel_values": pixel_values}
         logits = step("language model", lambda: self(**inputs).logits)
@@ -179,16 +190,21 @@ def chosen(options: Sequence[tuple], logprobs: Tensor, seen: Seen | None = None)
     seen : the record of a model: the temperature and the threshold of its confidence
     """
     if len(options) == 1: return Answer(options[0][1], options[0][0])
-    p = (logprobs / ((seen and seen.temperature) or 1)).softmax(0).tolist()
+    seen = seen or Seen()
+    p = (logprobs / (seen.temperature or 1)).softmax(0).tolist()
     letter, text = options[p.index(max(p))]
-    probabilities = {choice: round(value, 6) for (_, choice), value in zip(options, p)}
-    return Answer(text, letter, probabilities, abstained=bool(seen and seen.abstains(max(p))))
+    texts = [choice for _, choice in options]
+    return Answer(text, letter, _rounded(texts, p), abstained=seen.abstains(max(p)))
+
+def _rounded(texts, p):
+    return {text: round(value, 6) for text, value in zip(texts, p)}
 
 # %% ../../nbs/method/ask.ipynb #9208cb83
 def _read(path):
     from medvlm3d.scans.readers import read_volume
     return read_volume(path)
 
+# %% ../../nbs/method/ask.ipynb #27933e1d
 class Answering(Options):
     "Answers to open and closed questions, and reports."
     def answer(self, features: Tensor, question: str | None, choices: Sequence[str] | None = None,
@@ -219,14 +235,23 @@ class Answering(Options):
 # %% ../../nbs/method/ask.ipynb #2a83e471
 def _first_shape(result):
     "The shape of a tensor, or of the first of a tuple or dict of them; empty for anything else."
-    while isinstance(result, (tuple, dict)) and result:
-        values = result.values() if isinstance(result, dict) else result
+    while isinstance(result, (tuple, Mapping)) and result:
+        values = result.values() if isinstance(result, Mapping) else result
         result = next(iter(values))
     return tuple(result.shape) if torch.is_tensor(result) else ""
 
+# %% ../../nbs/method/ask.ipynb #1bce844c
 def _wait(device):
     "Wait until a GPU has finished; a CPU always has."
     if torch.device(device).type == "cuda": torch.cuda.synchronize()
+
+def _timed(compute, device):
+    "The result of `compute()`, and the milliseconds that it took."
+    _wait(device)
+    start = time.perf_counter()
+    result = compute()
+    _wait(device)
+    return result, round(1000 * (time.perf_counter() - start), 1)
 
 # %% ../../nbs/method/ask.ipynb #2df5f503
 class _Table:
@@ -266,11 +291,7 @@ class Trace(_Table):
         compute : a function without parameters
         device : where it computes
         """
-        _wait(device)
-        start = time.perf_counter()
-        result = compute()
-        _wait(device)
-        milliseconds = round(1000 * (time.perf_counter() - start), 1)
+        result, milliseconds = _timed(compute, device)
         self.rows.append((stage, equation, notebook, _first_shape(result), milliseconds))
         return result
 
@@ -313,6 +334,11 @@ class Watching(Answering):
         low = step("injection", lambda: connector.injection(fused))
         flat = step("visual tokens", lambda: flatten_tokens(low))
         step("projector", lambda: connector.projector(flat))
+        self._note_maps(record, grid, fused)
+
+    def _note_maps(self, record, grid, fused):
+        "The gate and the attention, from the features on their grid before and after fusion."
+        connector = self.connector
         if self.config.fusion == "both": record.alpha = connector.fusion.gate(grid)[0][0].mean(-1)
         if self.config.attention == "none": return
         record.attention = lambda query: connector.injection.attention_map(fused, query)[0]

@@ -16,6 +16,8 @@ from .fusion import SpatialFrequencyFusion, to_grid
 from .injection import FineGrainedInjection
 from .selection import kept_count
 from .tokens import flatten_tokens, visual_token_count
+from .windows import ThreeWindows
+from ..scans.prepare import Preprocess
 
 # %% ../../nbs/method/07_connector.ipynb #83418472
 class MedVLM3DConfig(PreTrainedConfig):
@@ -27,6 +29,8 @@ class MedVLM3DConfig(PreTrainedConfig):
         encoder="tiny",          # name or folder; the paper: biomedclip ("Biomedical CLIP vision encoder")
         encoder_hash=None,       # fingerprint of the encoder's weights; another encoder is refused
         encoder_channels=32,     # C; the paper: 768 (below Eq. 1)
+        layers=None,             # ours: blocks of the encoder side by side, from 1; None: the last
+        windows=None,            # ours: three (low, high) as the input channels; None: grey three times
         grid=(4, 4),             # patches in rows and columns; the paper: 14 × 14 (below Eq. 1)
         preprocess=None,         # Preprocess.to_dict(); the paper: 50 × 224 × 224 ("Implementation details")
         rho=28,                  # percent of slices kept; the paper: 28 ("Implementation details")
@@ -52,7 +56,7 @@ class MedVLM3DConfig(PreTrainedConfig):
         _refuse_unknown(common)
         self.encoder, self.encoder_hash = encoder, encoder_hash
         self.encoder_channels, self.grid = encoder_channels, list(grid)
-        self.preprocess = dict(preprocess or {"depth": 50, "height": 224, "width": 224})
+        self._set_input(preprocess, layers, windows)
         self.rho, self.selection = rho, selection
         self.whiten, self.channels = whiten, channels or encoder_channels
         self.fusion, self.alpha, self.frequency = fusion, alpha, frequency
@@ -64,6 +68,13 @@ class MedVLM3DConfig(PreTrainedConfig):
         self.image_token_id, self.seed = image_token_id, seed
         self._check_channels()
         super().__init__(**common)
+
+    def _set_input(self, preprocess, layers, windows):
+        "How scans are prepared, what the encoder reads and is shown; the windows must fit the preparation."
+        self.preprocess = dict(preprocess or {"depth": 50, "height": 224, "width": 224})
+        three = ThreeWindows.of(windows, Preprocess.from_dict(self.preprocess))
+        self.layers = list(layers) if layers else None
+        self.windows = three and [list(pair) for pair in three.pairs]
 
     def __eq__(self, other): return type(self) is type(other) and self.to_dict() == other.to_dict()
 
@@ -95,12 +106,15 @@ def _refuse_unknown(keys):
     if keys.get("quantization_config"):
         raise MedVLM3DError("MedVLM3DConfig", "cannot apply its quantization_config to the whole model",
                             "Take it out, and give a quantised base: from_pretrained(..., llm=...).")
-    known = ALSO_KNOWN.union(PreTrainedConfig().to_dict())
-    unknown = sorted(key for key in keys if key not in known and not key.startswith("_"))
-    if unknown:
+    if unknown := _unknown_keys(keys):
         raise MedVLM3DError("MedVLM3DConfig", f"does not know {', '.join(unknown)}",
                             "Check the spelling, or the version of the library that saved it.")
 
+def _unknown_keys(keys):
+    known = ALSO_KNOWN.union(PreTrainedConfig().to_dict())
+    return sorted(key for key in keys if key not in known and not key.startswith("_"))
+
+# %% ../../nbs/method/07_connector.ipynb #bf0039fe
 def _as_text_config(value, tied=None):
     "A language model's configuration from its dict (without the folder it lay in), or as it is."
     if isinstance(value, dict):
@@ -116,16 +130,20 @@ def principal_directions(x: Tensor, count: int) -> tuple:
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return variances, directions * largest.sign()
 
+# %% ../../nbs/method/07_connector.ipynb #389caf12
 @torch.no_grad()
 def fit_whitening(features: Tensor, channels: int) -> tuple:
     "Mean (C,) and matrix (C, c) that whiten features (…, C) in their `channels` leading directions."
     x = features.flatten(0, -2).double()
-    if not channels <= min(x.shape[1], len(x) - 1):
-        problem = f"{len(x)} vectors of {x.shape[1]} channels do not determine {channels} directions"
-        raise MedVLM3DError("fit_whitening", problem, "Give more training features or fewer channels.")
+    _check_count(x, channels)
     variances, directions = principal_directions(x, channels)
     scale = variances.clamp_min(variances[0] * 1e-6).sqrt()
     return x.mean(0).float(), (directions / scale).float()
+
+def _check_count(x, channels):
+    if channels <= min(x.shape[1], len(x) - 1): return
+    problem = f"{len(x)} vectors of {x.shape[1]} channels do not determine {channels} directions"
+    raise MedVLM3DError("fit_whitening", problem, "Give more training features or fewer channels.")
 
 # %% ../../nbs/method/07_connector.ipynb #2faa9bec
 class Whitening(nn.Module):
@@ -157,6 +175,7 @@ def float_type(module: nn.Module) -> torch.dtype:
     floats = (t.dtype for t in module.parameters() if t.is_floating_point())
     return next(floats, torch.float32)
 
+# %% ../../nbs/method/07_connector.ipynb #d90de5fa
 class Connector(nn.Module):
     "Features of the kept slices (B, D′, N, C) → visual tokens (B, M′, hidden)."
     def __init__(self, config: MedVLM3DConfig, hidden: int):

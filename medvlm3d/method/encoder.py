@@ -12,22 +12,27 @@ from torch import Tensor, nn
 
 from ..base.core import MedVLM3DError, sha256_tensors
 from .weights import Tower
+from .windows import ThreeWindows
 
 # %% ../../nbs/method/02_encoder.ipynb #e09ec3bf
+def _resized(images: Tensor, size: int) -> Tensor:
+    "Images (n, c, H, W) as float32 of `size` pixels, clamped to [0, 1]; equal sizes are left alone."
+    x = images.float()
+    if x.shape[-2:] == (size, size): return x
+    x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False)
+    return x.clamp(0, 1)
+
 def slice_pixels(slices: Tensor, size: int, *, mean: tuple, std: tuple) -> Tensor:
-    """Grey slices (n, H, W) in [0, 1] → normalised pixels (n, 3, size, size), float32.
+    """Slices (n, H, W) or (n, 3, H, W) in [0, 1] → normalised pixels (n, 3, size, size), float32.
 
     Parameters
     ----------
-    slices : grey values in [0, 1], (n, H, W); resized (bicubic) only if H or W differs from `size`
+    slices : values in [0, 1], grey or of three channels; resized (bicubic) only if H or W differs from `size`
     size : edge of the tower's input in pixels
     mean, std : three values each, one per colour channel
     """
-    x = slices[:, None].float()
-    if x.shape[-2:] != (size, size):
-        x = F.interpolate(x, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    mean = torch.tensor(mean, device=x.device).view(1, 3, 1, 1)
-    std = torch.tensor(std, device=x.device).view(1, 3, 1, 1)
+    x = _resized(slices if slices.ndim == 4 else slices[:, None], size)
+    mean, std = (torch.tensor(t, device=x.device).view(1, 3, 1, 1) for t in (mean, std))
     return (x - mean) / std
 
 # %% ../../nbs/method/02_encoder.ipynb #d9c5e95b
@@ -42,15 +47,13 @@ def _check_volume(volume: Tensor):
 # %% ../../nbs/method/02_encoder.ipynb #0a88a6c9
 class FrozenTower(nn.Module):
     "A vision transformer with its sizes; its weights are never trained."
-    def __init__(self, tower: Tower, name: str, chunk: int = 10):
+    def __init__(self, tower: Tower, name: str, chunk: int = 10, windows: ThreeWindows | None = None):
         super().__init__()
-        self.name = name
-        self.chunk = chunk              # slices per forward pass
-        self.tower = tower
-        self.model = tower.model
-        self.size = tower.size
-        self.channels = tower.channels
-        self.grid = (tower.size // tower.patch,) * 2
+        self.name, self.chunk = name, chunk         # chunk: slices per forward pass
+        self.tower, self.model = tower, tower.model
+        self.size, self.grid = tower.size, (tower.size // tower.patch,) * 2
+        self.channels, self.layers = tower.channels, tower.layers
+        self.windows = windows                      # None: the grey value three times
         self.requires_grad_(False).eval()
 
     @property
@@ -71,23 +74,28 @@ class FrozenTower(nn.Module):
 # %% ../../nbs/method/02_encoder.ipynb #0e4eecbd
 class SliceEncoder(FrozenTower):
     "A frozen 2D encoder over the slices of a volume: (B, D, H, W) in [0, 1] → (B, D, N, C)."
+    def shown(self, volume: Tensor) -> Tensor:
+        "A whole volume (D, H, W) as slices for `encode_slices`: itself, or its three windows (D, 3, H, W)."
+        _check_volume(volume[None])
+        return volume if self.windows is None else self.windows(volume)
+
     def pixels(self, slices: Tensor) -> Tensor:
-        "Slices (n, H, W) → what the tower reads, (n, 3, size, size), on its device and in its float type."
+        "Slices → what the tower reads, (n, 3, size, size), on its device and in its float type."
         slices = slices.to(self.like.device)
         pixels = slice_pixels(slices, self.size, mean=self.tower.mean, std=self.tower.std)
         return pixels.to(self.like.dtype)
 
     @torch.no_grad()
     def encode_slices(self, slices: Tensor) -> Tensor:
-        "Slices (n, H, W) → patch tokens (n, N, C), each slice alone. Eq. (1)."
-        return self.tower.tokens(self.model, self.pixels(slices))
+        "Slices (n, H, W) or (n, 3, H, W) → patch tokens (n, N, C), each slice alone. Eq. (1)."
+        chunks = slices.split(self.chunk)
+        return torch.cat([self.tower.tokens(self.model, self.pixels(chunk)) for chunk in chunks])
 
     def forward(self, volume: Tensor) -> Tensor:
-        "Volume (B, D, H, W) → features (B, D, N, C): all slices in order, `chunk` at a time. Eq. (2)."
+        "Volume (B, D, H, W) → features (B, D, N, C): all slices in order. Eq. (2)."
         _check_volume(volume)
-        chunks = volume.flatten(0, 1).split(self.chunk)
-        tokens = torch.cat([self.encode_slices(slices) for slices in chunks])
-        return tokens.unflatten(0, volume.shape[:2])
+        if self.windows is not None: return torch.stack([self.encode_slices(self.shown(v)) for v in volume])
+        return self.encode_slices(volume.flatten(0, 1)).unflatten(0, volume.shape[:2])
 
     def __repr__(self):
         sizes = f"{self.size} px, grid {self.grid}, {self.channels} channels"

@@ -47,6 +47,7 @@ def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     X = torch.fft.fftn(x, dim=AXES)
     return X.real, X.imag
 
+# %% ../../nbs/method/04_fusion.ipynb #5e1617f6
 def mix_channels(real: Tensor, imag: Tensor, *, A: Tensor, B: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """1×1×1 convolutions on the two parts of the spectrum. Eq. (10).
 
@@ -76,6 +77,7 @@ def fourier_maps(x: Tensor, real: Callable, imag: Callable) -> Tensor:
         parts = spectrum(x.to(dtype))
         return from_spectrum(real(parts[0]), imag(parts[1])).to(x.dtype)
 
+# %% ../../nbs/method/04_fusion.ipynb #d960b68f
 def fourier_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
     """The same with channel matrices.
 
@@ -130,6 +132,7 @@ def even_odd_maps(x: Tensor, real: Callable, imag: Callable) -> Tensor:
     y[..., 0, 0, 0, :] += bias[..., 0, :]
     return y
 
+# %% ../../nbs/method/04_fusion.ipynb #d24bc3c3
 def even_odd_path(x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
     """The same with channel matrices: A on the even part, B on the odd.
 
@@ -153,6 +156,7 @@ def mixing_weight(spatial: Tensor, frequency: Tensor, weight: Tensor, bias: Tens
     """
     return F.linear(torch.cat([spatial, frequency], -1), weight, bias).sigmoid()
 
+# %% ../../nbs/method/04_fusion.ipynb #6bcec34d
 def blend(alpha: Tensor, spatial: Tensor, frequency: Tensor) -> Tensor:
     "α of the spatial and 1−α of the frequency path, all (…, D, H, W, C); α may have one channel. Eq. (13)."
     return frequency + alpha * (spatial - frequency)
@@ -165,9 +169,9 @@ OPTIONS = {"path": ("both", "spatial", "frequency", "none"),
 def check_options(options: dict, known: dict):
     "Refuse a value that is not among those `known` for its name."
     for name, value in options.items():
-        if value not in known[name]:
-            choices = ", ".join(str(choice) for choice in known[name])
-            raise MedVLM3DError(f"{name}={value!r}", "is not known", f"Choose one of {choices}.")
+        if value in known[name]: continue
+        choices = ", ".join(map(str, known[name]))
+        raise MedVLM3DError(f"{name}={value!r}", "is not known", f"Choose one of {choices}.")
 
 # %% ../../nbs/method/04_fusion.ipynb #ce5898d8
 def check_grid(x: Tensor, channels: int):
@@ -182,15 +186,17 @@ def _centre(weight: Tensor) -> Tensor:
     middle = [k // 2 for k in weight.shape[2:]]
     return weight[(..., *middle)]
 
+def _add_identity(matrix: Tensor):
+    "Add 1 to the diagonal of a square matrix, in place; others are left alone."
+    if matrix.shape[0] == matrix.shape[1]: matrix.diagonal().add_(1)
+
+# %% ../../nbs/method/04_fusion.ipynb #fc793213
 def near_identity(layer: nn.Module, noise: float = .1):
     "Set a linear or convolution layer to the identity at its centre plus relative noise, and its bias to 0."
     inputs_per_output = layer.weight[0].numel()
     nn.init.normal_(layer.weight, std=noise / inputs_per_output**.5)
     if layer.bias is not None: nn.init.zeros_(layer.bias)
-    with torch.no_grad():
-        centre = _centre(layer.weight)
-        outputs, inputs = centre.shape
-        if outputs == inputs: centre += torch.eye(outputs, device=centre.device)
+    with torch.no_grad(): _add_identity(_centre(layer.weight))
 
 # %% ../../nbs/method/04_fusion.ipynb #71a18968
 class ChannelMap(nn.Conv3d):
@@ -199,6 +205,7 @@ class ChannelMap(nn.Conv3d):
         bias = bias if bias is None else bias.to(x.dtype)
         return F.linear(x.movedim(-4, -1), weight.flatten(1).to(x.dtype), bias).movedim(-1, -4)
 
+# %% ../../nbs/method/04_fusion.ipynb #7f6ec405
 def run_on_grid(layer: nn.Module, x: Tensor) -> Tensor:
     "A convolution layer on (…, D, H, W, C)."
     return layer(x.movedim(-1, -4)).movedim(-4, -1)
@@ -216,13 +223,16 @@ class FusionWeights(nn.Module):
         if path in ("both", "spatial"):
             self.spatial = nn.Conv3d(channels, channels, 3, padding=1)
         if path in ("both", "frequency"):
-            self.real = ChannelMap(channels, channels, 1)
-            self.imag = ChannelMap(channels, channels, 1, bias=False)
-            if frequency == "global":
-                self.transfer = nn.Parameter(torch.empty(2, channels, knots, knots, knots))
+            self._add_frequency(channels, knots if frequency == "global" else 0)
         if path == "both":
             self.mix = ChannelMap(2*channels, channels if alpha == "channel" else 1, 1)
         self.reset_parameters()
+
+    def _add_frequency(self, channels, knots):
+        "The two maps of the spectrum and, with knots, the transfer function."
+        self.real = ChannelMap(channels, channels, 1)
+        self.imag = ChannelMap(channels, channels, 1, bias=False)
+        if knots: self.transfer = nn.Parameter(torch.empty(2, channels, *[knots] * 3))
 
     def reset_parameters(self):
         "Both paths near the identity, the gate near ½, the transfer function 1."
@@ -255,10 +265,13 @@ class SpatialFrequencyFusion(FusionWeights):
         path = fourier_maps if self.frequency == "fft" else even_odd_maps
         return path(x, partial(run_on_channels, self.real), partial(run_on_channels, self.imag))
 
+    def _need_gate(self):
+        if self.path == "both": return
+        raise MedVLM3DError(f"path={self.path!r}", "has no gate", "Build the fusion with path='both'.")
+
     def gate(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "α and the two paths it weighs, for features (B, D, H, W, C): (α, spatial, frequency)."
-        if self.path != "both":
-            raise MedVLM3DError(f"path={self.path!r}", "has no gate", "Build the fusion with path='both'.")
+        self._need_gate()
         spatial, frequency = self.spatial_features(x), self.frequency_features(x)
         alpha = run_on_grid(self.mix, torch.cat([spatial, frequency], -1)).sigmoid()
         return alpha, spatial, frequency

@@ -37,6 +37,7 @@ def trilinear(x: Tensor, size: tuple) -> Tensor:
     low = F.interpolate(channels_first, size=size, mode="trilinear", align_corners=False)
     return low.movedim(1, -1).reshape(*batch, *size, channels)
 
+# %% ../../nbs/method/05_injection.ipynb #b54ce747
 def _blocks(x: Tensor, s: int) -> Tensor:
     "(…, D, H, W, C) → (…, D/s, s, H/s, s, W/s, s, C); s must divide the sizes."
     for axis in (-2, -4, -6): x = x.unflatten(axis, (-1, s))
@@ -101,6 +102,12 @@ def region_mask(high: tuple, low: tuple, device: torch.device | None = None) -> 
     return _owners(high, low, device).flatten() == queries[:, None]
 
 # %% ../../nbs/method/05_injection.ipynb #6ed3e534
+def _attend_owned(query, key, value):
+    "The same for sizes that s does not divide: a mask lets each query see its own voxels."
+    mask = region_mask(key.shape[-4:-1], query.shape[-4:-1], key.device)
+    return attend(as_tokens(query), as_tokens(key), as_tokens(value), mask)
+
+# %% ../../nbs/method/05_injection.ipynb #93c3b689
 def attend_regions(query: Tensor, key: Tensor, value: Tensor, scale: int) -> Tensor:
     """Each query attends to its own region only: → (…, M, C).
 
@@ -110,10 +117,7 @@ def attend_regions(query: Tensor, key: Tensor, value: Tensor, scale: int) -> Ten
     key, value : (…, D, H, W, C)
     scale : s, the edge of a region
     """
-    low, high = query.shape[-4:-1], key.shape[-4:-1]
-    if any(n % scale for n in high):
-        mask = region_mask(high, low, key.device)
-        return attend(as_tokens(query), as_tokens(key), as_tokens(value), mask)
+    if any(n % scale for n in key.shape[-4:-1]): return _attend_owned(query, key, value)
     one_by_one = as_tokens(query).unsqueeze(-2)
     return attend(one_by_one, regions(key, scale), regions(value, scale)).squeeze(-2)
 
@@ -147,6 +151,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
     if mask is not None: logits = logits.masked_fill(~mask, -torch.inf)
     return logits.softmax(-1)
 
+# %% ../../nbs/method/05_injection.ipynb #dca99659
 def _check_token(query: tuple, size: tuple):
     "An error if the token (d, h, w) lies outside the low-resolution grid of that size."
     inside = len(query) == 3 and all(0 <= i < n for i, n in zip(query, size))
@@ -154,14 +159,18 @@ def _check_token(query: tuple, size: tuple):
         remedy = "Give (d, h, w) on the low-resolution grid."
         raise MedVLM3DError(f"query={tuple(query)}", f"lies outside the grid {tuple(size)}", remedy)
 
+# %% ../../nbs/method/05_injection.ipynb #7dd85ec2
 class AttentionMap:
     "Adds `attention_map` to an injection."
+    def _need_attention(self):
+        if self.attention != "none": return
+        remedy = "Build it with 'global' or 'region'."
+        raise MedVLM3DError("attention='none'", "has no attention to show", remedy)
+
     @torch.no_grad()
     def attention_map(self, x: Tensor, query: tuple) -> Tensor:
         "The weight of each voxel of (…, D, H, W, C) for the token `query` = (d, h, w): (…, D, H, W), sum 1."
-        if self.attention == "none":
-            remedy = "Build it with 'global' or 'region'."
-            raise MedVLM3DError("attention='none'", "has no attention to show", remedy)
+        self._need_attention()
         low, q, k, _ = self.projections(x)
         high, size = x.shape[-4:-1], low.shape[-4:-1]
         _check_token(query, size)
@@ -173,6 +182,13 @@ class AttentionMap:
 # %% ../../nbs/method/05_injection.ipynb #df1c8845
 OPTIONS = {"attention": ("global", "region", "none"), "residual": (False, True)}
 
+def _check_scale(scale):
+    "Refuse a factor that is no whole number of at least 1."
+    if isinstance(scale, int) and scale >= 1: return
+    remedy = "Give scale=2, as the paper does."
+    raise MedVLM3DError(f"scale={scale!r}", "is not a whole number of at least 1", remedy)
+
+# %% ../../nbs/method/05_injection.ipynb #db38a3d1
 class FineGrainedInjection(AttentionMap, InjectionWeights):
     """Fewer tokens that have read the details: (B, D, H, W, C) → (B, D/s, H/s, W/s, C); also without B.
 
@@ -188,9 +204,7 @@ class FineGrainedInjection(AttentionMap, InjectionWeights):
     def __init__(self, channels: int, scale: int = 2, *, attention: str = "global", residual: bool = False,
                  mlp_ratio: int = 4):
         check_options(dict(attention=attention, residual=residual), OPTIONS)
-        if not (isinstance(scale, int) and scale >= 1):
-            remedy = "Give scale=2, as the paper does."
-            raise MedVLM3DError(f"scale={scale!r}", "is not a whole number of at least 1", remedy)
+        _check_scale(scale)
         super().__init__(channels, attention, mlp_ratio)
         self.channels, self.scale, self.attention, self.residual = channels, scale, attention, residual
 
@@ -201,10 +215,13 @@ class FineGrainedInjection(AttentionMap, InjectionWeights):
         if self.attention == "none": return (low,)
         return low, self.query(low), self.key(x), self.value(x)
 
+    def _attended(self, query, key, value):
+        "What each query reads, in its region or everywhere: (…, M, C)."
+        if self.attention == "region": return attend_regions(query, key, value, self.scale)
+        return attend(as_tokens(query), as_tokens(key), as_tokens(value))
+
     def forward(self, x: Tensor) -> Tensor:
         low, *qkv = self.projections(x)
         if self.attention == "none": return low
-        if self.attention == "region": attended = attend_regions(*qkv, self.scale)
-        else: attended = attend(*map(as_tokens, qkv))
-        enhanced = enhance(attended, self.mlp, low.shape[-4:-1])
+        enhanced = enhance(self._attended(*qkv), self.mlp, low.shape[-4:-1])
         return low + enhanced if self.residual else enhanced

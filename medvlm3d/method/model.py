@@ -21,7 +21,7 @@ from .architectures import (attention_of, check_language_model, local_mask, pack
                                            with_attention)
 from .ask import Speaking
 from .connector import Connector, MedVLM3DConfig
-from .encoders import load_encoder
+from .encoders import described_encoder
 from .keeping import Keeping, Learning
 from .language import (MedVLM3DProcessor, add_lora, base_hash, check_pixels, load_llm,
                                       load_tokenizer, reference_llm, widen_emulated, word_tokenizer)
@@ -32,9 +32,11 @@ from .weights import interpolate_grid
 from ..scans.prepare import Preprocess
 
 # after medvlm3d, which lets torchvision stand beside a CPU torch
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, GenerationConfig,
-                          GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase)
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText,
+                          AutoProcessor, GenerationConfig, GenerationMixin, PreTrainedModel,
+                          PreTrainedTokenizerBase)
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import TransformersKwargs
 
 # %% ../../nbs/method/08_model.ipynb #56c42eda
@@ -43,14 +45,16 @@ class Encoding:
     @property
     def encoder(self):
         "The frozen slice encoder, loaded when it is first needed; another one than the recorded is refused."
-        if "encoder" not in self.beside:
-            encoder = load_encoder(self.config.encoder, size=self.config.preprocess["height"])
-            if self.config.encoder_hash not in (None, encoder.weights_hash):
-                problem = "has other weights than the encoder this model was trained with"
-                raise MedVLM3DError(self.config.encoder, problem, "Restore the original weights.")
-            self.config.encoder_hash = encoder.weights_hash
-            self.beside["encoder"] = encoder
+        if "encoder" not in self.beside: self.beside["encoder"] = self._load_encoder()
         return self.beside["encoder"].to(self.device)
+
+    def _load_encoder(self):
+        encoder = described_encoder(vars(self.config))
+        if self.config.encoder_hash not in (None, encoder.weights_hash):
+            problem = "has other weights than the encoder this model was trained with"
+            raise MedVLM3DError(self.config.encoder, problem, "Restore the original weights.")
+        self.config.encoder_hash = encoder.weights_hash
+        return encoder
 
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> tuple:
@@ -62,9 +66,9 @@ class Encoding:
     def encode_one(self, volume: Tensor, step: Callable = run_stage) -> tuple:
         "As `encode`, for one volume (D, H, W); `step` runs encoder and selection."
         c, encoder = self.config, self.encoder
-        def encode(slices): return interpolate_grid(encoder(slices[None])[0], tuple(c.grid))
+        def encode(slices): return interpolate_grid(encoder.encode_slices(slices), tuple(c.grid))
         options = dict(rho=c.rho, strategy=c.selection, seed=c.seed)
-        return encode_selected(encode, volume.to(self.device), step=step, **options)
+        return encode_selected(encode, encoder.shown(volume.to(self.device)), step=step, **options)
 
 # %% ../../nbs/method/08_model.ipynb #95039b27
 class Seeing(Encoding):
@@ -91,6 +95,7 @@ class Seeing(Encoding):
         problem = "speak of an image, and none is given"
         raise MedVLM3DError("input_ids", problem, "Give pixel_values or features.")
 
+# %% ../../nbs/method/08_model.ipynb #fd270126
 def _check_counts(counts, visual):
     "An error unless each sequence has as many image places as its volume has visual tokens."
     volumes, tokens = visual.shape[:2]
@@ -110,12 +115,14 @@ def _cached_tokens(cache):
 
 def _positions(mask, length, cache):
     "Positions of the last `length` tokens of sequences whose padding is 0 in the mask (B, tokens so far)."
-    started = _cached_tokens(cache)
-    if mask.shape[1] < started + length:
-        problem = f"has {mask.shape[1]} places for {int(started) + length} tokens"
-        remedy = "Give one place for each token so far, cached ones included."
-        raise MedVLM3DError("attention_mask", problem, remedy)
+    _check_places(mask.shape[1], _cached_tokens(cache) + length)
     return (mask.cumsum(-1) - 1).clamp_min(0)[:, -length:]
+
+def _check_places(places, tokens):
+    if places >= tokens: return
+    problem = f"has {places} places for {int(tokens)} tokens"
+    raise MedVLM3DError("attention_mask", problem,
+                        "Give one place for each token so far, cached ones included.")
 
 # %% ../../nbs/method/08_model.ipynb #af9fc1a3
 class Attending:
@@ -133,16 +140,18 @@ class Attending:
 
     def _read(self, embeds, mask, *, positions, segments, **options):
         "The language model's output for embeddings (B, T, hidden): sequences, or packed questions."
-        if segments is None:
-            if mask is not None and mask.ndim == 2:
-                if positions is None: positions = _positions(mask, embeds.shape[1], options[CACHE])
-                mask = local_mask(self.llm, mask, embeds.shape[1])
-            places = {"position_ids": positions} if "position_ids" in taken_by(self.llm) else {}
-            return self.llm(inputs_embeds=embeds, attention_mask=mask, **places, **options)
+        if segments is None: return self._read_sequences(embeds, mask, positions, **options)
         if packing_plan(self.llm, self.config.context).reason:
             return read_one_by_one(self.llm, embeds, segments=segments, positions=positions, **options)
         masks = packed_masks(self.llm, segments, positions, dtype=embeds.dtype)
         return self.llm(inputs_embeds=embeds, attention_mask=masks, position_ids=positions, **options)
+
+    def _read_sequences(self, embeds, mask, positions, **options):
+        if mask is not None and mask.ndim == 2:
+            if positions is None: positions = _positions(mask, embeds.shape[1], options[CACHE])
+            mask = local_mask(self.llm, mask, embeds.shape[1])
+        places = {"position_ids": positions} if "position_ids" in taken_by(self.llm) else {}
+        return self.llm(inputs_embeds=embeds, attention_mask=mask, **places, **options)
 
 # %% ../../nbs/method/08_model.ipynb #c98b6fd9
 def _with_loss(out, labels, *, loss_weights, items):
@@ -239,6 +248,7 @@ def _new_tokens(max_length, length):
     raise MedVLM3DError(f"max_length={max_length}", f"leaves no place behind {length} tokens of the prompt",
                         "Give a larger one, or max_new_tokens.")
 
+# %% ../../nbs/method/08_model.ipynb #023d7f07
 class Handling:
     "What users of transformers call on any model."
     def get_input_embeddings(self): return self.llm.get_input_embeddings()
@@ -312,7 +322,9 @@ class MedVLM3D(Forward, Learning, Keeping, Speaking, Handling, PreTrainedModel, 
 AutoConfig.register("medvlm3d", MedVLM3DConfig, exist_ok=True)
 AutoModel.register(MedVLM3DConfig, MedVLM3D, exist_ok=True)
 AutoModelForCausalLM.register(MedVLM3DConfig, MedVLM3D, exist_ok=True)
+AutoModelForImageTextToText.register(MedVLM3DConfig, MedVLM3D, exist_ok=True)
 AutoProcessor.register(MedVLM3DConfig, MedVLM3DProcessor, exist_ok=True)
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["medvlm3d"] = "MedVLM3D"   # the names that a pipeline looks up
 
 def assemble(config: MedVLM3DConfig, llm: nn.Module | None = None,
              tokenizer: PreTrainedTokenizerBase | None = None) -> MedVLM3D:
@@ -331,6 +343,7 @@ def assemble(config: MedVLM3DConfig, llm: nn.Module | None = None,
     if llm is None: widen_emulated(model)
     return model.attach(_processor(model.config, tokenizer))
 
+# %% ../../nbs/method/08_model.ipynb #7dd4a3e3
 def _processor(config, tokenizer):
     "The processor of a model with this configuration."
     preprocess = Preprocess.from_dict(config.preprocess)
@@ -377,6 +390,7 @@ def demo_config(llm: str = "reader", channels: int = 96, **changes) -> MedVLM3DC
                   channels=channels)
     return MedVLM3DConfig(**{**values, **own, **changes})
 
+# %% ../../nbs/method/08_model.ipynb #80e78155
 def demo(folder: str | Path | None = None, dtype: torch.dtype | str = torch.float32) -> MedVLM3D:
     "The trained demo model that comes with the repository."
     folder = Path(folder or shared("reports/demo/model"))

@@ -41,6 +41,10 @@ def _pad(rows, fill):
     length = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
+def _real(rows):
+    "Which places of the padded rows are real: 1 or 0, (B, T)."
+    return _pad([[1] * len(row) for row in rows], 0)
+
 # %% ../../nbs/method/packing.ipynb #4bd17302
 def collate(examples: Sequence[Example | Packed], pad_id: int) -> dict:
     "`Example`s or `Packed`s as tensors (B, T), padded at the right; plain examples get an `attention_mask`."
@@ -50,14 +54,14 @@ def collate(examples: Sequence[Example | Packed], pad_id: int) -> dict:
         rows = [getattr(example, name) for example in examples]
         batch[name] = _pad(rows, pad_id if fill is None else fill)
     if "segments" not in batch:
-        batch["attention_mask"] = _pad([[1] * len(example.input_ids) for example in examples], 0)
+        batch["attention_mask"] = _real([example.input_ids for example in examples])
     return batch
 
+# %% ../../nbs/method/packing.ipynb #adcf1adc
 def collate_prompts(prompts: Sequence[list], pad_id: int) -> dict:
     "Lists of ids as `input_ids` and `attention_mask` (B, T), padded at the left."
     ids = _pad([prompt[::-1] for prompt in prompts], pad_id).flip(1)
-    mask = _pad([[1] * len(prompt) for prompt in prompts], 0).flip(1)
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids, "attention_mask": _real(prompts).flip(1)}
 
 # %% ../../nbs/method/packing.ipynb #9e06786d
 def _segment_rows(prompt, target, *, number, start, weight):
@@ -114,6 +118,7 @@ def packed_mask(segments: Tensor, dtype: torch.dtype = torch.bool) -> Tensor:
     seen = (causal & (own | prefix))[:, None]
     return seen if dtype is torch.bool else as_added(seen, dtype)
 
+# %% ../../nbs/method/packing.ipynb #e7e2b098
 def as_added(seen: Tensor, dtype: torch.dtype) -> Tensor:
     "True as 0 and False as the lowest number of a float type."
     zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)

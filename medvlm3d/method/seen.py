@@ -43,13 +43,17 @@ def pooled(features: Tensor) -> Tensor:
     "Features of a scan (D', N, C), averaged over slices and patches: (C,)."
     return features.float().mean((0, 1)).cpu()
 
+# %% ../../nbs/method/seen.ipynb #17b4b5a9
 def feature_record(vectors: Tensor) -> dict:
     "Mean, standard deviation and largest distance of the pooled features (n, C) of n training scans."
     x = vectors.double()
-    mean, deviation = x.mean(0), x.std(0).clamp_min(1e-6)
-    mean, deviation = ([round(v, 5) for v in t.tolist()] for t in (mean, deviation))
-    limit = feature_distance(x, mean, [max(v, 1e-5) for v in deviation]).max().item()
-    return {"mean": mean, "deviation": [max(v, 1e-5) for v in deviation], "limit": round(limit, 4)}
+    mean = _rounded(x.mean(0))
+    deviation = [max(v, 1e-5) for v in _rounded(x.std(0))]
+    limit = feature_distance(x, mean, deviation).max().item()
+    return {"mean": mean, "deviation": deviation, "limit": round(limit, 4)}
+
+def _rounded(numbers):
+    return [round(v, 5) for v in numbers.tolist()]
 
 # %% ../../nbs/method/seen.ipynb #59106a0a
 FILE, MARGIN = "seen.json", 1.25
@@ -61,6 +65,7 @@ def _range(values):
     if not len(rows): return None
     return np.stack([rows.min(0), rows.max(0)], -1).round(4).tolist()
 
+# %% ../../nbs/method/seen.ipynb #d3a65bfd
 @dataclass(frozen=True)
 class Seen:
     "What a model was trained on, and how sure it may be; what is not known is None or empty."
@@ -106,11 +111,12 @@ class Seen:
 def _other_kinds(seen, facts):
     "Modality, unit and plane that no training scan had."
     for key, field in KINDS.items():
-        known = getattr(seen, field)
-        if known and facts[key] not in known:
-            name = {"modality": "modality", "intensity": "unit", "plane": "plane"}[key]
-            yield f"{name} {facts[key]}: the model was trained on {', '.join(sorted(known))}"
+        known, mine = getattr(seen, field), facts[key]
+        if not known or mine in known: continue
+        name = "unit" if key == "intensity" else key
+        yield f"{name} {mine}: the model was trained on {', '.join(sorted(known))}"
 
+# %% ../../nbs/method/seen.ipynb #6913b99f
 def _other_lengths(seen, facts):
     "Spacing and extent beyond the ranges of the training."
     for key in ("spacing", "extent"):
@@ -120,6 +126,7 @@ def _other_lengths(seen, facts):
             if low / MARGIN <= value <= high * MARGIN: continue
             yield f"{key} of {axis} {value:.4g} mm: in training {low:.4g} to {high:.4g} mm"
 
+# %% ../../nbs/method/seen.ipynb #9850823e
 def _other_values(seen, facts):
     "Percentiles beyond the ranges of the training, where the unit is one of the training's."
     if not seen.low or not seen.high or facts["intensity"] not in (seen.intensities or {}): return
@@ -129,6 +136,7 @@ def _other_values(seen, facts):
         if first - room <= facts[key] <= last + room: continue
         yield f"{name} percentile of its values {facts[key]:.4g}: in training {first:.4g} to {last:.4g}"
 
+# %% ../../nbs/method/seen.ipynb #53d0fa1e
 def _other_features(seen, features):
     "Features further from the mean of the training than those of any training scan."
     if features is None or not seen.features: return
@@ -146,12 +154,18 @@ def write_seen(folder: Path | str, seen: Seen | None) -> None:
     if seen is None: (Path(folder)/FILE).unlink(missing_ok=True)
     else: write_json(Path(folder)/FILE, asdict(seen))
 
+# %% ../../nbs/method/seen.ipynb #19b43ad9
 def read_seen(folder: Path | str) -> Seen | None:
     "The record in a model's folder, or None; an unknown key is an error."
     path = Path(folder)/FILE
     if not path.exists(): return None
     values = read_json(path)
-    if unknown := sorted(set(values) - {f.name for f in fields(Seen)}):
-        raise MedVLM3DError(path.name, f"has unknown keys {', '.join(unknown)}",
-                            "Use the version of the library that saved it.")
+    _check_keys(values)
     return Seen(**values)
+
+def _check_keys(values):
+    "Refuse keys that this version does not know."
+    unknown = sorted(set(values) - {f.name for f in fields(Seen)})
+    if not unknown: return
+    remedy = "Use the version of the library that saved it."
+    raise MedVLM3DError(FILE, f"has unknown keys {', '.join(unknown)}", remedy)

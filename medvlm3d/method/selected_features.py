@@ -30,7 +30,7 @@ def encode_selected(encode: Callable, volume: Tensor, *, rho: float | str = 28, 
     Parameters
     ----------
     encode : maps slices (n, H, W) to features (n, N, C)
-    volume : (D, H, W)
+    volume : (D, H, W), or (D, 3, H, W) with slices of three channels
     rho : percent of the slices that are kept
     strategy : one of `STRATEGIES` of lesson 03
     seed : of the random strategy

@@ -11,6 +11,7 @@ __all__ = ['IMAGE_TOKEN', 'IMAGE_PREFIX', 'LETTERS', 'INSTRUCTIONS', 'visual_tok
 
 # %% ../../nbs/method/06_tokens.ipynb #2c2a27d9
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,12 +51,15 @@ IMAGE_PREFIX = IMAGE_TOKEN + "\n This provides an overview of the picture. "
 LETTERS = "ABCDEFGH"
 
 # %% ../../nbs/method/06_tokens.ipynb #fcec40a7
+def _problem_of(choices: Sequence[str]) -> str:
+    "Why choices cannot be lettered: too many, or one of them twice; else empty."
+    repeated = sorted(choice for choice, n in Counter(choices).items() if n > 1 and choice != "NA")
+    if repeated: return f"hold {', '.join(map(repr, repeated))} more than once"
+    return f"are {len(choices)}" if len(choices) > len(LETTERS) else ""
+
 def lettered(choices: Sequence[str]) -> list:
     "(letter, choice) of the choices that exist: `NA` is left out, and the others keep their letters."
-    existing = [choice for choice in choices if choice != "NA"]
-    repeated = sorted({choice for choice in existing if existing.count(choice) > 1})
-    problem = f"are {len(choices)}" if len(choices) > len(LETTERS) else ""
-    if repeated: problem = f"hold {', '.join(map(repr, repeated))} more than once"
+    problem = _problem_of(choices)
     if problem: raise MedVLM3DError("choices", problem, f"Give at most {len(LETTERS)} options, each once.")
     return [(letter, choice) for letter, choice in zip(LETTERS, choices) if choice != "NA"]
 
@@ -68,6 +72,7 @@ def closed_prompt(question: str, choices: Sequence[str]) -> str:
         raise MedVLM3DError(repr(question), "has no options", remedy)
     return f"{question.strip()} Choices: {options}"
 
+# %% ../../nbs/method/06_tokens.ipynb #53e4e4b7
 def open_prompt(question: str) -> str:
     "An open question, as it is."
     return question.strip()
@@ -95,6 +100,7 @@ INSTRUCTIONS = (
     "Give a careful reading of this 3D scan.",
 )
 
+# %% ../../nbs/method/06_tokens.ipynb #a3599e20
 def report_prompt(i: int) -> str:
     "Instruction number `i` for a report, counted around the list."
     return INSTRUCTIONS[i % len(INSTRUCTIONS)]
@@ -119,12 +125,15 @@ def image_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return token_id
 
 # %% ../../nbs/method/06_tokens.ipynb #31f29f82
+def _refuse_token(token: str, text: str):
+    "An error if `text` contains the special token."
+    if token not in text: return
+    problem = f"contains the special token {token}"
+    raise MedVLM3DError(repr(text[:60]), problem, "Remove or rewrite it in the text.")
+
 def plain_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> str:
     "`text` without surrounding space; an error if it is empty or holds a special token."
-    for token in (IMAGE_TOKEN, *tokenizer.all_special_tokens):
-        if token not in text: continue
-        problem = f"contains the special token {token}"
-        raise MedVLM3DError(repr(text[:60]), problem, "Remove or rewrite it in the text.")
+    for token in (IMAGE_TOKEN, *tokenizer.all_special_tokens): _refuse_token(token, text)
     if not text.strip():
         raise MedVLM3DError("a prompt or target", "is empty", "Give it at least one word.")
     return text.strip()
@@ -178,6 +187,7 @@ def target_ids(tokenizer: "PreTrainedTokenizerBase", target: str) -> list:
         raise MedVLM3DError("the tokenizer", "has no end-of-sequence token", remedy)
     return continuation_ids(tokenizer, " " + plain_text(tokenizer, target)) + [tokenizer.eos_token_id]
 
+# %% ../../nbs/method/06_tokens.ipynb #8348927c
 def build_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, visual_tokens: int) -> list:
     "Ids from which an answer is generated: prefix and prompt."
     return image_prefix(tokenizer, visual_tokens) + prompt_ids(tokenizer, prompt)
@@ -191,6 +201,11 @@ class Example:
     truncated: int = 0
 
 # %% ../../nbs/method/06_tokens.ipynb #3403c6e7
+def _refuse_length(problem: str):
+    remedy = "Allow policy='truncate', raise the context, or keep fewer visual tokens (rho, scale)."
+    raise MedVLM3DError("an example", problem, remedy)
+
+# %% ../../nbs/method/06_tokens.ipynb #734df642
 def fit_target(used: int, target: list, context: int = 512, policy: str = "error") -> tuple:
     """The target cut to what is left of the context, and the number of tokens that were cut.
 
@@ -206,9 +221,7 @@ def fit_target(used: int, target: list, context: int = 512, policy: str = "error
     excess = max(0, used + len(target) - context)
     if excess and (policy == "error" or excess >= len(target)):
         lengths = f"has {used} tokens before the target and {len(target)} in it"
-        problem = f"{lengths}, {excess} more than the context of {context}"
-        remedy = "Allow policy='truncate', raise the context, or keep fewer visual tokens (rho, scale)."
-        raise MedVLM3DError("an example", problem, remedy)
+        _refuse_length(f"{lengths}, {excess} more than the context of {context}")
     return target[:len(target) - excess], excess
 
 # %% ../../nbs/method/06_tokens.ipynb #02bead6a
@@ -237,9 +250,13 @@ def target_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     row = row.masked_scatter(predicts, logprobs)
     return F.pad(row[:, :-1], (1, 0))
 
+# %% ../../nbs/method/06_tokens.ipynb #88b993c8
 def target_loss(logits: Tensor, labels: Tensor, loss_weights: Tensor | None = None) -> Tensor:
     "The weighted mean of −log p over the targets of a batch; a plain mean over tokens without weights."
-    if loss_weights is None: loss_weights = torch.ones_like(labels, dtype=torch.float32)
-    learned = F.pad(labels[:, 1:], (1, 0), value=-100) != -100
-    weights = loss_weights * learned
+    weights = _learned(labels).float()
+    if loss_weights is not None: weights = loss_weights * weights
     return -(weights * target_logprobs(logits, labels)).sum() / weights.sum()
+
+def _learned(labels: Tensor) -> Tensor:
+    "Where a label counts, bool (B, T): everywhere but at −100 and in the first place."
+    return F.pad(labels[:, 1:] != -100, (1, 0))
