@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, relative, write_text
+from ..base.core import border, MedVLM3DError, relative, write_text
 from ..base.table import write_csv
 from .corpora import find_scans, loose_slices
 
@@ -25,6 +25,7 @@ class Listed:
     path: Path
     reading: dict = field(default_factory=dict)
 
+# %% ../../nbs/data/asked.ipynb #2c57fea0
 def is_list(path: Path) -> bool:
     "Whether a path is a list of scans, by its ending."
     return path.suffix.lower() in (".csv", ".jsonl")
@@ -50,6 +51,7 @@ def _records(path):
             if table: yield place, record
             elif record.strip(): yield place, _object(record, place)
 
+# %% ../../nbs/data/asked.ipynb #a860ae61
 def _object(line, place):
     "The JSON object of a line."
     try: record = json.loads(line)
@@ -58,6 +60,7 @@ def _object(line, place):
     if isinstance(record, dict): return record
     raise MedVLM3DError(place, "is no JSON object", 'Write for instance {"image": "a.nii.gz"}.')
 
+# %% ../../nbs/data/asked.ipynb #78b032fc
 def _listed(path, place, record):
     "The scan of one line of a list."
     name = next((record[key] for key in PATHS if record.get(key)), None)
@@ -78,11 +81,13 @@ def scans_in(paths: Sequence[Path | str]) -> list[Listed]:
     _check_names(scan.name for scan in listed.values())
     return list(listed.values())
 
+# %% ../../nbs/data/asked.ipynb #9bd241d2
 def _check_names(names):
     "An error if two scans have one name: their rows could not be told apart."
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice: raise MedVLM3DError(twice[0], "names two different scans", "Answer them into two tables.")
 
+@border
 def _scans_of(path):
     "The scans that one path names."
     if is_list(path): return [_listed(path, place, record) for place, record in _records(path)]
@@ -106,6 +111,7 @@ class Asked:
         if not text: raise MedVLM3DError(place, "holds no question", "Write it in a column `question`.")
         return cls(text, read_choices(record.get("choices") or (), place))
 
+# %% ../../nbs/data/asked.ipynb #c02c14b3
 def read_choices(value: str | Sequence[str], place: str = "--choices") -> tuple:
     "Options from a JSON list of texts, or from one that is already read."
     if isinstance(value, str):
@@ -115,6 +121,8 @@ def read_choices(value: str | Sequence[str], place: str = "--choices") -> tuple:
     if texts: return tuple(value)
     raise MedVLM3DError(place, "are no JSON list of texts", 'Write for instance ["liver", "spleen"].')
 
+# %% ../../nbs/data/asked.ipynb #e6f3a5aa
+@border
 def read_questions(path: Path | str) -> list[Asked]:
     "The questions in a text, JSON, JSON-lines or CSV file, each once."
     path = Path(path)
@@ -124,6 +132,7 @@ def read_questions(path: Path | str) -> list[Asked]:
     if not asked: raise MedVLM3DError(relative(path), "holds no question", "Write one a line.")
     return list(asked)
 
+# %% ../../nbs/data/asked.ipynb #49d1558d
 def _plain_questions(path):
     "(place, question) of a JSON list, or of the lines of a text."
     text = path.read_text(encoding="utf-8-sig")
@@ -140,12 +149,14 @@ COLUMNS = ("scan", "question", "choices", "answer", "letter", "confidence", "pro
            "cut", "outside", "notes", "ms", "stamp", "by")
 TEXTS = ("scan", "question", "answer", "letter", "stamp", "by")
 
+# %% ../../nbs/data/asked.ipynb #527a7af8
 def check_table(path: Path | str) -> None:
     "An error unless the name of a table ends in .csv or .jsonl."
     if is_list(Path(path)): return
     name = Path(path).name
     raise MedVLM3DError(name, "is no form of table that is written", "Let it end in .csv or .jsonl.")
 
+# %% ../../nbs/data/asked.ipynb #cb017c9e
 def write_table(path: Path | str, rows: Sequence[dict]) -> None:
     "Write rows as CSV or JSON lines, at once."
     if Path(path).suffix.lower() == ".jsonl":
@@ -167,6 +178,8 @@ def _row(record, from_csv):
     "The columns of a record of a table."
     return {key: _value(key, record[key]) if from_csv else record[key] for key in COLUMNS}
 
+# %% ../../nbs/data/asked.ipynb #9dc536c0
+@border
 def read_table(path: Path | str) -> list[dict]:
     "The rows of a table that `write_table` wrote; an error names the line that is none of it."
     path, rows = Path(path), []

@@ -9,7 +9,7 @@ __all__ = ['SOURCE', 'LICENCE', 'RELEASES', 'NAME', 'SECTIONS', 'NUMBER', 'AIR',
            'read_labels', 'volume_samples', 'scan_ctrate']
 
 # %% ../../nbs/data/ctrate.ipynb #a865eb60
-import csv, hashlib, re
+import csv, hashlib, math, re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ def stem_of(name: str) -> str:
     "The name of a volume without folder and suffix."
     return name.strip().rsplit("/", 1)[-1].removesuffix(".gz").removesuffix(".nii")
 
+# %% ../../nbs/data/ctrate.ipynb #2884db7e
 def _data_folder(root): return root/"dataset" if (root/"dataset").is_dir() else root
 
 def is_ctrate(root: Path | str) -> bool:
@@ -42,27 +43,31 @@ def is_ctrate(root: Path | str) -> bool:
 # %% ../../nbs/data/ctrate.ipynb #45cfc172
 def find_volumes(root: Path | str) -> tuple[dict[str, Path], int]:
     "(name → path of each volume, how many were left out because they lie in both releases)."
-    found, twice = {}, 0
-    for release in RELEASES:
-        paths = sorted((_data_folder(Path(root))/release).glob("*/*/*.nii.gz"))
-        for path in paths:
-            if found.setdefault(stem_of(path.name), path) != path: twice += 1
-    if not found:
-        layout = "dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz"
-        raise MedVLM3DError(relative(root), "holds no volume of CT-RATE", f"The layout is {layout}.")
-    return found, twice
+    found, paths = {}, _paths(_data_folder(Path(root)))
+    for path in paths: found.setdefault(stem_of(path.name), path)
+    if found: return found, len(paths) - len(found)
+    layout = "dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz"
+    raise MedVLM3DError(relative(root), "holds no volume of CT-RATE", f"The layout is {layout}.")
+
+def _paths(folder):
+    "The files of all releases, in order of preference."
+    return [path for release in RELEASES for path in sorted((folder/release).glob("*/*/*.nii.gz"))]
 
 # %% ../../nbs/data/ctrate.ipynb #337fc37f
 def csv_rows(file: Path | str, needed: Sequence[str]) -> Iterator[dict]:
     "The rows of a CSV with a header; refused if one of the `needed` columns is missing."
     with open(file, encoding="utf-8-sig", newline="") as f:
         reader = csv.DictReader(f)
-        absent = [column for column in needed if column not in (reader.fieldnames or ())]
-        if absent:
-            raise MedVLM3DError(relative(file), f"has no column {', '.join(absent)}",
-                                f"It needs {', '.join(needed)}.")
+        _check_columns(file, reader.fieldnames or (), needed)
         yield from reader
 
+def _check_columns(file, columns, needed):
+    "An error that names the `needed` columns that a table lacks."
+    absent = ", ".join(column for column in needed if column not in columns)
+    remedy = f"It needs {', '.join(needed)}."
+    if absent: raise MedVLM3DError(relative(file), f"has no column {absent}", remedy)
+
+# %% ../../nbs/data/ctrate.ipynb #26663f42
 def _tables(root, folder):
     "The CSVs of one kind, below the root or `dataset/`."
     places = dict.fromkeys((root, _data_folder(root)))
@@ -76,6 +81,7 @@ def given(text: str | None) -> str:
     text = (text or "").strip()
     return "" if text.casefold().rstrip(".") in ("", "not given", "nan", "none") else text
 
+# %% ../../nbs/data/ctrate.ipynb #8083a023
 def report_of(row: dict) -> str:
     "Findings and impression of a row, each behind its heading and on lines of its own."
     parts = [f"{title}: {given(row[column])}" for column, title in SECTIONS.items() if given(row[column])]
@@ -101,6 +107,7 @@ class Header:
     spacing: tuple        # mm along the patient's axes: left-right, front-back, foot-head
     axis_order: str       # where the axes of the file grow to
 
+# %% ../../nbs/data/ctrate.ipynb #e4578444
 def _numbers(text): return [float(number) for number in NUMBER.findall(text or "")]
 
 def _first(text): return next(iter(_numbers(text)), None)
@@ -116,14 +123,19 @@ def _axes(orientation):
 # %% ../../nbs/data/ctrate.ipynb #05eeb5d8
 def header_of(row: dict) -> Header:
     "The `Header` of one row of metadata."
-    down, along = (_numbers(row.get("XYSpacing")) * 2)[:2] or (0., 0.)
-    axes, z = _axes(_numbers(row.get("ImageOrientationPatient"))), _first(row.get("ZSpacing")) or 0.
-    in_plane = (along, down) if axes[:1] in ("L", "R") else (down, along)
-    spacing = (*in_plane, z)
-    known = axes and min(spacing) > 0
-    return Header(_first(row.get("RescaleSlope")), _first(row.get("RescaleIntercept")),
-                  spacing if known else (), axes if known else "")
+    slope, intercept = _first(row.get("RescaleSlope")), _first(row.get("RescaleIntercept"))
+    axes = _axes(_numbers(row.get("ImageOrientationPatient")))
+    spacing = _spacing(row, axes)
+    if axes and min(spacing) > 0: return Header(slope, intercept, spacing, axes)
+    return Header(slope, intercept, (), "")
 
+def _spacing(row, axes):
+    "Spacing along the patient's axes, 0 where it is not stated."
+    down, along = (_numbers(row.get("XYSpacing")) * 2)[:2] or (0., 0.)
+    in_plane = (along, down) if axes[:1] in ("L", "R") else (down, along)
+    return *in_plane, _first(row.get("ZSpacing")) or 0.
+
+# %% ../../nbs/data/ctrate.ipynb #dbce79ef
 def read_metadata(root: Path | str) -> dict[str, Header]:
     "Name of a volume → its `Header`."
     headers = {}
@@ -145,6 +157,7 @@ def fit(values: np.ndarray) -> int:
     lowest = values.min()
     return int(lowest < PADDING and _is_air(values[values > lowest]))
 
+# %% ../../nbs/data/ctrate.ipynb #dd9f77c6
 def reading_of(values: np.ndarray, header: Header | None, fixed: bool) -> str:
     "`stored` (Hounsfield units already), `rescaled` (by the metadata), or empty where neither fits."
     known = header is not None and None not in (header.slope, header.intercept)
@@ -165,6 +178,7 @@ class Found:
     fields: dict
     why: str = ""
 
+# %% ../../nbs/data/ctrate.ipynb #8dfdb797
 def _is_blank(scan):
     "Whether a NIfTI header holds no geometry."
     stated = scan.header["sform_code"] or scan.header["qform_code"]
@@ -172,9 +186,11 @@ def _is_blank(scan):
 
 def _values(scan):
     "The numbers of the first slices, then of all slices."
-    slices = max(1, FIRST // int(np.prod(scan.shape[:2])))
-    yield np.asarray(scan.dataobj[..., :slices], np.float32).ravel()
-    if slices < scan.shape[-1]: yield np.asarray(scan.dataobj, np.float32).ravel()[::7]
+    slices = max(1, FIRST // math.prod(scan.shape[:2]))
+    yield _floats(scan.dataobj[..., :slices])
+    if slices < scan.shape[-1]: yield _floats(scan.dataobj)[::7]
+
+def _floats(values): return np.asarray(values, np.float32).ravel()
 
 # %% ../../nbs/data/ctrate.ipynb #dcd3ec0f
 NO_AIR = "air lies near -1000 neither as stored nor after the metadata's rescale"
@@ -193,6 +209,7 @@ def _decided(scan, header, fixed):
     grid = {"spacing": header.spacing, "axis_order": header.axis_order}
     return fields | grid, f"{done}; grid of the metadata", None
 
+# %% ../../nbs/data/ctrate.ipynb #726f7daf
 def look_at(item: tuple, *, root: Path, metadata: dict) -> Found:
     "What the file of (name, path) holds."
     import nibabel as nib
@@ -202,8 +219,7 @@ def look_at(item: tuple, *, root: Path, metadata: dict) -> Found:
     if not why:
         fixed = path.parts[-4].endswith("_fixed")
         try: fields, done, why = _decided(nib.load(path), metadata.get(name), fixed)
-        except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as e:
-            why = f"cannot be read ({type(e).__name__})"
+        except Exception as e: why = f"cannot be read ({type(e).__name__})"      # whatever nibabel raises
     if why: return Found(name, image, "set aside", fields={}, why=why)
     return Found(name, image, done, fields=fields)
 
@@ -215,16 +231,22 @@ def side_of(name: str, validation: float) -> tuple[str, str, str]:
     draw = int(hashlib.sha256(patient.encode()).hexdigest()[:8], 16) % 10_000
     return patient, f"{patient}_{visit}", "validation" if draw < 100 * validation else "train"
 
+# %% ../../nbs/data/ctrate.ipynb #582f2c1c
 def _word_sample(base, text):
     "A report sample, or one without words where there is no report."
     if not text: return replace(base, id=f"{base.id}/image", task="image", type="Image")
     return replace(base, id=f"{base.id}/report", task="report", type="Report", answer=text)
 
+# %% ../../nbs/data/ctrate.ipynb #05213e34
 def label_samples(base: Sample, labels: dict) -> list[Sample]:
     "A question of yes or no for each of the labels (name → 0 or 1) of a volume."
-    return [replace(base, id=f"{base.id}/{name}", task="closed", type="Abnormality", choices=("Yes", "No"),
-                    question=f"Is there {name[0].lower()}{name[1:]}?", answer="Yes" if present else "No",
-                    letter="A" if present else "B") for name, present in labels.items()]
+    return [_label_sample(base, name, *("Yes", "A") if present else ("No", "B"))
+            for name, present in labels.items()]
+
+def _label_sample(base, name, answer, letter):
+    question = f"Is there {name[0].lower()}{name[1:]}?"
+    return replace(base, id=f"{base.id}/{name}", task="closed", type="Abnormality", question=question,
+                   choices=("Yes", "No"), answer=answer, letter=letter)
 
 # %% ../../nbs/data/ctrate.ipynb #2c588bca
 def read_labels(root: Path | str) -> dict[str, dict]:
@@ -236,6 +258,7 @@ def read_labels(root: Path | str) -> dict[str, dict]:
             labels[stem_of(row["VolumeName"])] = {name: int(v) for name, v in values.items() if v in (0, 1)}
     return labels
 
+# %% ../../nbs/data/ctrate.ipynb #b344ae5c
 def volume_samples(found: Found, *, report: str, labels: dict, validation: float) -> list[Sample]:
     "The samples of one file."
     patient, case, side = side_of(found.name, validation)
@@ -252,6 +275,7 @@ def _found(root, volumes, workers):
     look = partial(look_at, root=Path(root), metadata=read_metadata(root))
     yield from parallel(look, volumes.items(), workers=workers, threads=True, name=itemgetter(0))
 
+# %% ../../nbs/data/ctrate.ipynb #e2a7be42
 def scan_ctrate(root: Path | str, problems: list, *, labels: bool = False, validation: float = 2.,
                 workers: int = 2, done: list | None = None) -> Iterator[Sample]:
     """The samples of a folder in the layout of CT-RATE.

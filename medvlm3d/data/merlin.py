@@ -26,14 +26,17 @@ def find_column(columns: list, *names: str) -> str | None:
     "The first of `columns` whose letters are one of `names`, or None."
     return next((column for name in names for column in columns if _plain(column) == name), None)
 
-def sheet_rows(file: Path | str) -> Iterator[dict]:
-    "The rows of the first sheet of a spreadsheet, by the names in its first row; empty rows are left out."
+# %% ../../nbs/data/merlin.ipynb #10c23dcc
+def _first_sheet(file):
     try: from openpyxl import load_workbook
     except ImportError as e:
         raise MedVLM3DError(relative(file), "is a spreadsheet, and openpyxl is not installed",
                             "Run `pip install medvlm3d[corpora]`.") from e
-    sheet = load_workbook(file, read_only=True, data_only=True).worksheets[0]
-    rows = sheet.iter_rows(values_only=True)
+    return load_workbook(file, read_only=True, data_only=True).worksheets[0]
+
+def sheet_rows(file: Path | str) -> Iterator[dict]:
+    "The rows of the first sheet of a spreadsheet, by the names in its first row; empty rows are left out."
+    rows = _first_sheet(file).iter_rows(values_only=True)
     header = [str(name or "").strip() for name in next(rows, ())]
     for cells in rows:
         if any(cell is not None for cell in cells): yield dict(zip(header, cells))
@@ -49,18 +52,21 @@ def _needed(file, columns, **wanted):
                             f"It has {', '.join(columns)[:200]}.")
     return found
 
+# %% ../../nbs/data/merlin.ipynb #355bcb03
 def read_sheet(root: Path | str) -> dict[str, dict]:
     "Study → its report, split and patient (empty where no column names one)."
     file, studies = Path(root)/"reports_final.xlsx", {}
     if not file.exists(): raise MedVLM3DError(relative(file), "is missing", "Give the folder that holds it.")
     for row in sheet_rows(file):
         columns = _needed(file, [*row], study=STUDY, findings=("findings", "report"), split=("split",))
-        patient = find_column([*row], "patientid", "patient", "mrn")
-        studies[stem_of(str(row[columns["study"]]))] = {
-            "report": str(row[columns["findings"]] or "").strip(),
+        studies[stem_of(str(row[columns["study"]]))] = _study_facts(row, columns)
+    return studies
+
+def _study_facts(row, columns):
+    patient = find_column([*row], "patientid", "patient", "mrn")
+    return {"report": str(row[columns["findings"]] or "").strip(),
             "split": SPLITS.get(_plain(row[columns["split"]]), ""),
             "patient": str(row[patient] or "") if patient else ""}
-    return studies
 
 # %% ../../nbs/data/merlin.ipynb #f8c041b3
 def read_findings(root: Path | str) -> dict[str, dict]:
@@ -74,6 +80,7 @@ def read_findings(root: Path | str) -> dict[str, dict]:
         findings[stem_of(row[study])] = said
     return findings
 
+# %% ../../nbs/data/merlin.ipynb #a882aa7d
 def read_phases(root: Path | str) -> dict[str, str]:
     "Study → phase of the contrast agent, where `metadata.csv` names one."
     file, phases = Path(root)/"metadata.csv", {}
@@ -92,6 +99,19 @@ def _study_samples(study, facts, *, image, phase, findings):
     else: yield replace(base, id=f"{study}/image")
     yield from label_samples(base, findings)
 
+# %% ../../nbs/data/merlin.ipynb #faf897e6
+def _files_of(root):
+    "Study → path of its volume."
+    paths = sorted((root/"merlin_data").glob("*.nii.gz"))
+    return {stem_of(path.name): path.relative_to(root).as_posix() for path in paths}
+
+def _why_not(root, file, facts):
+    "Why a study cannot be used, or None."
+    if not file: return "its volume is not in merlin_data"
+    no_side = None if facts["split"] else "its split is not train, validation or test"
+    return path_problem(root, file) or no_side
+
+# %% ../../nbs/data/merlin.ipynb #3f15e7d6
 def scan_merlin(root: Path | str, problems: list, labels: bool = False) -> Iterator[Sample]:
     """The samples of a folder in the layout of Merlin.
 
@@ -104,11 +124,9 @@ def scan_merlin(root: Path | str, problems: list, labels: bool = False) -> Itera
     root = Path(root)
     studies, phases = read_sheet(root), read_phases(root)
     findings = read_findings(root) if labels else {}
-    paths = sorted((root/"merlin_data").glob("*.nii.gz"))
-    files = {stem_of(path.name): path.relative_to(root).as_posix() for path in paths}
+    files = _files_of(root)
     for study, facts in studies.items():
-        why = path_problem(root, files[study]) if study in files else "its volume is not in merlin_data"
-        if not why and not facts["split"]: why = "its split is not train, validation or test"
+        why = _why_not(root, files.get(study), facts)
         if why: problems.append(Problem(study, why, "Get the volume, or leave it out with --rejects."))
         else:
             yield from _study_samples(study, facts, image=files[study], phase=phases.get(study, ""),

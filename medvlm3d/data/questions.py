@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, relative
+from ..base.core import border, MedVLM3DError, relative
 from .corpora import SCANS, find_scans
 from .ctrate import csv_rows, is_ctrate, stem_of
 from .manifest import scan_manifest
@@ -32,6 +32,7 @@ def _listed_volumes(manifest, root):
     settle(relative(manifest), problems)
     return volumes
 
+# %% ../../nbs/data/questions.ipynb #0cc8654a
 def _image_name(path): return re.sub(rf"({'|'.join(map(re.escape, SCANS))})$", "", path.name)
 
 def known_volumes(root: Path | str, manifest: Path | str | None = None) -> dict[str, Sample]:
@@ -42,9 +43,12 @@ def known_volumes(root: Path | str, manifest: Path | str | None = None) -> dict[
     if is_ctrate(root):
         raise MedVLM3DError(relative(root), "is CT-RATE and not listed, so that its numbers cannot be read",
                             "Run `medvlm3d data ctrate` on it first.")
-    paths = {_image_name(path): path.relative_to(root).as_posix() for path in find_scans(root)}
-    return {name: Sample("", name, image=image, split="", task="image", type="Image")
-            for name, image in paths.items()}
+    return {_image_name(path): _unlisted(path, root) for path in find_scans(root)}
+
+def _unlisted(path, root):
+    "A sample without words of a file that no manifest lists."
+    image = path.relative_to(root).as_posix()
+    return Sample("", _image_name(path), image=image, split="", task="image", type="Image")
 
 # %% ../../nbs/data/questions.ipynb #b238d147
 def find_volume(volumes: Mapping[str, Sample], name: str) -> Sample | None:
@@ -53,6 +57,7 @@ def find_volume(volumes: Mapping[str, Sample], name: str) -> Sample | None:
     found = volumes.get(stem)
     return found or volumes.get(re.sub(r"^test_(?=\d+_[a-z]+_\d+$)", "valid_", stem))
 
+# %% ../../nbs/data/questions.ipynb #d29bde58
 class Joined:
     "Samples of questions as they are joined to `volumes`; what cannot be is counted in `problems`."
     def __init__(self, volumes: Mapping[str, Sample], problems: list):
@@ -76,19 +81,29 @@ def _without_signs(options):
     signs = {option[-1:] for option in options[:-1]}
     return tuple(option.rstrip(",;") if signs in ({","}, {";"}) else option for option in options)
 
+# %% ../../nbs/data/questions.ipynb #f64f78f8
+def _marks(text):
+    "The matches of A, B, C … in a text, as far as the letters follow each other."
+    marks = []
+    for match in _OPTION.finditer(text):
+        if match[1].upper() == chr(65 + len(marks)): marks.append(match)
+    return marks
+
+def _between(text, marks):
+    "The texts behind the marks, each up to the next."
+    ends = [m.start() for m in marks[1:]] + [len(text)]
+    return _without_signs([text[m.end():end].strip() for m, end in zip(marks, ends)])
+
+# %% ../../nbs/data/questions.ipynb #af71192b
 def split_options(text: str, most: int = 10) -> tuple[str, tuple]:
     "(question, options) of a text that ends with two to `most` lettered options; else no options."
-    marks, expected = [], "A"
-    for match in _OPTION.finditer(text):
-        if match[1].upper() == expected and len(marks) < most:
-            marks.append(match)
-            expected = chr(ord(expected) + 1)
+    marks = _marks(text)[:most]
     if len(marks) < 2: return text.strip(), ()
-    ends = [m.start() for m in marks[1:]] + [len(text)]
-    options = _without_signs([text[m.end():end].strip() for m, end in zip(marks, ends)])
+    options = _between(text, marks)
     question = re.sub(r"(?:Choices|Options):?\s*$", "", text[:marks[0].start()].strip()).strip()
     return (question, options) if all(options) else (text.strip(), ())
 
+# %% ../../nbs/data/questions.ipynb #3901cabc
 def chosen(answer: str, options: tuple) -> str:
     "The letter of the option that an answer names by letter, text or both; empty if there is none."
     text = answer.strip()
@@ -100,17 +115,19 @@ def chosen(answer: str, options: tuple) -> str:
 # %% ../../nbs/data/questions.ipynb #79f5b26a
 MARKS = re.compile(r"</?(?:image|video|report_generation|short_answer|long_answer|multiple_choice)>")
 
+def _entries(text):
+    if text.lstrip().startswith("["): return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+@border
 def read_conversations(file: Path | str) -> list[dict]:
     "The entries of a JSON (or JSONL) file of conversations."
-    file = Path(file)
-    text = file.read_bytes().decode("utf-8-sig")
-    try:
-        if text.lstrip().startswith("["): return json.loads(text)
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    try: return _entries(Path(file).read_bytes().decode("utf-8-sig"))
     except json.JSONDecodeError as e:
         why = f"is not JSON ({e.msg}, line {e.lineno})"
         raise MedVLM3DError(relative(file), why, "Restore the file.") from e
 
+# %% ../../nbs/data/questions.ipynb #8e339595
 def turns_of(entry: dict) -> Iterator[tuple[int, str, str, str]]:
     "(number, question, answer, type) of each question of an entry that is answered."
     turns = entry.get("conversations") or []
@@ -130,16 +147,20 @@ def turn_fields(question: str, answer: str, kind: str) -> dict:
                     answer=options[ord(letter) - 65])
     return dict(task="open", type=named, question=question, answer=answer)
 
+# %% ../../nbs/data/questions.ipynb #118f4391
 def _entry_samples(joined, entry, where, seen):
     "The samples of one entry; the ids of a file are made different."
-    base = str(entry.get("id", where))
-    seen[base] = seen.get(base, 0) + 1
-    if seen[base] > 1: base = f"{base}#{seen[base]}"
-    for n, question, answer, kind in turns_of(entry):
-        fields = turn_fields(question, answer, kind)
-        s = joined.sample(str(entry.get("image", "")), where, id=f"{base}/{n}", **fields)
+    image, base = str(entry.get("image", "")), _own_id(str(entry.get("id", where)), seen)
+    for n, *turn in turns_of(entry):
+        s = joined.sample(image, where, id=f"{base}/{n}", **turn_fields(*turn))
         if s: yield s
 
+def _own_id(name, seen):
+    "`name`, with its number where it has been seen before."
+    seen[name] = seen.get(name, 0) + 1
+    return name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+# %% ../../nbs/data/questions.ipynb #a1f8b6b2
 def scan_llava(file: Path | str, volumes: Mapping[str, Sample], problems: list) -> Iterator[Sample]:
     """The samples of a file in LLaVA's form.
 
@@ -165,15 +186,21 @@ def rad_files(root: Path | str) -> list[Path]:
                             "The layout is 3DRAD/test/Task4_Existence_Detection/Atelectasis.csv.")
     return files
 
+# %% ../../nbs/data/questions.ipynb #7156acdf
 def _none(text): return "" if (text or "").strip() in ("-", "") else text.strip()
 
-def rad_fields(row: Mapping[str, str]) -> dict:
-    "Task, type and words of one row."
-    kind = _none(row.get("Task")) or "3D-RAD"
+def _options(row):
+    "The options of a row without the absent ones behind the last."
     columns = [column for column in row if column and re.fullmatch("Choice [A-J]", column)]
     options = tuple(_none(row[column]) or "NA" for column in sorted(columns))
     while options and options[-1] == "NA": options = options[:-1]
-    question, answer = _none(row["Question"]), _none(row["Answer"])
+    return options
+
+# %% ../../nbs/data/questions.ipynb #c3729bbc
+def rad_fields(row: Mapping[str, str]) -> dict:
+    "Task, type and words of one row."
+    kind = _none(row.get("Task")) or "3D-RAD"
+    question, answer, options = _none(row["Question"]), _none(row["Answer"]), _options(row)
     if row["QuestionType"].strip().lower() not in ("close", "closed"):
         return dict(task="open", type=kind, question=question, answer=answer)
     letter = _none(row.get("AnswerChoice")) or chosen(answer, options)

@@ -63,10 +63,12 @@ def reading(s: Sample) -> dict:
     options = {key: getattr(s, key) for key in READING}
     return {key: value for key, value in options.items() if value not in ("", None, ())}
 
+# %% ../../nbs/data/samples.ipynb #afa57912
 def alias(path: str) -> str:
     "A name for a path that repeats no part of it: 16 digits of its hash."
     return hashlib.sha256(path.encode()).hexdigest()[:16]
 
+# %% ../../nbs/data/samples.ipynb #32c212d6
 def by_image(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
     "image → its samples, in the order given."
     groups = {}
@@ -83,6 +85,7 @@ class Problem:
 
     def __str__(self): return f"{self.where}: {self.why}. {self.remedy}"
 
+# %% ../../nbs/data/samples.ipynb #fa9b6a35
 OTHER_VOLUME = ("its volume is not the one that was listed (sha256)",
                 "Restore the volume, or make the manifest again.")
 
@@ -105,27 +108,35 @@ def settle(what: str, problems: Sequence[Problem], *, rejects: Path | str | None
     most : how many are named; beyond, they are counted by reason
     remedy : last sentence of the error
     """
-    if rejects: return write_text(rejects, "".join(json.dumps(asdict(p)) + "\n" for p in problems))
-    if not problems: return
-    count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
-    lines = "\n  ".join(_problem_lines(problems, most))
-    raise MedVLM3DError(what, f"has {count}:\n  {lines}\nNothing else was found", remedy)
+    if rejects: write_text(rejects, "".join(json.dumps(asdict(p)) + "\n" for p in problems))
+    elif problems:
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        lines = "\n  ".join(_problem_lines(problems, most))
+        raise MedVLM3DError(what, f"has {count}:\n  {lines}\nNothing else was found", remedy)
 
+# %% ../../nbs/data/samples.ipynb #160109d9
 def _problem_lines(problems, most):
     "The first `most` problems as lines; if there are more, all of them counted by reason."
-    lines = [str(p) for p in problems[:most]]
-    if len(problems) <= most: return lines
-    return lines + [f"… {n} × {why}" for why, n in Counter(p.why for p in problems).most_common()]
+    lines = list(map(str, problems[:most]))
+    return lines if len(problems) <= most else lines + _by_reason(problems)
+
+def _by_reason(problems):
+    counts = Counter(p.why for p in problems)
+    return [f"… {n} × {why}" for why, n in counts.most_common()]
 
 # %% ../../nbs/data/samples.ipynb #cc11359e
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 WRITE = "Write it, or remove the line."
 
+def _offered(s):
+    "letter → option of those options that are not absent."
+    choices = zip(LETTERS, (c.strip() for c in s.choices))
+    return {letter: choice for letter, choice in choices if choice not in ("", "NA")}
+
+# %% ../../nbs/data/samples.ipynb #82a9a48f
 def choice_problem(s: Sample) -> tuple[str, str] | None:
     "(why, remedy) if the options of a closed sample cannot be used, or None."
-    choices = zip(LETTERS, (c.strip() for c in s.choices))
-    offered = {letter: choice for letter, choice in choices if choice not in ("", "NA")}
-    answer = s.answer.strip()
+    offered, answer = _offered(s), s.answer.strip()
     if len(offered) < 2:
         return "fewer than two choices are offered", "Give the choices, or ask an open question."
     if answer not in offered.values():
@@ -134,14 +145,18 @@ def choice_problem(s: Sample) -> tuple[str, str] | None:
         return "the answer is not the choice that its letter names", "Correct the letter or the answer."
     if len(set(offered.values())) < len(offered): return "two choices are the same", "Give different choices."
 
+# %% ../../nbs/data/samples.ipynb #578fc2ea
+def _missing(s):
+    "Which words a sample needs and lacks, or None."
+    asks = s.task in ("closed", "open")
+    if asks and not s.question.strip(): return "question"
+    if s.task != "image" and not s.answer.strip(): return "answer" if asks else "report"
+
 def text_problem(s: Sample) -> tuple[str, str] | None:
     "(why, remedy) if the words of a sample cannot be used, or None."
     if any(IMAGE_TOKEN in text for text in (s.question, *s.choices, s.answer)):
         return f"its text contains {IMAGE_TOKEN}", "Remove the marker: it stands for the volume."
-    asks = s.task in ("closed", "open")
-    if asks and not s.question.strip(): return "the question is empty", WRITE
-    if s.task == "report" and not s.answer.strip(): return "the report is empty", WRITE
-    if asks and not s.answer.strip(): return "the answer is empty", WRITE
+    if missing := _missing(s): return f"the {missing} is empty", WRITE
     return choice_problem(s) if s.task == "closed" else None
 
 # %% ../../nbs/data/samples.ipynb #a5ba6e86
@@ -149,15 +164,19 @@ def text_lines(file: Path, problems: list) -> Iterator[str]:
     """The lines of a UTF-8 text file; one that is not UTF-8 is reported, and passed on with marks in place
     of its bytes."""
     with open(file, "rb") as f:
-        for n, raw in enumerate(f, 1):
-            try: yield raw.decode("utf-8-sig" if n == 1 else "utf-8")
-            except UnicodeDecodeError as e:
-                problems.append(_not_utf8(f"{file.name}:{n}", raw[e.start]))
-                yield raw.decode("utf-8", errors="replace")
+        for n, raw in enumerate(f, 1): yield _decoded(raw, f"{file.name}:{n}", problems, first=n == 1)
+
+def _decoded(raw, where, problems, *, first):
+    "The text of a line; the first one of a file may begin with a byte order mark."
+    try: return raw.decode("utf-8-sig" if first else "utf-8")
+    except UnicodeDecodeError as e:
+        problems.append(_not_utf8(where, raw[e.start]))
+        return raw.decode("utf-8", errors="replace")
 
 def _not_utf8(where, byte):
     return Problem(where, f"is not UTF-8 (byte {byte:#04x})", "Save the file as UTF-8.")
 
+# %% ../../nbs/data/samples.ipynb #f9ebced4
 def read_text(file: Path | str, where: str, problems: list) -> str:
     "The text of a small file; one that is not UTF-8 gives an empty text and a problem at `where`."
     faults = []
@@ -176,12 +195,17 @@ def _links(folder):
 
 def _leaves(root, full): return not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(root))
 
+# %% ../../nbs/data/samples.ipynb #3d6f1954
 def path_problem(root: Path | str, path: str) -> str | None:
     "Why `path` cannot be used below `root`, or None."
     posix = PurePosixPath(path)
     if posix.is_absolute() or ".." in posix.parts or "\\" in path: return "the path leaves the data root"
     full = os.path.join(root, path)
     if not os.path.exists(full): return "the file does not exist below the data root"
+    return _link_problem(root, full)
+
+def _link_problem(root, full):
+    "Why a file or folder that exists is outside the root after all, or None."
     if _leaves(root, full): return "the path is a link out of the data root"
     if os.path.isdir(full) and any(_leaves(root, link) for link in _links(full)):
         return "a file in it is a link out of the data root"
@@ -197,6 +221,7 @@ def shared_cases(samples: Iterable[Sample]) -> dict[str, list[str]]:
     "Cases that stand on more than one side, with those sides."
     return _shared((s.case, s.split) for s in samples)
 
+# %% ../../nbs/data/samples.ipynb #147928a4
 def _words(s):
     "The words of a report without regard to case and spaces."
     return " ".join(s.answer.lower().split())
@@ -212,14 +237,18 @@ def _side_keys(s, reports):
     if reports and s.task == "report": keys.append(("report", hash(_words(s))))
     return keys
 
+# %% ../../nbs/data/samples.ipynb #4a7dbd93
 def side_problem(s: Sample, seen: dict, reports: bool = True) -> Problem | None:
     "A `Problem` if the case or the report of `s` stands on another side in `seen`, once each. Fills `seen`."
     if not s.split: return None
-    mine, problem = SIDES[s.split], None
-    for key in _side_keys(s, reports):
-        side, where = seen.setdefault(key, (mine, s.where))
-        if side in (mine, None): continue
-        seen[key] = None, ""      # reported
-        why = f"its {key[0]} stands in {side} ({where}) and in {mine}"
-        problem = problem or Problem(s.where, why, "Split again: `medvlm3d data split`.")
-    return problem
+    why = [_on_two_sides(s, key, seen) for key in _side_keys(s, reports)]
+    first = next(filter(None, why), None)
+    return first and Problem(s.where, first, "Split again: `medvlm3d data split`.")
+
+def _on_two_sides(s, key, seen):
+    "Why `key` stands on two sides, once, or None."
+    mine = SIDES[s.split]
+    side, where = seen.setdefault(key, (mine, s.where))
+    if side in (mine, None): return None
+    seen[key] = None, ""      # reported
+    return f"its {key[0]} stands in {side} ({where}) and in {mine}"

@@ -34,6 +34,7 @@ def set_matrix(sets: Sequence[np.ndarray]) -> csr_matrix:
     ones = np.ones(len(columns), np.int32)
     return csr_matrix((ones, columns, starts), (len(sets), len(members)))
 
+# %% ../../nbs/data/similarity.ipynb #fd3435f7
 def jaccard(matrix: csr_matrix, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     "Exact Jaccard index of the rows `i` with the rows `j` of a `set_matrix`."
     size = np.asarray(matrix.sum(1)).ravel()
@@ -47,15 +48,16 @@ def _odd_numbers(size, rng):
     "Random odd numbers (uint64): multiplication by one of them, modulo 2⁶⁴, is a hash."
     return rng.integers(2**63, size=size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
+# %% ../../nbs/data/similarity.ipynb #7db4a371
 def minhash(sets: Sequence[np.ndarray], hashes: int = BANDS*ROWS, seed: int = 0) -> np.ndarray:
     "Signatures (N, hashes) uint32: the minimum of each random hash over each set of uint32."
     a, b = _odd_numbers((2, hashes), np.random.default_rng(seed))
-    return np.stack([_minima(members, a, b) for members in sets]).astype(np.uint32)
+    return np.stack([_minima(members, a, b) for members in sets])
 
 def _minima(members, a, b):
     "The minimum over `members` of each hash x → a·x + b, of which the upper 32 bits are kept."
     hashed = (members[:, None].astype(np.uint64) * a + b) >> np.uint64(32)
-    return hashed.min(0)
+    return hashed.min(0).astype(np.uint32)
 
 # %% ../../nbs/data/similarity.ipynb #d6482869
 def band_keys(signatures: np.ndarray, bands: int = BANDS) -> np.ndarray:
@@ -69,27 +71,28 @@ def _sharing(keys, band, window):
     """(codes, crowded): pairs i < j that share the key of a band, as codes i·N + j, and whether some key is
     crowded."""
     order = np.lexsort((keys[:, band - 1], keys[:, band]))
-    key, codes, crowded = keys[order, band], [np.zeros(0, np.int64)], False
+    key, codes = keys[order, band], [np.zeros(0, np.int64)]
     for step in range(1, min(len(keys), window + 2)):
         same = key[step:] == key[:-step]
-        if not same.any(): break
-        crowded = step > window
-        if not crowded: codes.append(_codes(order[:-step][same], order[step:][same], len(keys)))
-    return np.unique(np.concatenate(codes)), crowded
+        if step > window or not same.any(): break
+        codes.append(_codes(order[:-step][same], order[step:][same], len(keys)))
+    return np.unique(np.concatenate(codes)), _is_crowded(key, window)
+
+def _is_crowded(key, window):
+    "Whether one of the sorted keys has more than `window` neighbours that share it."
+    return bool((key[window + 1:] == key[:max(0, len(key) - window - 1)]).any())
 
 def _codes(a, b, n): return np.minimum(a, b) * n + np.maximum(a, b)
 
+# %% ../../nbs/data/similarity.ipynb #ed18736e
 def _measured(codes, n, *, measure, threshold, chunk):
     """(codes, likeness) of those pairs whose likeness reaches the threshold; `chunk` pairs are measured at
     a time."""
-    pairs, values = [np.zeros(0, np.int64)], [np.zeros(0)]
-    for start in range(0, len(codes), chunk):
-        part = codes[start:start + chunk]
-        value = measure(part // n, part % n)
-        near = value >= threshold
-        pairs.append(part[near])
-        values.append(value[near])
-    return np.concatenate(pairs), np.concatenate(values)
+    values = [np.zeros(0)]
+    for start in range(0, len(codes), chunk): values.append(measure(*divmod(codes[start:start + chunk], n)))
+    likeness = np.concatenate(values)
+    near = likeness >= threshold
+    return codes[near], likeness[near]
 
 # %% ../../nbs/data/similarity.ipynb #ca8c8102
 def near_pairs(keys: np.ndarray, measure: Callable, *, threshold: float, window: int = 64,
@@ -132,12 +135,14 @@ def axis_basis(n: int, cells: int, kept: int = KEPT) -> np.ndarray:
     average = _overlap(np.arange(cells + 1) / cells, np.arange(n + 1) / n) * cells
     return dct(average, axis=0, norm="ortho")[:kept].astype(np.float32)
 
+# %% ../../nbs/data/similarity.ipynb #cd1713cf
 def _overlap(a, b):
     "The common length of each interval between the edges `a` with each between the edges `b`."
     low = np.maximum(a[:-1, None], b[:-1])
     high = np.minimum(a[1:, None], b[1:])
     return np.clip(high - low, 0, None)
 
+# %% ../../nbs/data/similarity.ipynb #5166e77a
 def _coefficients(array):
     "The lowest KEPT³ terms of the cosine transform of a volume (D, H, W)."
     for axis in (2, 1, 0):
@@ -155,8 +160,8 @@ def volume_hash(array: np.ndarray) -> np.ndarray:
 
 def _frequencies():
     "The frequency of each of the KEPT³ terms."
-    u, v, w = np.meshgrid(*[np.arange(KEPT)] * 3, indexing="ij")
-    return np.sqrt(u**2 + v**2 + w**2)
+    squares = np.arange(KEPT)**2
+    return np.sqrt(squares[:, None, None] + squares[:, None] + squares)
 
 # %% ../../nbs/data/similarity.ipynb #9749f19c
 def z_scores(hashes: np.ndarray, prior: int = 30) -> np.ndarray:
@@ -188,6 +193,7 @@ def plane_keys(vectors: np.ndarray, bands: int = 57, rows: int = 24, seed: int =
     keys = [(vectors @ planes[:, band] > 0) @ powers for band in range(bands)]
     return np.stack(keys, 1).astype(np.uint64)
 
+# %% ../../nbs/data/similarity.ipynb #1e5e2062
 def near_volumes(hashes: np.ndarray, threshold: float = .95) -> tuple:
     """Pairs of volumes whose hashes (N, 511), as z-scores, have a cosine of at least `threshold`.
 

@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 from ..base.core import MedVLM3DError, relative, sha256_file, write_json, write_text
+from ..base.lock import only_writer
 from .manifest import write_manifest
 from .samples import Sample, settle
 from .ties import BIT, Census, Looks, Tie, find_ties, look_at_volumes, open_corpus, side_names
@@ -28,11 +29,16 @@ def _edges(volumes, ties):
     "(nodes, edges): two arrays of node numbers; the items of each tie are numbered behind the volumes."
     ends, size = [np.zeros((2, 0), int)], volumes
     for tie in ties:
-        ends.append(np.stack([tie.volume, size + tie.item]))
-        if tie.pairs is not None: ends.append(size + tie.pairs.T)
+        ends += _ends(tie, size)
         size += tie.items
     return size, np.concatenate(ends, 1)
 
+def _ends(tie, start):
+    "The edges of one tie, whose items are numbered from `start`."
+    yield np.stack([tie.volume, start + tie.item])
+    if tie.pairs is not None: yield start + tie.pairs.T
+
+# %% ../../nbs/data/split.ipynb #d798a9db
 def groups_of(volumes: int, ties: Sequence[Tie]) -> np.ndarray:
     "The group (V,) of each volume: the connected components of all ties, numbered by their first volume."
     size, edges = _edges(volumes, ties)
@@ -53,6 +59,7 @@ def assign(sizes: Sequence[int], shares: Sequence[float], seed: int = 0) -> np.n
         lacking[side[g]] -= sizes[g]
     return side
 
+# %% ../../nbs/data/split.ipynb #8060eb9e
 def _large_first(sizes, seed):
     "The groups by size, equal ones in random order."
     order = np.random.default_rng(seed).permutation(len(sizes))
@@ -115,11 +122,12 @@ def ledger_rows(census: Census, group: np.ndarray, *, side: np.ndarray, ties: Se
     """
     counts = {tie.kind: _ties_per_group(group, tie) for tie in ties}
     for g, members in enumerate(_members(group)):
-        old = Counter(_side_names(census, members))
         held = {kind: n[g] for kind, n in counts.items() if n[g]}
-        yield {"group": g, "to": SPLITS[side[g]], "volumes": len(members), "from": dict(old), "ties": held,
+        yield {"group": g, "to": SPLITS[side[g]], "volumes": len(members),
+               "from": dict(Counter(_side_names(census, members))), "ties": held,
                "places": [census.where[v] for v in members[:most]]}
 
+# %% ../../nbs/data/split.ipynb #ce0ef2fb
 def _members(group):
     "The volumes of each group."
     return np.split(np.argsort(group, kind="stable"), np.cumsum(np.bincount(group))[:-1])
@@ -142,6 +150,7 @@ def whole_lists(samples: Iterable[Sample], left_out: Counter | None = None) -> I
         if s.split not in PARTS: yield s
         elif left_out is not None: left_out[s.split] += 1
 
+# %% ../../nbs/data/split.ipynb #6b176046
 def with_sides(samples: Iterable[Sample], census: Census, side: np.ndarray,
                looks: Looks | None = None) -> Iterator[Sample]:
     """The samples with their new split, and with the hash of their volume where it was not listed.
@@ -164,17 +173,18 @@ REPAIR = "Repair the places named above first."
 def _check_options(by, ties):
     if by not in ("case", "patient"):
         raise MedVLM3DError(f"by={by!r}", "is no way to split", "Choose case or patient.")
-    if unknown := set(ties) - set(OPTIONAL):
-        raise MedVLM3DError("ties", f"does not know {', '.join(sorted(unknown))}",
-                            f"Choose from {', '.join(OPTIONAL)}.")
+    unknown = ", ".join(sorted(set(ties) - set(OPTIONAL)))
+    if unknown:
+        raise MedVLM3DError("ties", f"does not know {unknown}", f"Choose from {', '.join(OPTIONAL)}.")
 
+# %% ../../nbs/data/split.ipynb #6b03667a
 def _target(path, root, *, by, out):
     "The manifest to write; it must lie in the folder of the data."
-    out = Path(out or root/f"{'manifest' if path.is_dir() else path.stem}-by-{by}.jsonl")
-    if out.resolve().parent != root.resolve():
-        why = "does not lie in the folder of the data, to which its paths are relative"
-        raise MedVLM3DError(relative(out), why, f"Write it to {relative(root)}.")
-    return out
+    name = "manifest" if path.is_dir() else path.stem
+    out = Path(out or root/f"{name}-by-{by}.jsonl")
+    if out.resolve().parent == root.resolve(): return out
+    why = "does not lie in the folder of the data, to which its paths are relative"
+    raise MedVLM3DError(relative(out), why, f"Write it to {relative(root)}.")
 
 # %% ../../nbs/data/split.ipynb #72fab567
 def _read_census(path, read):
@@ -185,9 +195,10 @@ def _read_census(path, read):
     if not census.images: raise MedVLM3DError(relative(path), "holds no volumes", "Give a corpus.")
     return census, dict(left_out)
 
-def _read_volumes(path, census, *, root, workers, progress):
+# %% ../../nbs/data/split.ipynb #3b2e3b95
+def _read_volumes(path, census, *, root, **options):
     "Looks at the volumes of a corpus; problems other than the order of slices are raised."
-    looks = look_at_volumes(census, root, workers, progress)
+    looks = look_at_volumes(census, root, **options)
     settle(relative(path), [p for p in looks.problems if "interleaved" not in p.why], remedy=REPAIR)
     return looks
 
@@ -204,10 +215,14 @@ def _sides(volumes, held, *, shares, seed):
     check_shares(group, side, shares, held)
     return group, side
 
+# %% ../../nbs/data/split.ipynb #172be00f
 def _kinds(ties): return [tie.kind for tie in ties]
 
-def _write_ledger(out, rows):
+def _write_split(out, read, *, census, group, side, held, looks):
+    "Write ledger and manifest; returns the number of samples."
+    rows = ledger_rows(census, group, side=side, ties=held)
     write_text(out.with_suffix(".ledger.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+    return write_manifest(out, with_sides(whole_lists(read([])), census, side[group], looks))
 
 def _outcome(census, group, side):
     "Volumes of each side, groups, and moves of a split."
@@ -219,7 +234,7 @@ def _outcome(census, group, side):
 def split_corpus(path: Path | str, by: str = "case", *, out: Path | str | None = None,
                  shares: Sequence[float] = (.8, .1, .1), seed: int = 0, ties: Sequence[str] = OPTIONAL,
                  images: bool = True, text: float = .8, image: float = .95, workers: int = 2,
-                 progress: bool = True) -> dict:
+                 progress: bool = True, max_voxels: int | None = None) -> dict:
     """Write a split of a corpus that tears no tie, its ledger and its summary; returns the summary.
 
     Parameters
@@ -234,20 +249,23 @@ def split_corpus(path: Path | str, by: str = "case", *, out: Path | str | None =
     text, image : thresholds of the near ties: Jaccard index, cosine
     workers : number of processes
     progress : whether to show a progress bar
+    max_voxels : the most voxels a volume may declare; None: the reader's limit
     """
     _check_options(by, ties)
     path = Path(path)
     read, root = open_corpus(path)
     out = _target(path, root, by=by, out=out)
-    census, left_out = _read_census(path, read)
-    looks = _read_volumes(path, census, root=root, workers=workers, progress=progress) if images else None
-    thresholds = {"near text": text, "near image": image}
-    held = _held_ties(census, looks, kinds={"case", by, *ties}, thresholds=thresholds)
-    group, side = _sides(len(census.images), held, shares=shares, seed=seed)
-    written = write_manifest(out, with_sides(whole_lists(read([])), census, side[group], looks))
-    _write_ledger(out, ledger_rows(census, group, side=side, ties=held))
-    summary = {"by": by, "ties": _kinds(held), "thresholds": thresholds, "images_read": images,
-               "seed": seed, "shares": list(shares), "samples": written, **_outcome(census, group, side),
-               "left out": left_out, "sha256": sha256_file(out)}
-    write_json(out.with_suffix(".summary.json"), summary)
+    with only_writer(root):
+        census, left_out = _read_census(path, read)
+        reading = dict(root=root, workers=workers, progress=progress, max_voxels=max_voxels)
+        looks = _read_volumes(path, census, **reading) if images else None
+        thresholds = {"near text": text, "near image": image}
+        held = _held_ties(census, looks, kinds={"case", by, *ties}, thresholds=thresholds)
+        group, side = _sides(len(census.images), held, shares=shares, seed=seed)
+        written = _write_split(out, read, census=census, group=group, side=side, held=held, looks=looks)
+        summary = {"by": by, "ties": _kinds(held), "thresholds": thresholds, "images_read": images,
+                   "seed": seed, "shares": list(shares), "samples": written, **_outcome(census, group, side),
+                   "left out": left_out, "sha256": sha256_file(out)}
+        write_json(out.with_suffix(".summary.json"), summary)
     return summary
+

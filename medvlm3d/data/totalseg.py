@@ -29,6 +29,7 @@ PAIRS = ("kidney", "adrenal_gland", "hip", "femur", "clavicula", "scapula", "hum
          "gluteus_maximus")
 SEEN = 50            # voxels
 
+# %% ../../nbs/data/totalseg.ipynb #d963f11c
 @dataclass(frozen=True)
 class Organ:
     "One organ in one scan: volume in ml (0: not there), centre in RAS mm, whether the scan cuts it off."
@@ -36,16 +37,19 @@ class Organ:
     centre: tuple = ()
     cut: bool = False
 
+# %% ../../nbs/data/totalseg.ipynb #4b86cc5f
 def organ_of(mask: np.ndarray, affine: np.ndarray) -> Organ | None:
     "What a mask (x, y, z) on a grid with this affine says; None where it is too small to tell."
     inside = np.argwhere(mask)
     if not len(inside): return Organ(0.)
     if len(inside) < SEEN: return None
-    low, high = inside.min(0), inside.max(0)
-    cut = bool((low == 0).any() or (high == np.array(mask.shape) - 1).any())
     centre = affine[:3, :3] @ inside.mean(0) + affine[:3, 3]
     ml = len(inside) * abs(np.linalg.det(affine[:3, :3])) / 1000
-    return Organ(round(float(ml), 3), tuple(centre.round(2).tolist()), cut)
+    return Organ(round(float(ml), 3), tuple(centre.round(2).tolist()), _at_edge(inside, mask.shape))
+
+def _at_edge(inside, shape):
+    "Whether one of the voxels (n, 3) lies at an edge of the array."
+    return bool((inside.min(0) == 0).any() or (inside.max(0) == np.array(shape) - 1).any())
 
 # %% ../../nbs/data/totalseg.ipynb #d61c93c7
 NAMES = (*ORGANS, *(f"{pair}_{side}" for pair in PAIRS for side in ("left", "right")))
@@ -53,15 +57,14 @@ NAMES = (*ORGANS, *(f"{pair}_{side}" for pair in PAIRS for side in ("left", "rig
 def read_case(folder: Path) -> dict[str, dict]:
     "Organ → its `Organ` as plain values, of the masks of one case."
     import nibabel as nib
-    organs = {}
-    for name in NAMES:
-        file = folder/"segmentations"/f"{name}.nii.gz"
-        if not file.exists(): continue
-        scan = nib.load(file)
-        organ = organ_of(np.asanyarray(scan.dataobj) > 0, scan.affine)
+    organs, files = {}, {name: folder/"segmentations"/f"{name}.nii.gz" for name in NAMES}
+    for name, file in files.items():
+        scan = nib.load(file) if file.exists() else None
+        organ = scan and organ_of(np.asanyarray(scan.dataobj) > 0, scan.affine)
         if organ: organs[name] = organ.__dict__
     return organs
 
+# %% ../../nbs/data/totalseg.ipynb #203d7ee6
 def cases_of(root: Path | str) -> list[Path]:
     "The folders of cases below `root`, in order."
     folders = sorted(file.parent for file in Path(root).glob("*/ct.nii.gz"))
@@ -78,6 +81,7 @@ def _known_cases(file):
     rows = map(json.loads, split_lines(file.read_text(encoding="utf-8")))
     return {row["case"]: row["organs"] for row in rows}
 
+# %% ../../nbs/data/totalseg.ipynb #81a72464
 def read_facts(root: Path | str, problems: list, workers: int = 2) -> dict[str, dict[str, Organ]]:
     """Case → organ → `Organ`, from `organs.jsonl` and, where a case is not in it, from its masks.
 
@@ -96,6 +100,7 @@ def read_facts(root: Path | str, problems: list, workers: int = 2) -> dict[str, 
     if missing: _write_cases(root/FACTS, known)
     return {folder.name: _organs(known[folder.name]) for folder in cases if folder.name in known}
 
+# %% ../../nbs/data/totalseg.ipynb #a7eb7fae
 def _organs(values):
     "Organ → `Organ` of plain values."
     return {name: Organ(o["ml"], tuple(o["centre"]), o["cut"]) for name, o in values.items()}
@@ -107,7 +112,7 @@ def _write_cases(file, known):
 def _try_case(folder):
     "`read_case`, or why it fails."
     try: return read_case(folder) or "has no mask of an organ that is asked about"
-    except (OSError, EOFError, ValueError) as e: return f"a mask cannot be read ({type(e).__name__})"
+    except Exception as e: return f"a mask cannot be read ({type(e).__name__})"
 
 # %% ../../nbs/data/totalseg.ipynb #68a40ceb
 LARGER, HIGHER = 1.25, 15.
@@ -122,11 +127,11 @@ class Question:
     answer: str
     others: tuple
 
+# %% ../../nbs/data/totalseg.ipynb #45d2e592
 def words_of(name: str) -> str:
     "`kidney_left` → `left kidney`."
-    parts = name.split("_")
-    if parts[-1] in ("left", "right"): parts = [parts[-1], *parts[:-1]]
-    return " ".join(parts)
+    *parts, last = name.split("_")
+    return " ".join([last, *parts] if last in ("left", "right") else [*parts, last])
 
 def _presence(case, organs):
     for name, organ in organs.items():
@@ -137,7 +142,7 @@ def _presence(case, organs):
 # %% ../../nbs/data/totalseg.ipynb #9c40d7c3
 def _pair_questions(case, organs):
     "Size and height of two whole organs that no body has by rule (an unpaired one against another)."
-    whole = {name: organ for name, organ in organs.items() if organ.ml and not organ.cut and name in ORGANS}
+    whole = {name: organ for name, organ in organs.items() if _is_whole(organ) and name in ORGANS}
     for (a, first), (b, second) in combinations(whole.items(), 2):
         pair = f"the {words_of(a)} or the {words_of(b)}"
         if max(first.ml, second.ml) >= LARGER * min(first.ml, second.ml):
@@ -148,33 +153,39 @@ def _pair_questions(case, organs):
             text = f"Which lies closer to the head, {pair}?"
             yield _either(case, "Height", text=text, names=(a, b), first=higher)
 
+# %% ../../nbs/data/totalseg.ipynb #1a45dbd9
 def _either(case, kind, *, text, names, first):
     right, wrong = names if first else names[::-1]
     return Question(case, kind, text, words_of(right).capitalize(), (words_of(wrong).capitalize(),))
 
+# %% ../../nbs/data/totalseg.ipynb #1bff0315
 def _side_questions(case, organs):
     "Which of a pair is larger, where both are whole."
     for pair in PAIRS:
         left, right = (organs.get(f"{pair}_{side}") for side in ("left", "right"))
-        if not (left and right and left.ml and right.ml) or left.cut or right.cut: continue
+        if not (_is_whole(left) and _is_whole(right)): continue
         if max(left.ml, right.ml) < 1.1 * min(left.ml, right.ml): continue
         sides = ("Left", "Right") if left.ml > right.ml else ("Right", "Left")
         text = f"Which {words_of(pair)} is larger, the left or the right one?"
         yield Question(case, "Side", text, sides[0], sides[1:])
+
+def _is_whole(organ): return bool(organ and organ.ml and not organ.cut)
 
 # %% ../../nbs/data/totalseg.ipynb #48e29508
 def _hash(*parts): return int(hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:12], 16)
 
 def _organ_question(case, organs):
     "One organ that is in the scan, and three that are not."
-    there = [name for name in ORGANS if name in organs and organs[name].ml]
-    absent = [name for name in ORGANS if name in organs and not organs[name].ml]
+    known = [name for name in ORGANS if name in organs]
+    absent = [name for name in known if not organs[name].ml]
+    there = [name for name in known if organs[name].ml]
     for name in there:
         others = sorted(absent, key=lambda other: _hash(case, name, other))[:3]
         if len(others) == 3:
             yield Question(case, "Organ", "Which of these is in this scan?", words_of(name).capitalize(),
                            tuple(words_of(other).capitalize() for other in others))
 
+# %% ../../nbs/data/totalseg.ipynb #b1a882fa
 def questions_of(case: str, organs: dict[str, Organ]) -> list[Question]:
     "All questions about a case whose answers are clear."
     makers = (_presence, _organ_question, _pair_questions, _side_questions)
@@ -188,6 +199,7 @@ def _even(group, answers):
     least = min((len(by_answer[a]) for a in answers), default=0)
     return [q for a in answers for q in sorted(by_answer[a], key=lambda q: _hash(q.case, q.text))[:least]]
 
+# %% ../../nbs/data/totalseg.ipynb #23e53505
 def balanced(questions: Iterable[Question]) -> list[Question]:
     "The questions that stay, so that words alone say nothing about the answer."
     groups, kept = defaultdict(list), []
@@ -199,6 +211,7 @@ def balanced(questions: Iterable[Question]) -> list[Question]:
             if len(given) > 1: kept += _even(group, given)
     return kept
 
+# %% ../../nbs/data/totalseg.ipynb #f6229457
 def _even_organs(group):
     "Questions in which an organ is right at most as often as it is offered as wrong."
     kept, balance = [], defaultdict(int)
@@ -223,12 +236,14 @@ def read_splits(root: Path | str) -> dict[str, str]:
         rows = list(csv.DictReader(f, delimiter=sign))
     return {row["image_id"]: SPLITS.get((row.get("split") or "").strip().lower(), "") for row in rows}
 
+# %% ../../nbs/data/totalseg.ipynb #6bd7469f
 def side_of(case: str, splits: dict[str, str]) -> str:
     "The side of a case: as listed, else 80, 10 and 10 percent by hash."
     if splits.get(case): return splits[case]
     draw = _hash("side", case) % 100
     return "train" if draw < 80 else "validation" if draw < 90 else "test"
 
+# %% ../../nbs/data/totalseg.ipynb #40a2fd21
 def question_sample(q: Question, image: str, split: str) -> Sample:
     "A question as a sample; the order of its options follows from a hash."
     options = sorted((q.answer, *q.others), key=lambda option: _hash(q.case, q.text, q.answer, option))

@@ -10,19 +10,23 @@ __all__ = ['FORMAT', 'KINDS', 'REENCODE', 'FIELDS', 'write_shard', 'check_shard'
 # %% ../../nbs/features/store.ipynb #706cf295
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial, update_wrapper
+from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..base.core import (
-    MedVLM3DError, atomic_path, read_json, relative, sha256_file, sha256_json, sha256_tensors, write_json)
+    MedVLM3DError, atomic_path, outside, read_json, relative,
+    sha256_file, sha256_json, sha256_tensors, write_json)
 from ..base.pool import parallel
-from ..base.ranks import Ranks, only_writer, rank_device
+from ..base.lock import only_writer
+from ..base.ranks import Ranks, rank_device
 from ..data.m3d import read_image
 from ..data.manifest import load_samples
 from ..data.samples import OTHER_VOLUME, Problem, Sample, alias, by_image, reading, reason, settle
@@ -40,15 +44,15 @@ KINDS = ("features", "indices")
 
 def write_shard(path: Path | str, encoded: dict, notes: dict | None = None) -> dict:
     "Write {key: (features, indices)} as one shard, then its card with the `notes`; returns the card."
-    tensors, digests = {}, {}
-    for key, pair in encoded.items():
-        row = {kind: t.contiguous().cpu() for kind, t in zip(KINDS, pair)}
-        digests[key] = sha256_tensors(row)
-        tensors.update({f"{key}.{kind}": t for kind, t in row.items()})
-    file = Path(path)/f"shard-{sha256_json(sorted(digests))[:16]}.safetensors"
+    rows = {key: _tensors(pair) for key, pair in encoded.items()}
+    tensors = {f"{key}.{kind}": t for key, row in rows.items() for kind, t in row.items()}
+    file = Path(path)/f"shard-{sha256_json(sorted(rows))[:16]}.safetensors"
     with atomic_path(file) as part: save_file(tensors, part)
+    digests = {key: sha256_tensors(row) for key, row in rows.items()}
     remarks = {key: list(texts) for key, texts in (notes or {}).items() if texts}
     return _write_card(file, digests, remarks)
+
+def _tensors(pair): return {kind: t.contiguous().cpu() for kind, t in zip(KINDS, pair)}
 
 # %% ../../nbs/features/store.ipynb #ae079165
 def _write_card(file, digests, remarks):
@@ -80,16 +84,19 @@ def _read_card(file):
 # %% ../../nbs/features/store.ipynb #7741bd8d
 def drop_damaged(path: Path | str, verify: bool = True) -> list[str]:
     "Remove the cards of damaged shards, and what a killed process left; returns the names of the damaged."
-    damaged, path = [], Path(path)
-    for card in sorted(path.glob("shard-*.json")):
-        try: check_shard(card, verify)
-        except MedVLM3DError as e:
-            damaged.append(e.what)
-            card.unlink()
+    path = Path(path)
+    damaged = [_drop(card, verify) for card in sorted(path.glob("shard-*.json"))]
     for file in path.glob("shard-*.safetensors"):
         if not file.with_suffix(".json").exists(): file.unlink()
     for file in path.glob(".*.part"): file.unlink()
-    return damaged
+    return list(filter(None, damaged))
+
+def _drop(card, verify):
+    "Remove a card if its shard is damaged; returns the name of what is, or None."
+    try: check_shard(card, verify)
+    except MedVLM3DError as e:
+        card.unlink()
+        return e.what
 
 # %% ../../nbs/features/store.ipynb #7ae93b1e
 class ShardMaps:
@@ -107,25 +114,23 @@ class ShardMaps:
 
     def read(self, file: str, key: str, digest: str) -> tuple[torch.Tensor, ...]:
         "Copies of the tensors of one volume; an error if they do not have the hash `digest`."
-        try: row = {kind: self[file].get_tensor(f"{key}.{kind}").clone() for kind in KINDS}
-        except (OSError, SafetensorError) as e:
-            raise MedVLM3DError(relative(self.path/file), f"is damaged ({type(e).__name__})", REENCODE) from e
-        if sha256_tensors(row) != digest:
-            raise MedVLM3DError(relative(self.path/file), "is damaged", REENCODE)
-        return tuple(row.values())
+        where = relative(self.path/file)
+        with outside(where, REENCODE):
+            row = {kind: self[file].get_tensor(f"{key}.{kind}").clone() for kind in KINDS}
+        if sha256_tensors(row) == digest: return tuple(row.values())
+        raise MedVLM3DError(where, "is damaged", REENCODE)
 
 # %% ../../nbs/features/store.ipynb #39a0e004
 def read_spec(path: Path) -> dict:
     "The settings of the store at `path`."
-    if not (path/"store.json").exists():
-        raise MedVLM3DError(relative(path), "is no feature store",
-                            "Make it with `medvlm3d features`.")
-    spec = read_json(path/"store.json")
+    file, place = path/"store.json", relative(path)
+    if not file.exists():
+        raise MedVLM3DError(place, "is no feature store", "Make it with `medvlm3d features`.")
+    spec = read_json(file, dict)
     form = spec.pop("format", "medvlm3d.features/1")
-    if form != FORMAT:
-        raise MedVLM3DError(relative(path), f"has another form ({form} → {FORMAT})",
-                            "Encode into a new folder, or delete this one first.")
-    return spec
+    if form == FORMAT: return spec
+    raise MedVLM3DError(place, f"has another form ({form} → {FORMAT})",
+                        "Encode into a new folder, or delete this one first.")
 
 # %% ../../nbs/features/store.ipynb #e7d9a94e
 def check_spec(path: Path, spec: StoreSpec) -> None:
@@ -152,13 +157,15 @@ class FeatureStore:
         if spec is not None: check_spec(self.path, spec)
         self.shards = ShardMaps(self.path, most_open)
         known = self.path/"images.json"
-        self.known = read_json(known) if known.exists() else {}
+        self.known = read_json(known, dict) if known.exists() else {}
         self.rows, self.remarks = {}, {}
-        for file in sorted(self.path.glob("shard-*.json")): self._add(check_shard(file, verify))
+        with outside(relative(self.path), REENCODE):
+            for entry in self.known.values(): entry["key"], entry["stamp"], entry["sha256"]
+            for file in sorted(self.path.glob("shard-*.json")): self._add(check_shard(file, verify))
 
     def _add(self, card):
-        self.rows.update({key: (card["file"], digest) for key, digest in card["volumes"].items()})
-        self.remarks.update({key: tuple(remarks) for key, remarks in card["notes"].items()})
+        for key, digest in card["volumes"].items(): self.rows[key] = card["file"], digest
+        for key, remarks in card["notes"].items(): self.remarks[key] = tuple(remarks)
 
     def key(self, image: str) -> str | None: return self.known.get(alias(image), {}).get("key")
     def notes(self, image: str) -> tuple[str, ...]: return self.remarks.get(self.key(image), ())
@@ -183,11 +190,9 @@ class FeatureStore:
 # %% ../../nbs/features/store.ipynb #61ba729e
 def places_of(images: list[str], samples: Iterable[Sample]) -> dict[str, str]:
     "image → where it is listed: line or entry of its first sample, else its number among the `images`."
-    listed, places = {image: group[0] for image, group in by_image(samples).items()}, {}
-    for n, image in enumerate(images, 1):
-        places[image] = f"image {n} of {len(images)}, as given"
-        if image in listed: places[image] = listed[image].where or listed[image].id
-    return places
+    listed = {image: group[0].where or group[0].id for image, group in by_image(samples).items()}
+    given = {image: f"image {n} of {len(images)}, as given" for n, image in enumerate(images, 1)}
+    return {image: listed.get(image, place) for image, place in given.items()}
 
 # %% ../../nbs/features/store.ipynb #f7c87e2c
 def volume_keys(root: Path | str, images: list[str], *, known: dict, samples: Iterable[Sample] = (),
@@ -252,10 +257,11 @@ def encode_missing(path: Path, todo: dict, *, load: Callable, encode: Callable, 
 # %% ../../nbs/features/store.ipynb #3883e6c6
 def count_remarks(store: FeatureStore, images: list[str]) -> list[str]:
     "`n volumes: remark`, for each remark of the reader on the `images`; the commonest first, then by name."
-    counts = Counter()
-    for image in images: counts.update({reason(remark) for remark in store.notes(image)})
+    counts = Counter(chain.from_iterable(_reasons(store.notes(image)) for image in images))
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return [f"{n} volume{'s' * (n > 1)}: {why}" for why, n in ranked]
+
+def _reasons(remarks): return set(map(reason, remarks))
 
 # %% ../../nbs/features/store.ipynb #51d7de4c
 def open_or_create(path: Path, spec: StoreSpec, verify: bool = False) -> list[str]:
@@ -269,11 +275,15 @@ def update_keys(store: FeatureStore, root: Path, images: list[str], **options) -
     "Every rank computes the keys of its share of the `images`, rank 0 writes them all; returns the problems."
     ranks, problems = Ranks.here(), []
     for share in ranks.gather(volume_keys(root, ranks.share(images), known=store.known, **options)):
-        for image, entry in share.items():
-            store.known[alias(image)] = entry
-            if isinstance(entry, Problem): problems.append(store.known.pop(alias(image)))
+        problems += _take_over(store, share)
     ranks.lead(lambda: write_json(store.path/"images.json", store.known))
     return problems
+
+def _take_over(store, entries):
+    "Enter what is known of each image; what is a `Problem` is yielded, and no longer known."
+    for image, entry in entries.items():
+        store.known[alias(image)] = entry
+        if isinstance(entry, Problem): yield store.known.pop(alias(image))
 
 # %% ../../nbs/features/store.ipynb #8f19fed8
 def missing_volumes(store: FeatureStore, images: list[str]) -> dict[str, str]:
@@ -373,9 +383,10 @@ def encode_corpus(data: Path | str, store: Path | str, *, encoder: str = "dinov2
                   size: int = 224, window: tuple[float, float] | None = None,
                   percentiles: tuple[float, float] | None = None, rho: float = 28,
                   strategy: str = "cosine", seed: int = 0, grid: tuple[int, int] | None = None,
+                  layers: Sequence[int] | None = None, windows: Sequence | None = None,
                   float32: bool = False, device: str = "auto", shard_size: int = 40, workers: int = 1,
-                  rejects: Path | str | None = None, verify: bool = False,
-                  quiet: bool = False) -> FeatureStore:
+                  rejects: Path | str | None = None, verify: bool = False, quiet: bool = False,
+                  max_voxels: int | None = None) -> FeatureStore:
     """Encode the volumes of a corpus into a feature store, alone or as one of a launcher's ranks.
 
     Parameters
@@ -388,22 +399,32 @@ def encode_corpus(data: Path | str, store: Path | str, *, encoder: str = "dinov2
     percentiles : what becomes 0 and 1 in volumes that are not in HU; None: their own range
     rho, strategy, seed : percent of the slices that are kept, how they are selected, and the seed of "random"
     grid : rows and columns to which the patches of a slice are resampled; None: the encoder's
+    layers, windows : of the encoder, see `load_encoder`; None: the last block, grey three times
     float32 : run the encoder in float32 even where the device multiplies bf16 faster
     device : "auto": a GPU for each rank, if there is one
     shard_size, workers : volumes in a shard, and threads that read
     rejects : file for volumes that cannot be read; None: they are one error at the end
     verify : read every volume and shard again, and make anew what is changed or damaged
     quiet : show no progress
+    max_voxels : the most voxels a volume may declare; None: the reader's limit
     """
     data, device = Path(data), rank_device(device)
     dtype = torch.float32 if float32 else quick_dtype(device)
-    samples = load_samples(data)
+    samples = load_samples(data, allow_shared=True)     # who stands where is the concern of training
+    preprocess = _prepared_by(depth, size, window=window, percentiles=percentiles)
+    network = load_encoder(encoder, size, layers=layers, windows=windows, preprocess=preprocess,
+                           device=device, dtype=dtype)
     return encode_images(store, data if data.is_dir() else data.parent, images=by_image(samples),
-                         encoder=load_encoder(encoder, size=size, device=device, dtype=dtype),
-                         preprocess=_prepared_by(depth, size, window=window, percentiles=percentiles),
+                         encoder=network, preprocess=preprocess,
                          rho=rho, strategy=strategy, seed=seed, grid=grid, shard_size=shard_size,
-                         verify=verify, progress=not quiet, read=read_image, samples=samples,
+                         verify=verify, progress=not quiet, read=_limited(max_voxels), samples=samples,
                          workers=workers, rejects=rejects)
+
+# %% ../../nbs/features/store.ipynb #f3f9cf75
+def _limited(max_voxels):
+    "`read_image` with another limit. Its name stays: the limit changes no feature, and no store."
+    if max_voxels is None: return read_image
+    return update_wrapper(partial(read_image, max_voxels=max_voxels), read_image)
 
 def _prepared_by(depth, size, **intensity):
     limits = {name: tuple(pair) if pair else None for name, pair in intensity.items()}

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BRAIN', 'BRAIN_SEQUENCES', 'AIR', 'WHITE', 'GREY', 'FLUID', 'CEREBELLUM', 'NECROSIS', 'OEDEMA', 'ENHANCING', 'TUMOUR',
            'BRAIN_MM', 'LAYOUTS', 'write_nifti', 'BrainCase', 'sample_brains', 'brain_axes', 'tumour_centre',
-           'draw_brain', 'draw_sequence', 'write_brain', 'BodyJob', 'write_body', 'body_cases', 'write_layout',
-           'is_generated']
+           'draw_brain', 'draw_sequence', 'write_brain', 'BodyJob', 'write_body', 'body_cases', 'begin_layout',
+           'write_layout', 'is_generated']
 
 # %% ../../nbs/phantoms/layouts.ipynb #b20fe2a8
 from collections.abc import Sequence
@@ -263,6 +263,13 @@ def _check_same(root, old, new):
     raise MedVLM3DError(relative(root), "holds a layout with other parameters", remedy)
 
 # %% ../../nbs/phantoms/layouts.ipynb #97b16a5b
+def begin_layout(root: Path, layout: str, *, studies: int, shape: Sequence[int], seed: int) -> None:
+    "Mark a folder as generated with these parameters; one that holds anything else is refused."
+    config = {"layout": layout, "studies": studies, "shape": list(shape), "seed": seed, "generated": True}
+    _check_target(root, config)
+    write_json(root/"GENERATED.json", config)
+
+# %% ../../nbs/phantoms/layouts.ipynb #29de34ca
 def write_layout(root: Path | str, layout: str, *, studies: int = 12, shape: Sequence[int] = (40, 64, 64),
                  seed: int = 0, workers: int = 1) -> Path:
     """Generate a folder in a layout; returns the folder.
@@ -279,9 +286,7 @@ def write_layout(root: Path | str, layout: str, *, studies: int = 12, shape: Seq
     root, shape = Path(root), tuple(shape)
     if layout not in LAYOUTS:
         raise MedVLM3DError(layout, "is no layout", f"Choose one of {', '.join(LAYOUTS)}.")
-    config = {"layout": layout, "studies": studies, "shape": list(shape), "seed": seed, "generated": True}
-    _check_target(root, config)
-    write_json(root/"GENERATED.json", config)
+    begin_layout(root, layout, studies=studies, shape=shape, seed=seed)
     write, jobs = _jobs_of(root, layout, studies=studies, seed=seed, shape=shape)
     for _ in parallel(write, jobs, workers=workers): pass
     return root
