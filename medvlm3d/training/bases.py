@@ -8,6 +8,7 @@ __all__ = ['SAVED_UP_TO', 'READERS', 'base_folder', 'require_base', 'base_config
 
 # %% ../../nbs/training/bases.ipynb #f34b09d2
 import json
+from math import prod
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, project_root
@@ -34,14 +35,18 @@ def require_base(name: Path | str) -> None:
 # %% ../../nbs/training/bases.ipynb #55b49c05
 def base_config(name: Path | str) -> PretrainedConfig:
     "The configuration of a causal language model; another kind of model is refused."
-    try: config = AutoConfig.from_pretrained(str(base_folder(name) or name), trust_remote_code=False)
+    config = _read_config(name)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and _writes(config): return config
+    raise MedVLM3DError(str(name), f"is a {config.model_type} model, no causal language model",
+                        "Give a decoder, such as a LLaMA, Qwen, Mistral, Gemma or Phi.")
+
+# %% ../../nbs/training/bases.ipynb #58587f89
+def _read_config(name):
+    try: return AutoConfig.from_pretrained(str(base_folder(name) or name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise MedVLM3DError(str(name), "has no configuration that transformers knows without remote code",
                             "Give a model whose architecture transformers has; remote code never runs."
                             ) from error
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and _writes(config): return config
-    raise MedVLM3DError(str(name), f"is a {config.model_type} model, no causal language model",
-                        "Give a decoder, such as a LLaMA, Qwen, Mistral, Gemma or Phi.")
 
 def _writes(config):
     "Whether the architecture that was saved, if it is recorded, ends in an output layer for words."
@@ -54,14 +59,12 @@ def parameters_of(folder: Path) -> int:
     return sum(_numbers_in(file) for file in sorted(Path(folder).glob("*.safetensors")))
 
 def _numbers_in(file):
-    with open(file, "rb") as f: header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    sizes = [t["shape"] for name, t in header.items() if name != "__metadata__"]
-    return sum(_product(shape) for shape in sizes)
+    sizes = [t["shape"] for name, t in _header_of(file).items() if name != "__metadata__"]
+    return sum(prod(shape) for shape in sizes)
 
-def _product(shape):
-    total = 1
-    for length in shape: total *= length
-    return total
+def _header_of(file):
+    with open(file, "rb") as f: return json.loads(f.read(int.from_bytes(f.read(8), "little")))
+
 
 # %% ../../nbs/training/bases.ipynb #c944a0d7
 SAVED_UP_TO = 500_000_000   # parameters
@@ -69,10 +72,12 @@ READERS = ("reader", "own")
 
 def reference_of(name: Path | str) -> dict | None:
     "How a saved model refers to its base: {name, sha256}; None if the base is saved with it."
-    folder = Path(name).expanduser()
-    is_folder = folder.is_dir() or (project_root()/folder).is_dir()
-    if is_folder and parameters_of(base_folder(name)) <= SAVED_UP_TO: return None
+    if _is_local(name) and parameters_of(base_folder(name)) <= SAVED_UP_TO: return None
     return {"name": str(name), "sha256": None}
+
+def _is_local(name):
+    folder = Path(name).expanduser()
+    return folder.is_dir() or (project_root()/folder).is_dir()
 
 # %% ../../nbs/training/bases.ipynb #793013c7
 def base_fields(llm: str, reader: str, chat: bool = True) -> tuple[str | None, dict]:
@@ -88,8 +93,9 @@ def base_fields(llm: str, reader: str, chat: bool = True) -> tuple[str | None, d
     if llm in ASSETS: return None, {"llm_reference": {"name": llm, "sha256": None}}
     require_base(llm)
     base_config(llm)
-    template = chat_of(load_tokenizer(str(base_folder(llm) or llm))) if chat else None
-    return llm, {"llm_reference": reference_of(llm), "chat": template}
+    return llm, {"llm_reference": reference_of(llm), "chat": _template_of(llm) if chat else None}
+
+def _template_of(llm): return chat_of(load_tokenizer(str(base_folder(llm) or llm)))
 
 # %% ../../nbs/training/bases.ipynb #0e90ef1e
 def positions_of(llm: str | None) -> int | None:

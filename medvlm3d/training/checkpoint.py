@@ -19,8 +19,9 @@ CARD, MARK, PART = "checkpoint.json", "COMPLETE", ".part"
 
 def files_of(folder: Path | str) -> list[str]:
     "Relative names of all files below a folder except card and marker, sorted."
-    files = [p for p in Path(folder).rglob("*") if p.is_file() and p.name not in (CARD, MARK)]
-    return sorted(p.relative_to(folder).as_posix() for p in files)
+    return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if _is_content(p))
+
+def _is_content(path): return path.is_file() and path.name not in (CARD, MARK)
 
 def sync(path: Path) -> None:
     "Have the disk hold a file, or a folder's list of names."
@@ -32,19 +33,27 @@ def sync(path: Path) -> None:
 def seal(folder: Path | str, final: Path | str, **facts) -> Path:
     "Make the files in `folder` the checkpoint `final`: hash and sync each, write card and marker, rename."
     folder, final = Path(folder), Path(final)
-    files = {name: sha256_file(folder/name) for name in files_of(folder)}
-    for name in files: sync(folder/name)
-    write_json(folder/CARD, {"files": files, **facts})
+    write_json(folder/CARD, {"files": _synced(folder), **facts})
     write_text(folder/MARK, sha256_file(folder/CARD) + "\n")
     _sync_folders(folder)
-    if final.exists(): shutil.rmtree(final)
-    os.rename(folder, final)
-    sync(final.parent)
+    _put_in_place(folder, final)
     return final
+
+# %% ../../nbs/training/checkpoint.ipynb #e19df080
+def _synced(folder):
+    "{name: hash} of the files in a folder, once the disk holds them."
+    files = {name: sha256_file(folder/name) for name in files_of(folder)}
+    for name in files: sync(folder/name)
+    return files
 
 def _sync_folders(folder):
     for inner in (folder, *folder.rglob("*")):
         if inner.is_dir(): sync(inner)
+
+def _put_in_place(folder, final):
+    if final.exists(): shutil.rmtree(final)
+    os.rename(folder, final)
+    sync(final.parent)
 
 # %% ../../nbs/training/checkpoint.ipynb #34a768fd
 def disk_error(error: Exception) -> str | None:
@@ -69,9 +78,11 @@ def whole_or_absent(final: Path | str):
 # %% ../../nbs/training/checkpoint.ipynb #50ebbd94
 def required_files(ranks: int = 1, sharded: bool = False) -> list[str]:
     "Names of the files without which a run of `ranks` processes cannot continue exactly."
-    streams = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]
     optimiser = [] if sharded else ["optimizer.pt"]
-    return ["model.safetensors", "trainer_state.json", "scheduler.pt", *streams, *optimiser]
+    return ["model.safetensors", "trainer_state.json", "scheduler.pt", *_random_streams(ranks), *optimiser]
+
+def _random_streams(ranks):
+    return ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]
 
 def missing_shards(files: dict, ranks: int) -> int:
     "How many of the optimiser's shards (DeepSpeed's, one a rank) are not among `files`."
@@ -81,21 +92,24 @@ def missing_shards(files: dict, ranks: int) -> int:
 def flaw(folder: Path | str) -> str | None:
     "Why a folder is not a whole checkpoint, or None if it is one."
     folder = Path(folder)
+    return _card_flaw(folder) or _missing_part(folder) or _damaged_part(folder)
+
+def _card_flaw(folder):
     if not (folder/MARK).exists(): return "was not written to its end (no COMPLETE)"
     if not (folder/CARD).exists(): return f"lacks {CARD}"
-    if (folder/MARK).read_text().strip() != sha256_file(folder/CARD):
-        return f"has another {CARD} than was written"
-    return _missing_part(folder) or _damaged_part(folder)
+    is_same = (folder/MARK).read_text().strip() == sha256_file(folder/CARD)
+    return None if is_same else f"has another {CARD} than was written"
 
 # %% ../../nbs/training/checkpoint.ipynb #41bca841
 def _missing_part(folder):
     card = {"ranks": 1, "sharded": False, **read_json(folder/CARD)}
-    files, ranks, sharded = card["files"], card["ranks"], card["sharded"]
-    names = sorted({*files, *required_files(ranks, sharded)})
-    missing = [name for name in names if not (folder/name).exists()]
-    if missing: return f"lacks {', '.join(missing)}"
-    shards = missing_shards(files, ranks) if sharded else 0
+    files, ranks = card["files"], card["ranks"]
+    if missing := _missing_files(folder, {*files, *required_files(ranks, card["sharded"])}):
+        return f"lacks {', '.join(missing)}"
+    shards = missing_shards(files, ranks) if card["sharded"] else 0
     return f"lacks {shards} of {ranks} optimiser shards" if shards > 0 else None
+
+def _missing_files(folder, names): return [name for name in sorted(names) if not (folder/name).exists()]
 
 # %% ../../nbs/training/checkpoint.ipynb #b6bb1675
 def _damaged_part(folder):
@@ -121,7 +135,9 @@ def newest_whole(folder: Path | str, tell: Callable = print) -> Path | None:
         if why is None: return checkpoint
         flaws.append(f"{checkpoint.name} {why}")
         tell(f"{relative(checkpoint)} {why}: passed over")
-    if not flaws: return None
+    if flaws: _refuse_flawed(folder, flaws)
+
+def _refuse_flawed(folder, flaws):
     raise MedVLM3DError(relative(folder), "holds no whole checkpoint: " + "; ".join(flaws),
                         "Restore the files from a copy, or delete the folder to begin the stage anew.")
 
@@ -129,8 +145,10 @@ def newest_whole(folder: Path | str, tell: Callable = print) -> Path | None:
 def tidy(folder: Path | str, keep: int | None = None, best: int | None = None) -> None:
     "Remove what is half written and, with a number to `keep`, all checkpoints but the newest and the `best`."
     shutil.rmtree(Path(folder)/PART, ignore_errors=True)
-    if not keep: return
-    for old in checkpoints(folder)[keep:]:
-        if step_of(old) == best: continue
-        (old/MARK).unlink(missing_ok=True)
-        shutil.rmtree(old)
+    old = checkpoints(folder)[keep:] if keep else []
+    for checkpoint in old:
+        if step_of(checkpoint) != best: _remove(checkpoint)
+
+def _remove(checkpoint):
+    (checkpoint/MARK).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

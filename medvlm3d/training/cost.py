@@ -67,11 +67,14 @@ ENCODERS = {"biomedclip": (768, 12, 16, False), "pubmedclip": (768, 12, 32, True
 
 def encoder_shape(config: MedVLM3DConfig) -> ViT:
     "The `ViT` of a configuration's encoder at its size in pixels; an error if its shape is not listed."
-    if config.encoder not in ENCODERS:
-        raise MedVLM3DError(config.encoder, "has no listed shape", f"Choose one of {', '.join(ENCODERS)}.")
-    width, depth, patch, clip = ENCODERS[config.encoder]
+    width, depth, patch, clip = _listed_shape(config.encoder)
+    if config.layers: depth = config.layers[-1]         # the blocks behind are not run
     side = config.preprocess["height"] // patch
     return ViT(width, depth, 3 * patch ** 2, side ** 2, clip=clip)
+
+def _listed_shape(name):
+    if name in ENCODERS: return ENCODERS[name]
+    raise MedVLM3DError(name, "has no listed shape", f"Choose one of {', '.join(ENCODERS)}.")
 
 # %% ../../nbs/training/cost.ipynb #3769544b
 def mirror_pair_count(size: tuple[int, int, int]) -> int:
@@ -82,31 +85,33 @@ def mirror_pair_count(size: tuple[int, int, int]) -> int:
 # %% ../../nbs/training/cost.ipynb #191897ae
 def fusion_flops(config: MedVLM3DConfig) -> dict[str, int]:
     "Operations of the fusion on one volume, by part, without the Fourier transforms of the literal path."
-    grid, C = (config.kept, *config.grid), config.channels
-    L = prod(grid)
-    literal = config.frequency == "fft"
-    # two maps a voxel, or a pair of voxels; the bias is one more voxel through the real map
-    maps = 2 * L if literal else 2 * mirror_pair_count(grid) + 1
+    voxels, C = config.kept * prod(config.grid), config.channels
     weights = C if config.alpha == "channel" else 1
-    parts = {"spatial": 2 * 27 * L * C * C, "frequency": 2 * maps * C * C, "gate": 4 * L * C * weights}
+    parts = {"spatial": 2 * 27 * voxels * C * C, "frequency": 2 * _frequency_maps(config) * C * C,
+             "gate": 4 * voxels * C * weights}
     used = parts if config.fusion == "both" else (config.fusion,)
     return {name: flops if name in used else 0 for name, flops in parts.items()}
+
+def _frequency_maps(config):
+    "Two maps a voxel, or a pair of voxels; the bias is one more voxel through the real map."
+    grid = config.kept, *config.grid
+    return 2 * prod(grid) if config.frequency == "fft" else 2 * mirror_pair_count(grid) + 1
 
 # %% ../../nbs/training/cost.ipynb #b319e47b
 def connector_flops(config: MedVLM3DConfig, hidden: int) -> dict[str, int]:
     "Operations of the connector on one volume, forward, by part."
-    C, M = config.channels, config.visual_tokens
-    L = config.kept * config.grid[0] * config.grid[1]
+    C, voxels = config.channels, config.kept * prod(config.grid)
     outputs = C + hidden if config.projector == "mlp" else C
-    return {"whitening": 2 * L * config.encoder_channels * C if config.whiten else 0,
-            **fusion_flops(config), **_injection_flops(config, C, M, L),
-            "projector": 2 * M * hidden * outputs}
+    return {"whitening": 2 * voxels * config.encoder_channels * C if config.whiten else 0,
+            **fusion_flops(config), **_injection_flops(config, voxels),
+            "projector": 2 * config.visual_tokens * hidden * outputs}
 
 # %% ../../nbs/training/cost.ipynb #c97d4137
-def _injection_flops(config, C, M, L):
+def _injection_flops(config, voxels):
     if config.attention == "none": return {"queries, keys, values": 0, "attention": 0, "MLP": 0}
-    seen = L if config.attention == "global" else config.scale ** 3
-    return {"queries, keys, values": 2 * (M + 2 * L) * C * C, "attention": 4 * M * seen * C,
+    C, M = config.channels, config.visual_tokens
+    seen = voxels if config.attention == "global" else config.scale ** 3
+    return {"queries, keys, values": 2 * (M + 2 * voxels) * C * C, "attention": 4 * M * seen * C,
             "MLP": 16 * M * C * C}
 
 # %% ../../nbs/training/cost.ipynb #363d4570
@@ -119,13 +124,14 @@ def connector_step_flops(config: MedVLM3DConfig, hidden: int) -> int:
 # %% ../../nbs/training/cost.ipynb #ed583d5d
 def linear_sizes(llm: PreTrainedModel) -> dict[str, int]:
     "Weights in the linear layers of a language model: in its blocks, its output layer, and in adapters."
-    sizes = {"blocks": 0, "head": 0, "adapters": 0}
-    head = llm.get_output_embeddings()
+    sizes, head = {"blocks": 0, "head": 0, "adapters": 0}, llm.get_output_embeddings()
     for name, module in llm.named_modules():
-        if not isinstance(module, nn.Linear): continue
-        part = "adapters" if "lora_" in name else "head" if module is head else "blocks"
-        sizes[part] += module.weight.numel()
+        if isinstance(module, nn.Linear): sizes[_role(name, module is head)] += module.weight.numel()
     return sizes
+
+def _role(name, is_head):
+    if "lora_" in name: return "adapters"
+    return "head" if is_head else "blocks"
 
 # %% ../../nbs/training/cost.ipynb #ad0ec0f3
 def attention_flops(text: PreTrainedConfig, tokens: int) -> int:
@@ -166,13 +172,18 @@ def parameter_rows(model: MedVLM3D, shape: ViT) -> list[tuple]:
 def saved_bytes(module: nn.Module, run: Callable) -> int:
     "Bytes that autograd keeps for the backward pass of `run()`, each once, without those of `module`."
     own = {_storage_id(t) for t in (*module.parameters(), *module.buffers())}
+    kept = _kept_tensors(run)
+    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+# %% ../../nbs/training/cost.ipynb #8968b297
+def _kept_tensors(run):
+    "{storage: tensor} of what autograd keeps of `run()`, while its result lives."
     kept = {}
     def _pack(t):
         kept.setdefault(_storage_id(t), t)
         return t
     with torch.autograd.graph.saved_tensors_hooks(_pack, lambda t: t): result = run()
-    if result is None: return 0
-    return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    return {} if result is None else kept
 
 def _storage_id(t): return t.untyped_storage()._cdata
 
@@ -230,15 +241,19 @@ def memory_bytes(model: MedVLM3D, rows: list[tuple], *, stage: int, batch: int, 
     gpus : devices that share gradients and optimiser states
     lora : parameters of the adapters, or None
     """
-    text = model.config.text_config
-    total = sum(row[1] for row in rows[1:])
-    learn = sum(row[1 + stage] for row in rows)
-    return {"weights, bf16": 2 * total, "gradients, bf16, shared": 2 * learn / gpus,
-            "AdamW, float32, shared": 12 * learn / gpus,
-            "checkpoints": 2 * batch * tokens * text.hidden_size * text.num_hidden_layers,
+    text, words = model.config.text_config, batch * tokens
+    return {**_weight_bytes(rows, stage, gpus),
+            "checkpoints": 2 * words * text.hidden_size * text.num_hidden_layers,
             "one block at work": block_bytes(model.config, batch, tokens, lora),
-            "logits and gradient": 4 * batch * tokens * text.vocab_size,
+            "logits and gradient": 4 * words * text.vocab_size,
             "connector": batch * connector_bytes(model)}
+
+# %% ../../nbs/training/cost.ipynb #94e2fa88
+def _weight_bytes(rows, stage, gpus):
+    "Bytes of the weights, and on each of the GPUs of the gradients and AdamW's states of what learns."
+    total, learn = sum(row[1] for row in rows[1:]), sum(row[1 + stage] for row in rows)
+    return {"weights, bf16": 2 * total, "gradients, bf16, shared": 2 * learn / gpus,
+            "AdamW, float32, shared": 12 * learn / gpus}
 
 # %% ../../nbs/training/cost.ipynb #38452bf6
 def host_bytes(rows: list[tuple]) -> int:
@@ -275,16 +290,18 @@ def drawn_batch(config: MedVLM3DConfig, stage: Stage, *, words: Words, batch: in
     device : where the batch is needed
     seed : of features and words
     """
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [words.report] * ("report" in stage.tasks)
-    if {"closed", "open"} & {*stage.tasks}: lengths += [words.question] * words.questions
+    generator, lengths = torch.Generator().manual_seed(seed), _segment_lengths(stage, words)
     shape = batch, config.kept, prod(config.grid), config.encoder_channels
-    features = torch.randn(shape, generator=generator)
+    features = torch.randn(shape, generator=generator).bfloat16()
     rows = [_drawn_row(config, words.prefix, lengths, generator) for _ in range(batch)]
-    tensors = {**collate(rows, 0), "features": features.bfloat16()}
-    return {name: t.to(device) for name, t in tensors.items()}
+    return {name: t.to(device) for name, t in {**collate(rows, 0), "features": features}.items()}
 
 # %% ../../nbs/training/cost.ipynb #551c037b
+def _segment_lengths(stage, words):
+    "Tokens of the report and of the questions that a stage reads behind a volume."
+    lengths = [words.report] * ("report" in stage.tasks)
+    return lengths + [words.question] * words.questions * bool({"closed", "open"} & {*stage.tasks})
+
 def _drawn_row(config, prefix_length, lengths, generator):
     "A packed sequence of random tokens behind the visual ones."
     image = config.image_token_id
@@ -330,6 +347,7 @@ def pace_of(model: MedVLM3D, seconds: list[float], *, shape: tuple[int, int], ra
             "share of the rate": rate and round(tflop / typical / rate, 4),
             "peak memory, GB": _peak_memory(model)}
 
+# %% ../../nbs/training/cost.ipynb #c302ffb3
 def _speeds(batch, tokens, tflop, seconds):
     return {"volumes a second": round(batch / seconds, 3),
             "tokens a second": round(batch * tokens / seconds, 1),
@@ -388,6 +406,7 @@ def _timed_steps(model, stage, *, inputs, steps, bf16):
         seconds.append(time.perf_counter() - since)
     return losses, seconds
 
+# %% ../../nbs/training/cost.ipynb #507ae535
 def _adamw(model, stage):
     learn = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(learn, lr=stage.lr, weight_decay=stage.weight_decay)

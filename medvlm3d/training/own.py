@@ -32,17 +32,23 @@ SEEN = 3   # times that a pair of pieces occurs before it becomes one
 
 def piece_tokenizer(texts: Iterable[str], size: int = 4000) -> PreTrainedTokenizerBase:
     "A byte-level tokenizer of at most `size` pieces, learned from `texts`; it knows any text, and `<image>`."
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
     special = dict(pad_token="<pad>", eos_token="<eos>")
+    pieces = _learned_pieces((*texts, *_own_words() * SEEN), size, [*special.values()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, **special)
+    add_image_token(tokenizer)
+    return tokenizer
+
+# %% ../../nbs/training/own.ipynb #f8da5f7e
+def _learned_pieces(texts, size, special):
+    "Byte pairs that occur together, joined until there are `size` pieces."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer, split = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer, tokenizer.decoder = split, decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=SEEN, show_progress=False,
-                                  special_tokens=[*special.values()], initial_alphabet=split.alphabet())
-    tokenizer.train_from_iterator([" " + text for text in (*texts, *_own_words() * SEEN)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
-    add_image_token(fast)
-    return fast
+                                  special_tokens=special, initial_alphabet=split.alphabet())
+    tokenizer.train_from_iterator([" " + text for text in texts], trainer)
+    return tokenizer
 
 def _own_words(): return [IMAGE_PREFIX.removeprefix("<image>"), *INSTRUCTIONS, "Choices: A. B. C. D."]
 
@@ -51,9 +57,8 @@ Pair = tuple[str, str]   # prompt, target
 
 def volume_pairs(samples: Iterable[Sample], split: str = "train") -> list[list[Pair]]:
     "The (prompt, target) pairs of each volume of a split."
-    chosen = [s for s in samples if s.split == split and s.task != "image"]
-    return [[task_pair(s, "text", number) for s in group]
-            for number, group in enumerate(by_image(chosen).values())]
+    groups = by_image([s for s in samples if s.split == split and s.task != "image"]).values()
+    return [[task_pair(s, "text", number) for s in group] for number, group in enumerate(groups)]
 
 def texts_of(volumes: Sequence[list[Pair]]) -> list[str]:
     "Every prompt and every target."
@@ -66,6 +71,7 @@ def words_in(volumes: Sequence[list[Pair]]) -> list[str]:
     "All words of the targets, each as often as it occurs."
     return [word for _, target in chain.from_iterable(volumes) for word in target.split()]
 
+# %% ../../nbs/training/own.ipynb #53b33628
 def exchange_words(pairs: Sequence[Pair], words: Sequence[str], *, rng: np.random.Generator,
                    share: float | None = None) -> list[Pair]:
     """The pairs of a volume with a share of their targets' words exchanged.
@@ -91,6 +97,7 @@ def spread_words(ids: Sequence[int], slots: int, rng: np.random.Generator) -> li
     places = in_order if rng.random() < .8 else rng.integers(0, slots, len(shown))
     return list(zip(places.tolist(), shown, rng.uniform(.4, 1.3, len(shown)).tolist()))
 
+# %% ../../nbs/training/own.ipynb #484be646
 def pack_pairs(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], slots: int, context: int) -> Packed:
     """The pairs of one volume, packed; what is longer than the context is cut.
 
@@ -121,9 +128,13 @@ def own_loss(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, volum
     context = llm.config.max_position_embeddings
     packed = [pack_pairs(tokenizer, pairs, slots=slots, context=context) for pairs in volumes]
     words = [spread_words(_targets(tokenizer, pairs), slots, rng) for pairs in volumes]
-    if not show: words = [[(place, token, 0.) for place, token, _ in case] for case in words]
-    prefix = text_prefix(llm, words, slots=slots, rng=rng, noise=NOISE)
+    prefix = text_prefix(llm, words if show else _silent(words), slots=slots, rng=rng, noise=NOISE)
     return packed_loss(llm, tokenizer, packed=packed, prefix=prefix)
+
+# %% ../../nbs/training/own.ipynb #13c86d84
+def _silent(cases):
+    "The same words in the same places, without strength."
+    return [[(place, token, 0.) for place, token, _ in case] for case in cases]
 
 def _targets(tokenizer, pairs):
     "The ids of all targets of a volume, in the order in which they come."
@@ -144,13 +155,15 @@ def reads_and_guesses(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase,
     """
     rng, words = np.random.default_rng(seed), words_in(volumes)
     exchanged = [exchange_words(pairs, words, rng=rng, share=.3) for pairs in volumes]
-    shares, options = {}, dict(volumes=exchanged, slots=slots)
+    options, shares = dict(volumes=exchanged, slots=slots), {}
     for name, show in (("reads", True), ("guesses", False)):
         _, logits, batch = own_loss(llm, tokenizer, rng=np.random.default_rng(seed), show=show, **options)
-        labels = batch["labels"][:, 1:]
-        right = (logits[:, :-1].argmax(-1) == labels)[labels != -100]
-        shares[name] = round(float(right.float().mean()), 4)
+        shares[name] = _share_right(logits[:, :-1], batch["labels"][:, 1:])
     return shares
+
+def _share_right(logits, labels):
+    right = (logits.argmax(-1) == labels)[labels != -100]
+    return round(float(right.float().mean()), 4)
 
 # %% ../../nbs/training/own.ipynb #aee1d509
 def check_reads(shares: dict[str, float], least: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ __all__ = ['RUN', 'GB', 'MEMORY_PARTS', 'placed', 'paper_plan', 'Corpus', 'paper
 # %% ../../nbs/training/paper.ipynb #391c7902
 import shlex
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -22,6 +23,7 @@ from ..method.connector import MedVLM3DConfig
 from ..method.language import load_tokenizer
 from ..method.model import MedVLM3D, paper
 from ..method.tokens import add_image_token, image_prefix, prompt_ids, target_ids
+from .changes import changed_plan
 from .cost import (
     connector_step_flops, encoder_shape, host_bytes, llm_step_flops, memory_bytes, on_meta, parameter_rows)
 from .launch import launch, on_ranks
@@ -92,13 +94,18 @@ def measure(name: str, samples: list[Sample], tokenizer: PreTrainedTokenizerBase
     if not train:
         raise MedVLM3DError(name, "has no training samples",
                             "Give a folder in M3D's layout with a training split.")
-    reports = [s for s in train if s.task == "report"]
-    questions = [s for s in train if s.task != "report"]
+    reports, questions = _by_task(train)
     volumes = len(by_image(train))
     counted = Corpus(name, volumes, len(questions) / volumes)
     if tokenizer is None: return counted
     return replace(counted, measured=True, prefix=len(image_prefix(tokenizer, 0)),
                    report=mean_length(reports, tokenizer), question=mean_length(questions, tokenizer))
+
+# %% ../../nbs/training/paper.ipynb #6297c0d8
+def _by_task(samples):
+    "(reports, questions) among samples."
+    questions = [s for s in samples if s.task != "report"]
+    return [s for s in samples if s.task == "report"], questions
 
 # %% ../../nbs/training/paper.ipynb #285b2e20
 @dataclass(frozen=True)
@@ -202,10 +209,13 @@ def work_table(stages: tuple, corpus: Corpus, config: MedVLM3DConfig, gpus: int)
     for packed, label in ((True, "packed by volume (here)"), (False, "a pair a sequence (paper)")):
         for s in stages:
             load = load_of(s, corpus, config=config, gpus=gpus, packed=packed)
-            rows.append((f"{s.stage}, {label}", f"{load.sequences:,}", f"{load.tokens:,}",
-                         f"{load.tokens * load.batch:,}", f"{s.epochs:g}", f"{load.steps:,}"))
+            rows.append((f"{s.stage}, {label}", *_load_row(load, s.epochs)))
     columns = "stage", "sequences an epoch", "tokens a sequence", "tokens a step", "epochs", "steps"
     return "Work", columns, rows, _corpus_note(corpus, config)
+
+def _load_row(load, epochs):
+    words = load.tokens * load.batch
+    return f"{load.sequences:,}", f"{load.tokens:,}", f"{words:,}", f"{epochs:g}", f"{load.steps:,}"
 
 # %% ../../nbs/training/paper.ipynb #5a389036
 def _corpus_note(corpus, config):
@@ -260,12 +270,13 @@ def time_table(model: MedVLM3D, stages: tuple, *, loads: list[Load], corpus: Cor
     """
     rows = []
     for name, steps, flops in _work(model, stages, loads, corpus):
-        floor = flops / (rate * 1e12 * gpus) / 3600
-        rows.append((name, f"{steps:,}" if steps else "–", f"{flops / 1e18:.2f}", f"{floor:.1f}",
-                     f"{floor / share:.1f}"))
+        hours = flops / (rate * 1e12 * gpus) / 3600
+        rows.append((name, f"{steps:,}" if steps else "–", *_hour_cells(flops, hours, share)))
     note = (f"{gpus} GPUs with a matrix rate of {rate:g} TFLOP/s each, packed, "
             "blocks recomputed (checkpointing).")
     return "Time", ("work", "steps", "EFLOP", "hours, floor", f"hours at {share:.0%}"), rows, note
+
+def _hour_cells(flops, floor, share): return f"{flops / 1e18:.2f}", f"{floor:.1f}", f"{floor / share:.1f}"
 
 # %% ../../nbs/training/paper.ipynb #4d70df13
 def _work(model, stages, loads, corpus):
@@ -299,7 +310,7 @@ def check_preset(preset: str) -> None:
 # %% ../../nbs/training/paper.ipynb #9cccbe81
 def dry_run(preset: str = "paper", gpus: int = 4, *, rate: float = 250., share: float = .45,
             data: Path | str | None = None, llm: Path | str | None = None,
-            store: Path | str | None = None) -> DryRun:
+            store: Path | str | None = None, changes: dict | None = None) -> DryRun:
     """Parameters, work, memory, time, and files of a preset; nothing is loaded and no network is used.
 
     Parameters
@@ -309,16 +320,22 @@ def dry_run(preset: str = "paper", gpus: int = 4, *, rate: float = 250., share: 
     data : a folder in M3D's layout; None: `m3d` in the data folder
     llm : folder of the language model; None: by its name in the hub's cache
     store : the features, if they are made
+    changes : values of the plan that replace the preset's (training/changes)
     """
     check_preset(preset)
-    if gpus < 1 or rate <= 0 or not 0 < share <= 1:
-        why = f"cannot plan for {gpus} GPUs at {rate} TFLOP/s and a share of {share}"
-        raise MedVLM3DError("dry_run", why, "Give at least one GPU, a positive rate and a share up to 1.")
-    config = paper()
+    _check_devices(gpus, rate, share)
+    plan = changed_plan(paper_plan(), changes or {})
+    config = MedVLM3DConfig(**plan.model)
     parts, corpus = _parts_and_corpus(config, data, llm)
     if store: parts.append(store_part(store, config))
-    tables = _cost_tables(config, corpus, gpus=gpus, rate=rate, share=share)
+    tables = _cost_tables(config, plan.stages, corpus=corpus, gpus=gpus, rate=rate, share=share)
     return DryRun((*tables, file_table(parts)), all(p.found for p in parts))
+
+# %% ../../nbs/training/paper.ipynb #50590623
+def _check_devices(gpus, rate, share):
+    if gpus >= 1 and rate > 0 and 0 < share <= 1: return
+    why = f"cannot plan for {gpus} GPUs at {rate} TFLOP/s and a share of {share}"
+    raise MedVLM3DError("dry_run", why, "Give at least one GPU, a positive rate and a share up to 1.")
 
 # %% ../../nbs/training/paper.ipynb #58a47464
 def _parts_and_corpus(config, data, llm):
@@ -330,8 +347,8 @@ def _parts_and_corpus(config, data, llm):
     return parts, measure(Path(data or "m3d").name, samples, tokenizer_of(name))
 
 # %% ../../nbs/training/paper.ipynb #36560e0e
-def _cost_tables(config, corpus, *, gpus, rate, share):
-    model, stages = on_meta(config), paper_stages()
+def _cost_tables(config, stages, *, corpus, gpus, rate, share):
+    model = on_meta(config)
     loads = [load_of(s, corpus, config=config, gpus=gpus) for s in stages]
     return (parameter_table(model), work_table(stages, corpus, config, gpus),
             memory_table(model, stages, loads, gpus),
@@ -357,12 +374,14 @@ def _encoding_options(plan):
              "--size", preprocess["height"], "--rho", model["rho"], "--strategy", model["selection"],
              "--grid", *model["grid"]]
     if preprocess.get("window"): words += ["--window", *preprocess["window"]]
+    for layer in model.get("layers") or (): words += ["--layers", layer]
+    if model.get("windows"): words += ["--windows", *chain(*model["windows"])]
     return shlex.join(map(str, words))
 
 # %% ../../nbs/training/paper.ipynb #2f117b54
 def write_plan(folder: Path | str, gpus: int = 4, *, data: Path | str | None = None,
                store: Path | str | None = None, llm: Path | str | None = None, preset: str = "paper",
-               **options) -> tuple[Plan, DryRun, str]:
+               changes: dict | None = None, **options) -> tuple[Plan, DryRun, str]:
     """Write a preset's plan to `FOLDER/plan.yaml`; (the plan, its dry run, what is missing and what to type).
 
     Parameters
@@ -371,25 +390,33 @@ def write_plan(folder: Path | str, gpus: int = 4, *, data: Path | str | None = N
     gpus : devices on this machine
     data, store, llm : as for `paper_plan`
     preset : "paper"
+    changes : values that replace the preset's (training/changes)
     options : rate and share of `dry_run`
     """
     check_preset(preset)
-    plan, root = paper_plan(data, store, llm), project_root()
+    plan, root = changed_plan(paper_plan(data, store, llm), changes or {}), project_root()
     dry = dry_run(preset, gpus, data=root/plan.data, llm=plan.llm and root/plan.llm, store=root/plan.store,
-                  **options)
+                  changes=changes, **options)
     write_text(Path(folder)/"plan.yaml", yaml.safe_dump(plan.to_dict(), sort_keys=False))
     return plan, dry, _plan_message(folder, plan, dry, gpus)
 
 # %% ../../nbs/training/paper.ipynb #f84ee3a0
 def _plan_message(folder, plan, dry, gpus):
     "What was written, what is missing, and what to type."
-    first = plan.stages[0]
-    lines = [f"{shown(Path(folder)/'plan.yaml')} is written: {len(plan.stages)} stages, "
-             f"{first.batch} × {first.accumulation} × {gpus} volumes a step.", "",
-             *_missing_lines(dry), "", "From the project's folder:"]
-    for what, command in commands(shown(folder), plan, gpus).items(): lines.append(f"  # {what}\n  {command}")
-    return "\n".join(lines)
+    return "\n".join([_plan_line(folder, plan, gpus), "", *_missing_lines(dry), "",
+                      "From the project's folder:", *_command_lines(folder, plan, gpus)])
 
+# %% ../../nbs/training/paper.ipynb #48c3f5d6
+def _plan_line(folder, plan, gpus):
+    first, file = plan.stages[0], shown(Path(folder)/"plan.yaml")
+    return (f"{file} is written: {len(plan.stages)} stages, "
+            f"{first.batch} × {first.accumulation} × {gpus} volumes a step.")
+
+def _command_lines(folder, plan, gpus):
+    typed = commands(shown(folder), plan, gpus)
+    return [f"  # {what}\n  {command}" for what, command in typed.items()]
+
+# %% ../../nbs/training/paper.ipynb #10cdc6e3
 def _missing_lines(dry):
     files = dry.to_dict()["tables"]["Files"]
     missing = [f"  {row['for']}: {row['file']}: {row['where']}" for row in files if row["there"] == "NO"]

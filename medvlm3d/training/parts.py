@@ -30,23 +30,25 @@ class Part:
 # %% ../../nbs/training/parts.ipynb #4b272e21
 def part(what: str, folder: Path, names: tuple[str, ...]) -> Part:
     "The `Part` of the first of `names` that lies in `folder`, or of their absence."
-    place = f"{shown(folder)}/"
-    path = next((folder/n for n in names if (folder/n).is_file()), None)
+    path, place = _first_file(folder, names), f"{shown(folder)}/"
     if path is None: return Part(what, " or ".join(names), False, f"missing in {place}")
     if path.suffix == ".safetensors" and cut_short(path):
         return Part(what, path.name, False, f"cut short in {place}: copy it again")
     return Part(what, path.name, True, place)
 
+def _first_file(folder, names):
+    return next((folder/name for name in names if (folder/name).is_file()), None)
+
 # %% ../../nbs/training/parts.ipynb #9ef555d6
 def cut_short(path: Path) -> bool:
     "Whether a safetensors file ends before its own header says."
     size, header = _header(path)
-    try:
-        tensors = json.loads(header)
-        tensors.pop("__metadata__", None)
-        end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
+    try: return path.stat().st_size < 8 + size + _last_byte(json.loads(header))
     except (ValueError, KeyError, TypeError, AttributeError): return True
-    return path.stat().st_size < 8 + size + end
+
+def _last_byte(tensors):
+    tensors.pop("__metadata__", None)
+    return max((t["data_offsets"][1] for t in tensors.values()), default=0)
 
 # %% ../../nbs/training/parts.ipynb #0108b587
 def _header(path):
@@ -105,15 +107,15 @@ def data_parts(root: Path | str) -> tuple[list[Part], list[Sample]]:
     "What the corpus below `root` needs, and its samples."
     root = Path(root)
     missing = f"missing in {shown(root)}/"
-    parts = []
-    for name in M3D:
-        path = find(root, name, *M3D_FOLDERS)
-        parts.append(Part("data", name, bool(path), f"{shown(path.parent)}/" if path else missing))
-    if not parts[0].found:
-        volumes = Part("data", "volumes and texts below M3D_Cap_npy/ or M3D_Cap_nii/", False, missing)
-        return [*parts, volumes], []
-    volumes, samples = _volume_part(root)
-    return [*parts, volumes], samples
+    tables = [_table_part(root, name, missing) for name in M3D]
+    if tables[0].found:
+        volumes, samples = _volume_part(root)
+        return [*tables, volumes], samples
+    return [*tables, Part("data", "volumes and texts below M3D_Cap_npy/ or M3D_Cap_nii/", False, missing)], []
+
+def _table_part(root, name, missing):
+    path = find(root, name, *M3D_FOLDERS)
+    return Part("data", name, bool(path), f"{shown(path.parent)}/" if path else missing)
 
 # %% ../../nbs/training/parts.ipynb #dbb470f2
 def _volume_part(root):
@@ -126,10 +128,14 @@ def _volume_part(root):
 # %% ../../nbs/training/parts.ipynb #7eeaf3c7
 def silent_hub(name: Path | str, patience: float = 5.) -> str | None:
     "Why the hub does not give the model `name`, or None if it does; asked once, with a limit in seconds."
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants
     if Path(name).is_absolute() or str(name).count("/") > 1: return "there is no such folder"
     if constants.HF_HUB_OFFLINE: return "HF_HUB_OFFLINE is set"
-    try: get_hf_file_metadata(hf_hub_url(str(name), "config.json"), timeout=patience)
+    return _refusal(str(name), patience)
+
+def _refusal(name, patience):
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    try: get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=patience)
     except Exception as e: return f"the hub does not give it ({type(e).__name__})"
     return None
 
@@ -142,5 +148,8 @@ def missing_llm(name: Path | str) -> str | None:
     lacking = [f"{p.file} is {p.where}" for p in llm_parts(name) if not p.found]
     if not lacking: return None
     if Path(name).is_dir(): return f"{shown(Path(name))}: the language model; {'; '.join(lacking)}"
+    return _out_of_reach(name)
+
+def _out_of_reach(name):
     why = silent_hub(name)
     return why and f"{name}: the language model ({why}); {PLACE}"

@@ -59,23 +59,31 @@ class Stage:
 # %% ../../nbs/training/plan.ipynb #56eecbea
 def stage_of(values: dict) -> Stage:
     "A stage from plain values; tasks are a list of names."
-    if not isinstance(values, dict):
-        raise MedVLM3DError(f"stage {values!r}", "is no mapping", "Write stage, tasks, epochs and lr.")
-    if missing := [name for name in ("stage", "tasks", "epochs", "lr") if name not in values]:
-        raise MedVLM3DError("a stage", f"lacks {', '.join(missing)}", "Write stage, tasks, epochs and lr.")
+    _check_stage(values)
     tasks = values["tasks"]
     return checked(Stage, {**values, "tasks": tuple(tasks) if isinstance(tasks, list) else tasks})
+
+def _check_stage(values):
+    remedy = "Write stage, tasks, epochs and lr."
+    if not isinstance(values, dict): raise MedVLM3DError(f"stage {values!r}", "is no mapping", remedy)
+    if missing := [name for name in ("stage", "tasks", "epochs", "lr") if name not in values]:
+        raise MedVLM3DError("a stage", f"lacks {', '.join(missing)}", remedy)
 
 # %% ../../nbs/training/plan.ipynb #07cdc469
 def check_model(values: dict) -> None:
     "Refuse fields of a model's configuration that are unknown or of another type than their defaults."
-    defaults = inspect.signature(MedVLM3DConfig.__init__).parameters
-    kinds = {name: kind_of(p.default) for name, p in defaults.items() if p.default is not p.empty}
+    kinds = _field_kinds(MedVLM3DConfig)
     own = {name: value for name, value in values.items() if name in kinds}
-    check_values(own, {**kinds, "rho": float}, owner="MedVLM3DConfig", what="model's")
+    check_values(own, kinds, owner="MedVLM3DConfig", what="model's")
     for name in values.keys() - own.keys():
         try: MedVLM3DConfig(**{name: values[name]})
         except MedVLM3DError as e: raise MedVLM3DError(e.what, e.why, suggestion(name, kinds)) from e
+
+def _field_kinds(kind):
+    "{field: type} of a configuration, by its defaults; ρ may be a fraction of a percent."
+    parameters = inspect.signature(kind.__init__).parameters
+    kinds = {name: kind_of(p.default) for name, p in parameters.items() if p.default is not p.empty}
+    return {**kinds, "rho": float}
 
 # %% ../../nbs/training/plan.ipynb #d7186b86
 @dataclass(frozen=True)
@@ -144,11 +152,12 @@ def conditions(plan: Plan, ranks: int = 1) -> dict:
 def _flatten(value, name=""):
     "Nested dicts and lists as {dotted name: value}."
     if not isinstance(value, (dict, list, tuple)) or not value: return {name: value}
-    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    pairs, before = value.items() if isinstance(value, dict) else enumerate(value), name and f"{name}."
     flat = {}
-    for key, inner in pairs: flat.update(_flatten(inner, f"{name}.{key}" if name else str(key)))
+    for key, inner in pairs: flat.update(_flatten(inner, f"{before}{key}"))
     return flat
 
+# %% ../../nbs/training/plan.ipynb #b1a181e2
 def differences(old: dict, new: dict) -> list[str]:
     "What differs between two sets of conditions: 'name: old → new', sorted by name."
     a, b = _flatten(old), _flatten(new)
@@ -178,12 +187,17 @@ def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool
     file = Path(folder)/"conditions.json"
     old = read_json(file) if file.exists() else {}
     new = {**old, **conditions(plan, ranks), **plain(facts)}
-    if old: old = {**old, "plan": _completed(old["plan"], new["plan"])}
-    changed = differences(old, {key: new[key] for key in old})
+    changed = _changes(old, new)
     if plan.deepspeed: _refuse_other_ranks(folder, changed)
     if changed: _report_changes(folder, changed, allow)
     write_json(file, new)
     return changed
+
+def _changes(old, new):
+    "What differs from the conditions of a run's start; nothing if this is the start."
+    if not old: return []
+    old = {**old, "plan": _completed(old["plan"], new["plan"])}
+    return differences(old, {key: new[key] for key in old})
 
 # %% ../../nbs/training/plan.ipynb #f1b0d456
 def _refuse_other_ranks(folder, changed):
@@ -196,13 +210,15 @@ def _refuse_other_ranks(folder, changed):
 # %% ../../nbs/training/plan.ipynb #8810df51
 def _report_changes(folder, changed, allow):
     "Record changed conditions, or raise an error if they are not allowed."
-    if not allow:
-        names = "; ".join(c.removeprefix("plan.") for c in changed)
-        raise MedVLM3DError(relative(folder), f"holds a run with another config (differs in {names})",
-                            "Choose a new folder, delete this one, or continue with allow_changes=True.")
+    if not allow: _refuse_changes(folder, changed)
     print(f"{relative(folder)} continues under other conditions: {'; '.join(changed)}")
     run = RunFolder(folder)
     run.note(changes=[*run.manifest.get("changes", []), changed])
+
+def _refuse_changes(folder, changed):
+    names = "; ".join(c.removeprefix("plan.") for c in changed)
+    raise MedVLM3DError(relative(folder), f"holds a run with another config (differs in {names})",
+                        "Choose a new folder, delete this one, or continue with allow_changes=True.")
 
 # %% ../../nbs/training/plan.ipynb #ce9669f9
 ADAPTERS = {"r": 16, "alpha": 32, "dropout": .1, "targets": "all-linear"}
@@ -221,21 +237,26 @@ SETTINGS = ("encoder", "weights", "preprocess", "rho", "strategy", "grid")
 # %% ../../nbs/training/plan.ipynb #59a00a44
 def agree(spec: dict, config: MedVLM3DConfig) -> None:
     "An error that names each setting in which a store's `spec` and a model's `config` differ: store → model."
-    stored = {key: spec[key] for key in SETTINGS if spec.get(key)}
-    stored["preprocess"] = Preprocess.from_dict(stored["preprocess"]).to_dict()
-    wanted = _wanted_settings(config, stored)
-    changed = changed_keys(plain(stored), plain({key: wanted[key] for key in stored}))
+    changed = _other_settings(spec, config)
     if changed:
         raise MedVLM3DError("the feature store",
                             f"was made with other settings than the model's: {', '.join(changed)}",
                             "Use the store that belongs to the model, or encode into a new one.")
+
+def _other_settings(spec, config):
+    stored = {key: spec[key] for key in SETTINGS if spec.get(key)}
+    stored["preprocess"] = Preprocess.from_dict(stored["preprocess"]).to_dict()
+    stored |= {key: spec.get(key) for key in ("layers", "windows")}      # also where the store names none
+    wanted = _wanted_settings(config, stored)
+    return changed_keys(plain(stored), plain({key: wanted[key] for key in stored}))
 
 # %% ../../nbs/training/plan.ipynb #c3c94a5d
 def _wanted_settings(config, stored):
     "The settings of a model; without a hash of its encoder's weights, these are taken to be the `stored`."
     wanted = {"encoder": Path(config.encoder).name, "weights": stored.get("weights"),
               "preprocess": Preprocess.from_dict(config.preprocess).to_dict(),
-              "rho": config.rho, "strategy": config.selection, "grid": config.grid}
+              "rho": config.rho, "strategy": config.selection, "grid": config.grid,
+              "layers": config.layers, "windows": config.windows}
     if config.encoder_hash is None: return wanted
     return {**wanted, "encoder": stored["encoder"], "weights": config.encoder_hash}   # names may be folders'
 
@@ -256,8 +277,10 @@ def _volume_fault(store, image, current):
     "Why a volume's features cannot be used, or None; `current` is its present entry of `volume_keys`."
     if image not in store: return "is not in the feature store"
     if isinstance(current, Problem): return current.why
-    digests = [key.partition(":")[0] for key in (current["key"], store.key(image))]
-    return None if digests[0] == digests[1] else "has changed since it was encoded"
+    is_same = _digest(current["key"]) == _digest(store.key(image))
+    return None if is_same else "has changed since it was encoded"
+
+def _digest(key): return key.partition(":")[0]
 
 # %% ../../nbs/training/plan.ipynb #6820a41a
 def plan_llm(plan: Plan) -> str | None:
@@ -286,12 +309,11 @@ def missing_reporter(name: str) -> str | None:
 def check_requirements(plan: Plan) -> None:
     "An error that lists everything that a plan needs and that is missing, and where to place it."
     llm = llm_name(plan)
-    missing = [*_missing_data(plan), llm and missing_llm(llm), missing_reporter(plan.report_to)]
-    missing = [line for line in missing if line]
-    if missing:
-        lines = "\n  ".join(missing)
-        raise MedVLM3DError("the plan", f"needs {len(missing)} things that are not there:\n  {lines}",
-                            "Nothing was begun.")
+    found = [*_missing_data(plan), llm and missing_llm(llm), missing_reporter(plan.report_to)]
+    missing = [line for line in found if line]
+    if not missing: return
+    problem = "\n  ".join([f"needs {len(missing)} things that are not there:", *missing])
+    raise MedVLM3DError("the plan", problem, "Nothing was begun.")
 
 # %% ../../nbs/training/plan.ipynb #c26505f5
 def _missing_data(plan):
@@ -338,12 +360,15 @@ FIT = ("whiten", "channels", "fusion", "alpha", "frequency", "scale", "attention
 
 def check_fit(saved: MedVLM3DConfig, wanted: MedVLM3DConfig, name: str) -> None:
     "Refuse a saved model whose connector or way of answering is not that of the plan; both values are named."
-    pairs = {key: (getattr(saved, key), getattr(wanted, key)) for key in FIT}
-    other = [f"{key}={a!r}, in the plan {b!r}" for key, (a, b) in pairs.items() if a != b]
-    if other:
+    if other := _misfits(saved, wanted):
         raise MedVLM3DError(name, f"does not fit the plan: it has {'; '.join(other)}",
                             "Give the plan the model's values, or begin without init_from.")
 
+def _misfits(saved, wanted):
+    pairs = {key: (getattr(saved, key), getattr(wanted, key)) for key in FIT}
+    return [f"{key}={a!r}, in the plan {b!r}" for key, (a, b) in pairs.items() if a != b]
+
+# %% ../../nbs/training/plan.ipynb #0850e521
 def init_folder(name: str) -> Path:
     "The folder of the model that `init_from` names: a saved model, the model of a run, or the hub's copy."
     folder = project_root()/Path(name).expanduser()
@@ -358,12 +383,15 @@ def continued_model(plan: Plan, store: FeatureStore) -> MedVLM3D:
     config = MedVLM3DConfig.from_pretrained(folder)
     agree(store.spec, config)
     check_fit(config, wanted, plan.init_from)
-    llm = plan_llm(plan) if config.llm_reference else None
-    model = MedVLM3D.from_pretrained(folder, llm=llm, dtype=torch.float32, llm_dtype=base_dtype(plan))
+    model = _reloaded(plan, folder, plan_llm(plan) if config.llm_reference else None)
     _check_same_base(plan, model)
     model.config.context, model.config.seed = wanted.context, plan.seed
     return model
 
+def _reloaded(plan, folder, llm):
+    return MedVLM3D.from_pretrained(folder, llm=llm, dtype=torch.float32, llm_dtype=base_dtype(plan))
+
+# %% ../../nbs/training/plan.ipynb #a4b5dd98
 def _check_same_base(plan, model):
     name = llm_name(plan)
     if not name or base_hash(load_llm(name)) == base_hash(model.llm): return
@@ -371,6 +399,7 @@ def _check_same_base(plan, model):
     raise MedVLM3DError(plan.init_from, f"was trained in front of {other}",
                         "Give the plan the language model that it was trained with (llm).")
 
+# %% ../../nbs/training/plan.ipynb #73617dcc
 def first_model(plan: Plan, store: FeatureStore, images: list[str]) -> MedVLM3D:
     "The model before the first step: that of `init_from`, or a new one."
     return continued_model(plan, store) if plan.init_from else initial_model(plan, store, images)

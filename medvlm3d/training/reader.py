@@ -11,6 +11,8 @@ __all__ = ['Word', 'phantom_texts', 'reader_tokenizer', 'make_reader', 'exercise
 # %% ../../nbs/training/reader.ipynb #46c8017f
 import math
 from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 def phantom_texts(n: int = 400, seed: int = 11) -> list[str]:
     "Reports, questions and answers enough to contain every word of the phantom."
     cases = sample_cases(n, seed, first=900_000)
-    texts = [report(case) for case in cases]
-    for case in cases:
-        for q in questions(case, "AAAAA"):
-            texts += [q["question"], closed_prompt(q["question"], q["choices"]), *q["choices"]]
-    return texts
+    asked = chain.from_iterable(questions(case, "AAAAA") for case in cases)
+    return [*map(report, cases), *chain.from_iterable(map(_texts_of, asked))]
+
+def _texts_of(q): return [q["question"], closed_prompt(q["question"], q["choices"]), *q["choices"]]
 
 # %% ../../nbs/training/reader.ipynb #e759b5c1
 def reader_tokenizer() -> PreTrainedTokenizerBase:
@@ -80,9 +81,8 @@ def exercises(tokenizer: PreTrainedTokenizerBase, case: Case, *, slots: int, sty
     rng : draws the letters of the right options; None: A, B, C, D, A
     """
     letters = "ABCDA" if rng is None else [str(x) for x in rng.choice(list("ABCD"), len(TYPES))]
-    pairs = []
-    for question in questions(case, letters): pairs += _both_forms(question, style)
-    pairs.append((report_prompt(case.seed), report(case)))
+    pairs = chain.from_iterable(_both_forms(question, style) for question in questions(case, letters))
+    pairs = [*pairs, (report_prompt(case.seed), report(case))]
     segments = [(prompt_ids(tokenizer, prompt), target_ids(tokenizer, target)) for prompt, target in pairs]
     return pack_examples(image_prefix(tokenizer, slots), segments)
 
@@ -98,6 +98,7 @@ Word = tuple[int, int, float]   # position, token, strength
 def _tokens(tokenizer, text): return tokenizer(" " + text, add_special_tokens=False)["input_ids"]
 def _at(start, ids, strength): return [(start + k, token, strength) for k, token in enumerate(ids)]
 
+# %% ../../nbs/training/reader.ipynb #4991ad5e
 def say_report(tokenizer: PreTrainedTokenizerBase, case: Case, slots: int,
                rng: np.random.Generator) -> list[Word]:
     """The words of the whole report, beginning at a random position.
@@ -143,10 +144,11 @@ def _statements(value, values, doubt, rng):
     "(text, strength) once or twice for a value, and perhaps for a fainter wrong one."
     strength = rng.uniform(.4, 1.3)
     statements = [(value, strength)] * int(rng.integers(1, 3))
-    if rng.random() < doubt:
-        wrong = str(rng.choice([v for v in values if v != value]))
-        statements.append((wrong, strength * rng.uniform(0, .6)))
-    return statements
+    return statements if rng.random() >= doubt else [*statements, _wrong(value, values, strength, rng)]
+
+def _wrong(value, values, strength, rng):
+    other = str(rng.choice([v for v in values if v != value]))
+    return other, strength * rng.uniform(0, .6)
 
 # %% ../../nbs/training/reader.ipynb #e9d36b76
 def scatter(tokenizer: PreTrainedTokenizerBase, case: Case, slots: int, rng: np.random.Generator,
@@ -331,12 +333,12 @@ def reading_score(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, 
 def _scores(logits, labels, segments):
     "Each question is two segments: with options, and without."
     wrong = (labels != -100) & (logits[:, :-1].argmax(-1) != labels)
-    scores = {}
-    for segment in range(2 * len(TYPES)):
-        name = f"{[*TYPES][segment // 2]} {('closed', 'open')[segment % 2]}"
-        has_error = (wrong & (segments == segment + 1)).any(1)
-        scores[name] = round(1 - float(has_error.float().mean()), 4)
-    return scores
+    names = [f"{name} {form}" for name in TYPES for form in ("closed", "open")]
+    return {name: _faultless(wrong & (segments == number)) for number, name in enumerate(names, 1)}
+
+def _faultless(wrong):
+    "The share of rows without a wrong token."
+    return round(1 - float(wrong.any(1).float().mean()), 4)
 
 # %% ../../nbs/training/reader.ipynb #170f40a7
 def train_reader(llm: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, steps: int = 400,
@@ -389,11 +391,11 @@ def descend(loss: torch.Tensor, llm: torch.nn.Module, *, optimizer: torch.optim.
 def make_optimiser(llm: torch.nn.Module, lr: float, steps: int) -> tuple:
     "AdamW and its schedule: warm-up over a twelfth of the steps, then a cosine to 2 %."
     optimizer = torch.optim.AdamW(llm.parameters(), lr=lr, weight_decay=.01, betas=(.9, .98))
-    warm = max(1, steps // 12)
-    def _factor(step):
-        cosine = .5 * (1 + math.cos(math.pi * step / steps))
-        return min((step + 1) / warm, .02 + .98 * cosine)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, _factor)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_lr_factor, steps=steps))
+
+def _lr_factor(step, steps):
+    cosine = .5 * (1 + math.cos(math.pi * step / steps))
+    return min((step + 1) / max(1, steps // 12), .02 + .98 * cosine)
 
 # %% ../../nbs/training/reader.ipynb #b1f5f9ed
 def gate(scores: dict[str, float], least: float = .95) -> dict[str, float]:

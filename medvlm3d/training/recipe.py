@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['store_fields', 'check_width', 'plan_tokenizer', 'measured_context', 'reader_for', 'model_fields', 'two_stages',
-           'training_plan']
+           'first_tasks', 'training_plan']
 
 # %% ../../nbs/training/recipe.ipynb #bd2a4ca6
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from ..base.core import MedVLM3DError, project_root
 from ..data.manifest import load_samples
 from ..features.store import FeatureStore
 from ..method.connector import MedVLM3DConfig
-from ..method.encoders import load_encoder
+from ..method.encoders import described_encoder
 from ..method.language import load_tokenizer
 from ..method.tokens import add_image_token, set_chat
 from .bases import base_fields, base_folder, positions_of
@@ -25,11 +25,13 @@ from .words import fitting_context, lengths_by_split, prefix_length
 # %% ../../nbs/training/recipe.ipynb #af636e77
 def store_fields(spec: dict) -> dict:
     "The fields of a model's configuration that a feature store's `spec` decides."
-    encoder = load_encoder(spec["encoder"], size=spec["preprocess"]["height"])
+    encoder = described_encoder(spec)
     return {"encoder": spec["encoder"], "encoder_channels": encoder.channels,
+            "layers": spec.get("layers"), "windows": spec.get("windows"),
             "grid": list(spec.get("grid") or encoder.grid), "preprocess": spec["preprocess"],
             "rho": spec["rho"], "selection": spec["strategy"], "whiten": True}
 
+# %% ../../nbs/training/recipe.ipynb #67f4d488
 def check_width(channels: int, encoder_channels: int) -> None:
     "Refuse a connector that is wider than the encoder."
     if channels > encoder_channels:
@@ -45,15 +47,19 @@ def plan_tokenizer(config: MedVLM3DConfig, llm: str | None) -> object:
     set_chat(tokenizer, config.chat)
     return tokenizer
 
+# %% ../../nbs/training/recipe.ipynb #61cbc329
 def measured_context(data: Path | str, config: MedVLM3DConfig, llm: str | None) -> int:
     "The context that holds every prompt and target of a corpus, up to the model's positions; printed."
     tokenizer = plan_tokenizer(config, llm)
     lengths = lengths_by_split(load_samples(data, allow_shared=True), tokenizer, config.answer_style)
     before = prefix_length(config, tokenizer)
     context = fitting_context(lengths, before, most=positions_of(llm or config.llm_reference["name"]))
-    longest = max(group.tokens[-1] for group in lengths.values())
-    print(f"context {context}: the image takes {before} tokens, the longest prompt and target {longest}")
+    print(_context_line(context, before, lengths))
     return context
+
+def _context_line(context, before, lengths):
+    longest = max(group.tokens[-1] for group in lengths.values())
+    return f"context {context}: the image takes {before} tokens, the longest prompt and target {longest}"
 
 # %% ../../nbs/training/recipe.ipynb #ab7ce14b
 def reader_for(llm: str, reader: str, *, out: Path | str, data: Path | str, store: Path | str, scale: int = 2,
@@ -67,16 +73,16 @@ def reader_for(llm: str, reader: str, *, out: Path | str, data: Path | str, stor
     scale : of the injection, which decides the visual tokens
     steps, seed : of the reader's training; 400 steps if they are None
     """
-    if llm != "own" and steps is not None:
-        raise MedVLM3DError(f"own_steps={steps}", f"is of no use with llm={llm}",
-                            "Set llm=own, or leave it out.")
-    if llm != "own": return reader
+    if llm != "own": return _known_reader(reader, llm, steps)
     root = project_root()
-    fields = store_fields(FeatureStore(root/store).spec)
-    config = MedVLM3DConfig(**fields, scale=scale)
-    folder = own_reader(root/out/"reader", root/data, slots=config.visual_tokens, steps=steps or 400,
-                        seed=seed, context=config.visual_tokens + 576)
-    return str(folder)
+    slots = MedVLM3DConfig(**store_fields(FeatureStore(root/store).spec), scale=scale).visual_tokens
+    return str(own_reader(root/out/"reader", root/data, slots=slots, steps=steps or 400, seed=seed,
+                          context=slots + 576))
+
+def _known_reader(reader, llm, steps):
+    if steps is None: return reader
+    raise MedVLM3DError(f"own_steps={steps}", f"is of no use with llm={llm}",
+                        "Set llm=own, or leave it out.")
 
 # %% ../../nbs/training/recipe.ipynb #c1bef272
 def model_fields(spec: dict, llm: str, *, data: Path | str, reader: str, chat: bool = True,
@@ -105,12 +111,18 @@ def two_stages(first: dict, second: dict, *, lora: dict, **common) -> list[dict]
 
     Parameters
     ----------
-    first, second : epochs and learning rate of each
+    first, second : epochs and learning rate of each, and perhaps other tasks
     lora : parameters of the adapters
     common : further fields of both
     """
-    return [dict(stage=1, tasks=["report"], **first, **common),
-            dict(stage=2, tasks=["report", "closed", "open"], lora=lora, **second, **common)]
+    return [{"stage": 1, "tasks": ["report"], **first, **common},
+            {"stage": 2, "tasks": ["report", "closed", "open"], "lora": lora, **second, **common}]
+
+# %% ../../nbs/training/recipe.ipynb #16e2ecf9
+def first_tasks(data: Path | str) -> dict:
+    "Other tasks of stage 1 for a corpus whose training split has no report: its questions."
+    train = [s for s in load_samples(data, allow_shared=True) if s.split == "train"]
+    return {} if any(s.task == "report" for s in train) else {"tasks": ["closed", "open"]}
 
 # %% ../../nbs/training/recipe.ipynb #bad8dbb4
 def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
@@ -140,7 +152,8 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
     name, model = model_fields(spec, llm, data=data, reader=reader, chat=chat, channels=channels,
                                context=context, attention=attention, residual=residual, scale=scale)
     lora = {"r": 16, "alpha": 32, "dropout": lora_dropout, "targets": list(lora_targets)}
-    first, second = {"epochs": stage1_epochs, "lr": stage1_lr}, {"epochs": stage2_epochs, "lr": stage2_lr}
+    first = {"epochs": stage1_epochs, "lr": stage1_lr, **first_tasks(project_root()/data)}
+    second = {"epochs": stage2_epochs, "lr": stage2_lr}
     stages = two_stages(first, second, lora=lora, batch=batch, accumulation=accumulation,
                         weight_decay=weight_decay, beta2=beta2)
     return Plan.of({"data": str(data), "store": str(store), "model": model, "llm": name, "stages": stages,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CARD', 'ALLOWANCES', 'Segments', 'PackedVolumes', 'make_arguments', 'frozen_hash', 'drop_log_after', 'resume_point',
            'is_over', 'take_steps', 'train_stage', 'kept_checkpoint', 'finish_stage', 'plan_samples', 'training_part',
-           'training_data', 'validation_part', 'note_words', 'note_targets', 'run_stages', 'stage_data', 'write_card',
-           'check_data', 'train', 'main']
+           'training_data', 'validation_part', 'note_words', 'note_targets', 'run_stages', 'save_trained', 'stage_data',
+           'write_card', 'check_data', 'train', 'main']
 
 # %% ../../nbs/training/stages.ipynb #680f3182
 import copy, json, sys
@@ -18,10 +18,12 @@ import torch
 from ..base.core import (
     MedVLM3DError, RunFolder, open_run, pick_device, project_root, read_json, relative,
     seed_everything, sha256_file, write_json, write_text)
-from ..base.ranks import Ranks, only_writer
+from ..base.lock import only_writer
+from ..base.ranks import Ranks
 from ..base.values import check_name, read_yaml
 from ..data.manifest import load_samples, pin_data, samples_root
 from ..data.samples import Sample, by_image
+from ..features.encode import chosen_input
 from ..features.store import FeatureStore
 from ..method.connector import MedVLM3DConfig
 from ..method.language import base_hash
@@ -30,10 +32,11 @@ from ..method.tokens import image_prefix, instruction_index, prompt_ids, target_
 from ..method.packing import collate, pack_examples, padding_id
 from ..method.weights import quietly
 from .checkpoint import flaw, newest_whole, step_of
-from .launch import record_failure
+from .launch import end_with_launcher, record_failure
 from .plan import (
     Plan, Stage, agree, base_dtype, check_conditions, check_lora, check_requirements, check_volumes,
     first_model, in_bf16, init_folder, plan_llm, training_features)
+from .record import training_record
 from .words import (
     check_unknown, is_scheduled, measure_targets, task_pair, unknown_by_split, unknown_line)
 
@@ -43,9 +46,10 @@ class Segments:
     def __init__(self, tokenizer): self.tokenizer, self.known = tokenizer, {}
 
     def __call__(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
-        if (prompt, target) in self.known: return self.known[prompt, target]
+        pair = prompt, target
+        if pair in self.known: return self.known[pair]
         ids = prompt_ids(self.tokenizer, prompt), target_ids(self.tokenizer, target)
-        if len(self.known) < 2**16: self.known[prompt, target] = ids
+        if len(self.known) < 2**16: self.known[pair] = ids
         return ids
 
 # %% ../../nbs/training/stages.ipynb #c9ba30d5
@@ -155,6 +159,7 @@ def frozen_hash(state: dict) -> str:
     llm = {name.removeprefix("llm."): t for name, t in state.items() if name.startswith("llm.")}
     return base_hash(llm)
 
+# %% ../../nbs/training/stages.ipynb #ba7d853d
 def drop_log_after(run: RunFolder, stage: int, step: int) -> None:
     "Remove the log entries after the checkpoint from which a run continues: they will be logged again."
     entries = [e for e in run.read_log() if (e["stage"], e["step"]) <= (stage, step)]
@@ -177,6 +182,7 @@ def is_over(checkpoint: Path, plan: Plan, steps: int) -> bool:
     return has_waited(state["global_step"], state["best_global_step"], every=plan.validate_every,
                       patience=plan.patience)
 
+# %% ../../nbs/training/stages.ipynb #92971163
 def _add_validation(trainer, plan, held_out):
     from medvlm3d.training.trainer import Validator
     trainer.add_callback(Validator(trainer, data=held_out, every=plan.validate_every, patience=plan.patience,
@@ -201,8 +207,7 @@ def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, dat
                                progress=progress and Ranks.here().rank == 0)
     newest = resume_point(run, stage.stage, folder)
     if newest and is_over(newest, plan, arguments.max_steps): return
-    if pick_device().type == "cpu":   # torch's fused kernel is twice as slow there on short rows with a mask
-        model.llm.set_attn_implementation("eager")
+    _choose_attention(model)
     before = base_hash(model.llm)
     trainer = SafeTrainer(model, arguments, data_collator=data.batch, train_dataset=data, signals=signals,
                           run=run, stage=stage.stage, nonfinite=plan.nonfinite)
@@ -215,16 +220,22 @@ def _steps_an_epoch(stage, data):
     volumes_a_step = stage.batch * stage.accumulation * Ranks.here().world
     return max(1, -(-len(data) // volumes_a_step))
 
+def _choose_attention(model):
+    "On a processor: torch's fused kernel is twice as slow there on short rows with a mask."
+    if pick_device().type == "cpu": model.llm.set_attn_implementation("eager")
+
 # %% ../../nbs/training/stages.ipynb #d045dc6d
 def _check_end(trainer, stage, before):
     "An error if a frozen weight has changed; `Interrupted` if a signal stopped the stage early."
     from medvlm3d.training.trainer import Interrupted
     state = trainer.whole_state()
-    if Ranks.here().rank == 0 and frozen_hash(state) != before:
-        raise MedVLM3DError(f"stage {stage}", "changed weights that are frozen",
-                            "This is a fault of the software: please report it.")
+    if Ranks.here().rank == 0 and frozen_hash(state) != before: _report_fault(stage)
     if trainer.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(128 + trainer.interrupted)
+
+def _report_fault(stage):
+    raise MedVLM3DError(f"stage {stage}", "changed weights that are frozen",
+                        "This is a fault of the software: please report it.")
 
 # %% ../../nbs/training/stages.ipynb #089b7e32
 def train_stage(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, data: PackedVolumes,
@@ -268,9 +279,12 @@ def kept_checkpoint(run: RunFolder, plan: Plan, stage: Stage) -> Path:
     if not best: return newest
     _note_validation(run, stage, state, plan.select)
     if plan.select == "last" or best == step_of(newest): return newest
-    chosen = newest.parent/f"checkpoint-{best}"
-    if why := flaw(chosen): raise MedVLM3DError(relative(chosen), why, "Restore it, or keep select: last.")
-    return chosen
+    return _unflawed(newest.parent/f"checkpoint-{best}")
+
+def _unflawed(checkpoint):
+    why = flaw(checkpoint)
+    if why: raise MedVLM3DError(relative(checkpoint), why, "Restore it, or keep select: last.")
+    return checkpoint
 
 # %% ../../nbs/training/stages.ipynb #4d5dbccf
 def _note_validation(run, stage, state, select):
@@ -302,6 +316,7 @@ def plan_samples(plan: Plan, allow_shared: bool = False, run: RunFolder | None =
     samples = load_samples(project_root()/plan.data, allow_shared, run=run)
     return [s for s in samples if s.task != "image"]
 
+# %% ../../nbs/training/stages.ipynb #3ce7f155
 def training_part(plan: Plan, samples: list[Sample]) -> list[Sample]:
     "The training samples of a corpus, of at most `limit` volumes."
     samples = [s for s in samples if s.split == "train"]
@@ -312,15 +327,18 @@ def training_data(plan: Plan, allow_shared: bool = False, run: RunFolder | None 
     "The training samples of a plan."
     return training_part(plan, plan_samples(plan, allow_shared, run))
 
+# %% ../../nbs/training/stages.ipynb #6c22622c
 def validation_part(plan: Plan, samples: list[Sample]) -> list[Sample]:
     "The samples of up to `validate_volumes` volumes of the validation split, evenly spaced, if wanted."
     if not plan.validate_every: return []
     groups = list(by_image([s for s in samples if s.split == "validation"]).values())
-    if not groups:
-        raise MedVLM3DError(plan.data, "has no validation split, and validate_every asks for its loss",
-                            "Split it with `medvlm3d data split`, or leave validate_every out.")
+    if not groups: _refuse_validation(plan)
     chosen = groups[::max(1, -(-len(groups) // plan.validate_volumes))]
     return [s for group in chosen for s in group]
+
+def _refuse_validation(plan):
+    raise MedVLM3DError(plan.data, "has no validation split, and validate_every asks for its loss",
+                        "Split it with `medvlm3d data split`, or leave validate_every out.")
 
 # %% ../../nbs/training/stages.ipynb #914dd36f
 def note_words(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVLM3D) -> None:
@@ -333,10 +351,12 @@ def note_words(run: RunFolder, plan: Plan, samples: list[Sample], model: MedVLM3
     model : for its tokenizer and its style of answers
     """
     counts = unknown_by_split(_used(plan, samples), model.processor.tokenizer, model.config.answer_style)
-    if Ranks.here().rank == 0:
-        run.note(unknown={split: found.to_dict() for split, found in counts.items()})
-        for split, found in counts.items(): print(unknown_line(split, found))
+    if Ranks.here().rank == 0: _record_words(run, counts)
     check_unknown(counts, plan.unknown_limit)
+
+def _record_words(run, counts):
+    run.note(unknown={split: found.to_dict() for split, found in counts.items()})
+    for split, found in counts.items(): print(unknown_line(split, found))
 
 def _used(plan, samples):
     "The samples of the tasks that a plan trains."
@@ -370,10 +390,14 @@ def _first_model(run, plan, *, corpus, store, allow_changes):
     Ranks.here().lead(lambda: _check_base(run, plan, model, allow_changes))
     note_words(run, plan, corpus, model)
     note_targets(run, plan, samples, model)
-    held_out = _used(plan, validation_part(plan, corpus))
-    measure_targets(held_out, model.config, model.processor.tokenizer, plan.policy)
+    _measure_validation(plan, corpus, model)
     return model
 
+def _measure_validation(plan, corpus, model):
+    held_out = _used(plan, validation_part(plan, corpus))
+    measure_targets(held_out, model.config, model.processor.tokenizer, plan.policy)
+
+# %% ../../nbs/training/stages.ipynb #890b9d40
 def _aside(plan, corpus, data):
     "The volumes of the validation split, read as those of `data`; None if they are not looked at."
     samples = validation_part(plan, corpus)
@@ -403,8 +427,23 @@ def run_stages(run: RunFolder, plan: Plan, *, corpus: list[Sample], store: Featu
             ranks.lead(lambda: finish_stage(run, plan, stage, table))
         trained[f"stage {stage.stage}"] = read_json(saved/"trained.json")
         model = _load(plan, saved)
-    ranks.lead(lambda: model.save_pretrained(run/"model"))
+    ranks.lead(lambda: save_trained(run, plan, model=model, samples=samples, store=store))
     return trained
+
+# %% ../../nbs/training/stages.ipynb #5eeb7a02
+def save_trained(run: RunFolder, plan: Plan, *, model: MedVLM3D, samples: list[Sample],
+                 store: FeatureStore) -> None:
+    """Save a trained model, with the record of its training scans, in `model` of the run folder.
+
+    Parameters
+    ----------
+    run, plan, model : the run folder, what it trains, and what came out
+    samples, store : the training samples and their features
+    """
+    if not plan.blind:
+        source = f"the training split of {Path(plan.data).name}"
+        model.seen = training_record(samples, samples_root(project_root()/plan.data), store, source)
+    model.save_pretrained(run/"model")
 
 # %% ../../nbs/training/stages.ipynb #ff3c5a32
 def _load(plan, folder, **options):
@@ -415,10 +454,14 @@ def _check_base(run, plan, model, allow_changes):
     "The first 16 digits of the hashes of the language model and of `init_from` are conditions of the run."
     known = (model.config.llm_reference or {}).get("sha256")
     facts = {"base": (known or base_hash(model.llm))[:16]}
-    if plan.init_from:
-        facts["init"] = sha256_file(init_folder(plan.init_from)/"model.safetensors")[:16]
-        run.note(init_from={"name": plan.init_from, "sha256": facts["init"]})
+    if plan.init_from: facts["init"] = _note_start(run, plan.init_from)
     check_conditions(run.path, plan, Ranks.here().world, allow_changes, **facts)
+
+def _note_start(run, name):
+    "The digits of the model that a run begins with; they are recorded."
+    digits = sha256_file(init_folder(name)/"model.safetensors")[:16]
+    run.note(init_from={"name": name, "sha256": digits})
+    return digits
 
 # %% ../../nbs/training/stages.ipynb #8c22dc08
 def stage_data(plan: Plan, stage: Stage, *, samples: list[Sample], store: FeatureStore,
@@ -462,27 +505,30 @@ this card says only how it was made.
 # %% ../../nbs/training/stages.ipynb #ced14bb4
 def _stage_row(stage, manifest, last):
     "A stage's row in the card; `last` is its last entry in the log."
-    trained = manifest.get("trained", {}).get(f"stage {stage.stage}", ())
-    parameters = sum(row["trained"] for row in trained)
     batch = f"{stage.batch} × {stage.accumulation} × {manifest.get('ranks', 1)}"
     loss = last.get("loss") or float("nan")
     cells = (stage.stage, ", ".join(stage.tasks), f"{stage.lr:g}", batch, last.get("step", ""), f"{loss:.4g}",
-             f"{parameters:,}")
+             f"{_trained(stage, manifest):,}")
     return f"| {' | '.join(map(str, cells))} |"
+
+def _trained(stage, manifest):
+    "How many parameters a stage trained."
+    return sum(row["trained"] for row in manifest.get("trained", {}).get(f"stage {stage.stage}", ()))
 
 # %% ../../nbs/training/stages.ipynb #33b3a6ef
 def write_card(run: RunFolder, plan: Plan, spec: dict) -> None:
     "Write `model/README.md` from the run's manifest and log, and from the `spec` of its feature store."
-    manifest = run.manifest
+    facts = {**_feature_facts(spec), **_run_facts(run.manifest), "base": _base_name(plan), "seed": plan.seed}
+    write_text(run/"model"/"README.md", CARD.format(rows=_stage_rows(run, plan), **facts))
+
+def _stage_rows(run, plan):
     last = {entry["stage"]: entry for entry in run.read_log() if "loss" in entry}
-    rows = [_stage_row(stage, manifest, last.get(stage.stage, {})) for stage in plan.stages]
-    text = CARD.format(base=_base_name(plan), seed=plan.seed, rows="\n".join(rows), **_feature_facts(spec),
-                       **_run_facts(manifest))
-    write_text(run/"model"/"README.md", text)
+    return "\n".join(_stage_row(stage, run.manifest, last.get(stage.stage, {})) for stage in plan.stages)
 
 # %% ../../nbs/training/stages.ipynb #b1122aae
 def _feature_facts(spec):
     facts = {key: spec[key] for key in ("encoder", "rho", "strategy")}
+    for name, value in chosen_input(spec).items(): facts["encoder"] += f", {name} {value}"
     return {**facts, "weights": spec["weights"][:12]}
 
 def _run_facts(manifest):
@@ -529,6 +575,7 @@ def _open_training(run, plan, *, contexts, allow_changes, allow_shared):
     if ranks.rank == 0: contexts.enter_context(_opened(run, plan, store, continued))
     return corpus, store
 
+# %% ../../nbs/training/stages.ipynb #c660631d
 def _opened(run, plan, store, continued):
     "The run with its manifest; when it is continued, the conditions have said what may differ in its config."
     if continued: (run/"config.yaml").unlink(missing_ok=True)
@@ -596,6 +643,7 @@ def main(words: list[str]) -> None:
 
     An error of the library becomes one line and exit status 1."""
     folder = next((w for w in words if not w.startswith("-")), ".")
+    end_with_launcher()
     try: train(folder, _read_plan(Path(folder)/"plan.yaml"), **_allowances(words, folder))
     except Exception as e:
         record_failure(folder, e)
