@@ -14,6 +14,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..data.samples import Sample
 from .metrics import offered
@@ -49,17 +50,16 @@ class Prefix:
         return ids, mask, positions, cache
 
 # %% ../../nbs/evaluation/answering.ipynb #32a348f9
-def _pad(row, width, fill, left):
-    "`row` filled up to `width`, at the left or at the right."
-    pad = [fill] * (width - len(row))
-    return [*pad, *row] if left else [*row, *pad]
+def _stacked(rows, fill, left):
+    "Rows of numbers as one tensor (B, T), filled up with `fill` at the left or at the right."
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    side = "left" if left else "right"
+    return pad_sequence(tensors, batch_first=True, padding_value=fill, padding_side=side)
 
 def _padded(rows, fill, left, device):
     "Rows of ids filled up with `fill` to equal length, and a mask that is 1 at their own ids: two (B, T)."
-    width = max(map(len, rows))
-    ids = [_pad(row, width, fill, left) for row in rows]
-    mask = [_pad([1] * len(row), width, 0, left) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    mask = [[1] * len(row) for row in rows]
+    return _stacked(rows, fill, left).to(device), _stacked(mask, 0, left).to(device)
 
 # %% ../../nbs/evaluation/answering.ipynb #3d8ba75e
 NEAR = {torch.float32: 1e-3, torch.float16: .1, torch.bfloat16: .5}
@@ -164,6 +164,7 @@ def _target_logp(logits, ids):
     "Log-probability (B, T − 1) that the logits (B, T, vocabulary) give to the next of the ids (B, T)."
     return logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
+# %% ../../nbs/evaluation/answering.ipynb #5dff6e58
 @torch.no_grad()
 def score_rows(prefix: Prefix, rows: list, volumes: Sequence[int]) -> list[float]:
     "Log-likelihood of the target in each (prompt ids, target ids) about its volume."
@@ -220,10 +221,12 @@ def sample_prompt(sample: Sample) -> str:
     if sample.task == "closed": return closed_prompt(sample.question, sample.choices)
     return open_prompt(sample.question) if sample.task == "open" else report_prompt(0)
 
+# %% ../../nbs/evaluation/answering.ipynb #fbb24fac
 def answer_mode(model: MedVLM3D, by: str | None = None) -> str:
     "`by`, or for None the way the model was trained to answer a closed question: 'words' or 'options'."
     return by or ("options" if model.config.answer_style == "text" else "words")
 
+# %% ../../nbs/evaluation/answering.ipynb #b04025c2
 def chosen_option(choices: Sequence[str], logprobs: Sequence[float]) -> str:
     "The likeliest option as `letter. text`; of equals the first."
     ranked = zip(logprobs, offered(choices).items())

@@ -77,11 +77,13 @@ def neighbours(store: FeatureStore, images: Sequence[str], training: Sequence[st
 # %% ../../nbs/evaluation/baselines.ipynb #1629ae0a
 def first_offered(sample: Sample, answers: Sequence[str]) -> str:
     "The first of `answers`; for a closed question the first that is offered, with its letter; else empty."
-    if sample.task != "closed": return answers[0] if answers else ""
-    letters = {text: letter for letter, text in offered(sample.choices).items()}
-    for answer in answers:
-        if answer in letters: return f"{letters[answer]}. {answer}"
-    return ""
+    if sample.task == "closed": answers = _with_letters(answers, sample.choices)
+    return next(iter(answers), "")
+
+def _with_letters(answers, choices):
+    "`letter. text` of those `answers` that are among the choices."
+    letters = {text: letter for letter, text in offered(choices).items()}
+    return [f"{letters[answer]}. {answer}" for answer in answers if answer in letters]
 
 # %% ../../nbs/evaluation/baselines.ipynb #0a8f662f
 def nearest_lines(samples: Sequence[Sample], training: Sequence[Sample], near: dict) -> list[dict]:
@@ -99,13 +101,19 @@ def nearest_lines(samples: Sequence[Sample], training: Sequence[Sample], near: d
 STRATA = ("plane", "phase", "modality", "organ", "kind", "size", "lesion volume")
 THIRDS = ("smallest third", "middle third", "largest third")
 
+def _third(volume, volumes):
+    "The third of the sorted `volumes` that a volume belongs to."
+    rank = np.searchsorted(volumes, volume) / len(volumes)
+    return THIRDS[min(2, int(3 * rank))]
+
+# %% ../../nbs/evaluation/baselines.ipynb #6237c471
 def case_facts(truth: dict, case_of: Callable, modality: str = "CT") -> dict[str, dict]:
     "Case → facts, from rows of a phantom's truth by image; a row that names no modality gets `modality`."
     volumes = np.sort([row["lesion_voxels"] for row in truth.values()])
     facts = {}
     for row in truth.values():
-        rank = np.searchsorted(volumes, row["lesion_voxels"]) / len(volumes)
-        facts[case_of(row)] = {"modality": modality, **row, "lesion volume": THIRDS[min(2, int(3 * rank))]}
+        third = _third(row["lesion_voxels"], volumes)
+        facts[case_of(row)] = {"modality": modality, **row, "lesion volume": third}
     return facts
 
 # %% ../../nbs/evaluation/baselines.ipynb #2d36a80d
@@ -118,6 +126,7 @@ def _members(lines, facts, name):
     def position(value): return (THIRDS.index(value) if value in THIRDS else 0, value)
     return {value: members[value] for value in sorted(members, key=position)}
 
+# %% ../../nbs/evaluation/baselines.ipynb #32c13556
 def _closed_cells(lines, **boot):
     "Group → cell of the strict accuracy of closed lines."
     rows = np.stack([accuracy_values(lines), np.ones(len(lines))], 1)

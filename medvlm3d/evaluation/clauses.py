@@ -31,6 +31,7 @@ _OPENS_FINDINGS = re.compile(rf"{UNREAD}|findings?|(?:radiology )?report|results
                              r"|observations?", re.I)
 HEADING = re.compile(r"(?:^|(?<=\n)|(?<=[.;] ))[ \t*#]*([A-Za-z][A-Za-z /]{2,40}):", re.M)
 
+# %% ../../nbs/evaluation/clauses.ipynb #dd6d1ab2
 def _section_end(text, start, following):
     "Where an unread section ends that begins at `start`: at the `following` heading, its line or sentence."
     if following and _OPENS_FINDINGS.fullmatch(following[1].strip()): return following.start()
@@ -54,6 +55,7 @@ def _begins_new(words, i):
     "Whether the word behind place i begins a new sentence: none, a capital, or a sign."
     return i + 1 >= len(words) or not (words[i + 1][0].islower() or words[i + 1][0] in "(,)§")
 
+# %% ../../nbs/evaluation/clauses.ipynb #70559bff
 def _ends_at(words, i):
     "Whether a sentence ends with the sign at place i."
     word = words[i]
@@ -62,6 +64,7 @@ def _ends_at(words, i):
     if word == "\n": return _begins_new(words, i) or (i > 0 and words[i - 1] in (":", "\n"))
     return (word == "?" or word in BULLETS) and _begins_new(words, i)
 
+# %% ../../nbs/evaluation/clauses.ipynb #8c29a4c6
 def sentences(words: Sequence[str]) -> list[tuple[int, int]]:
     "(first, behind the last) word of each sentence of `words`, as written; a question mark stays in."
     found, start = [], 0
@@ -92,6 +95,7 @@ PREPOSITIONS = {"in", "on", "at", "of", "within", "along", "involving", "from", 
                 "by",
                 "affecting", "abutting"}
 
+# %% ../../nbs/evaluation/clauses.ipynb #ea9ffc57
 def _list_is_closed(words, i):
     "Whether an *or* behind place i closes a list that goes on there."
     for word in words[i:]:
@@ -113,6 +117,7 @@ def _has_own_property(words, roles, i):
     if "F" not in part: return False
     return roles[i] in ("G", "S", "P") or ("P" in part[part.index("F"):] and not PREDICATES & {*words[i:end]})
 
+# %% ../../nbs/evaluation/clauses.ipynb #b0ff5726
 def _both_say(words, i, j, start):
     """Whether there is a predicate before place i, in its clause, and one from place j on, in its own.
 
@@ -125,6 +130,7 @@ def _says_something(words, roles, i, j):
     "Whether there is a finding, a predicate or a denial between two places."
     return "F" in roles[i:j] or bool((PREDICATES | {"no", "not", "without"}) & {*words[i:j]})
 
+# %% ../../nbs/evaluation/clauses.ipynb #40140407
 def _opens_at(words, roles, i, start):
     "Whether a new clause opens with the comma or *and* at place i; the present one began at `start`."
     j = i + 1 + (words[i] == "," and words[i + 1:i + 2] == ["and"])
@@ -152,6 +158,7 @@ ANSWERS = {"no", "none", "not", "absent", "negative", "nil", "present", "yes", "
            "excluded",
            "possible", "probable", "never", "?", "likely"}
 
+# %% ../../nbs/evaluation/clauses.ipynb #bc041ba9
 def _is_relative(words, i):
     "Whether a relative clause begins at place i, behind a comma."
     if not 0 < i < len(words) or words[i - 1] != ",": return False
@@ -232,6 +239,7 @@ def _only_looks(words, i):
         if words[j] not in ADJECTIVES: return 0
     return 0
 
+# %% ../../nbs/evaluation/clauses.ipynb #adb9f1b3
 def _is_cue(words, i, kind):
     "Whether a cue counts where it stands: *may* is no month, *could not be assessed* no doubt."
     if kind != "doubt": return True
@@ -239,6 +247,7 @@ def _is_cue(words, i, kind):
         return not any(word[:1].isdigit() for word in [*words[max(0, i - 1):i], *words[i + 1:i + 2]])
     return words[i] != "could" or words[i + 1:i + 2] != ["not"]
 
+# %% ../../nbs/evaluation/clauses.ipynb #23a0fac2
 COMPLETE = {"complete", "completely", "total", "totally", "fully", "full", "entirely"}
 
 def _vanished(words):
@@ -271,6 +280,7 @@ def _brackets(words):
             start = None
     return found
 
+# %% ../../nbs/evaluation/clauses.ipynb #1f9dc1d0
 def _limits(words, brackets, i):
     "The first and behind the last place a cue at i can reach."
     for start, end in brackets:
@@ -302,6 +312,7 @@ def _back(words, roles, cue, limits):
         return range(before[-1], cue[1]) if before and not earlier else range(0)
     return range(limits[0], cue[1])
 
+# %% ../../nbs/evaluation/clauses.ipynb #2ebef565
 def _asked(words, roles, i):
     "The places that a question mark at i makes doubtful: since the last comma or bracket, or behind it."
     start = i
@@ -309,6 +320,7 @@ def _asked(words, roles, i):
     if "F" in roles[start:i]: return range(start, i)
     return range(i, _until(words, i + 1, {",", ")", "and", "?"}))
 
+# %% ../../nbs/evaluation/clauses.ipynb #19548023
 def _reach(words, roles, cue, limits):
     "The places in the sentence that a cue marks, clauses aside."
     i, j, kind = cue
@@ -347,6 +359,7 @@ def _sided(stems, written):
     return [{"R": "rt", "L": "lt"}.get(word, s) if word in ("R", "L") else s for s, word in zip(stems,
                                                                                                 written)]
 
+# %% ../../nbs/evaluation/clauses.ipynb #9af44b49
 @dataclass
 class Report:
     "The words of a text, findings and properties (first, behind the last, value), and the role of each word."
@@ -372,6 +385,7 @@ def _roles(n, found, properties, sizes):
     for i, j, _ in found: roles[i:j] = ["F"] * (j - i)
     return roles
 
+# %% ../../nbs/evaluation/clauses.ipynb #aea077fa
 def read_words(text: str, found: Iterable[tuple] | None = None) -> Report:
     """The `Report` of a text, unread sections and measurements cut out.
 
@@ -407,6 +421,7 @@ def assertions(text: str, found: Iterable[tuple] | None = None) -> list[tuple[in
                   status in enumerate(of_words) if status != "present"]
     return spans
 
+# %% ../../nbs/evaluation/clauses.ipynb #d91d0717
 def status_at(spans: Sequence[tuple], place: int) -> str:
     "The status of the word at `place`, from the spans of `assertions`."
     return next((status for start, end, status in spans if start <= place < end), "present")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROKEN_ROW', 'ROLES', 'LETTERS', 'separator', 'table_rows', 'json_records', 'parsed', 'plain_name', 'parse_columns',
-           'roles_of', 'unwrapped', 'text_of', 'listed_options', 'key_of', 'record_line', 'with_letters']
+           'roles_of', 'unwrapped', 'text_of', 'listed_options', 'plain_question', 'key_of', 'record_line',
+           'with_letters']
 
 # %% ../../nbs/evaluation/columns.ipynb #0241dae8
 import ast, csv, io, json, re
@@ -22,6 +23,7 @@ def separator(header: str) -> str:
     "The character that separates the columns of a header: comma, semicolon, tab or bar."
     return max(",;\t|", key=lambda sign: len(next(csv.reader([header], delimiter=sign), [])))
 
+# %% ../../nbs/evaluation/columns.ipynb #47bfd7ba
 def table_rows(path: Path, text: str) -> Iterator[tuple[str, list | None, list]]:
     "(place, header, cells) of each row of a CSV; the place is the line in which the row begins."
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator(split_lines(text)[0]))
@@ -48,6 +50,7 @@ def _array_in(whole, path):
         raise MedVLM3DError(relative(path), why, "Give a file with one list.")
     return lists[0] if lists else None
 
+# %% ../../nbs/evaluation/columns.ipynb #61d49167
 def json_records(path: Path, text: str) -> list[tuple[str, object]]:
     "(place, record) of a JSON array, or of an object that holds one; else (place, text) of each line."
     try: whole = json.loads(text)
@@ -84,6 +87,7 @@ def plain_name(column: str) -> str:
     "The letters and digits of a column's name, in lower case."
     return re.sub(r"[^a-z0-9]", "", str(column).lower())
 
+# %% ../../nbs/evaluation/columns.ipynb #6e254fb3
 def parse_columns(text: str) -> dict[str, str]:
     "`answer=pred,truth=label` → {role: column}."
     pairs = [pair.partition("=")[::2] for pair in text.split(",")]
@@ -130,6 +134,7 @@ def unwrapped(value: object) -> object:
         except (ValueError, SyntaxError): continue
     return value
 
+# %% ../../nbs/evaluation/columns.ipynb #33a12741
 def text_of(value: object) -> str:
     "A value as text; a list of one is what it holds, nothing is empty, and a whole number has no point."
     value = unwrapped(value)
@@ -154,14 +159,20 @@ def _column_options(record):
     return ["NA" if text in ("", "-", "nan") else text for text in texts] if len(texts) > 1 else []
 
 # %% ../../nbs/evaluation/columns.ipynb #79df60d2
+def plain_question(text: str) -> str:
+    "A question without the marks of an image in front of it."
+    return re.sub(r"^(?:\s*<(?:im_patch|image)>)+\s*", "", text)
+
 def _choice_of(record, roles):
     "(question, options) of a record."
-    question = re.sub(r"^(?:\s*<(?:im_patch|image)>)+\s*", "", text_of(_get(record, roles, "question")))
+    question = plain_question(text_of(_get(record, roles, "question")))
     options = listed_options(_get(record, roles, "choices")) or _column_options(record)
-    return (question, options) if options else (lambda q, o: (q, list(o)))(*split_options(question))
+    if not options: question, options = split_options(question)
+    return question, [*options]
 
 def _get(record, roles, role): return record.get(roles[role]) if role in roles else None
 
+# %% ../../nbs/evaluation/columns.ipynb #b358c201
 def key_of(record: Mapping, roles: Mapping[str, str], options: list, where: str) -> str:
     "The letter of the right option of a record."
     named = [text_of(_get(record, roles, role)) for role in ("letter", "truth")]

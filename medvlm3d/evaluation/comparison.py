@@ -17,7 +17,7 @@ from .metrics import offered, rouge1, text_scores
 from .prediction import column, task_lines
 from .scores import (
     accuracy_values, cell, grouped_cells, ordered, percent, score_predictions)
-from .uncertainty import holm, mcnemar, over_seeds, paired_permutation
+from .uncertainty import holm, mcnemar, over_seeds, paired_permutation, seed_p
 
 # %% ../../nbs/evaluation/comparison.ipynb #a127179d
 def _chances(lines):
@@ -47,17 +47,21 @@ def central(texts: Sequence[str], most: int = 100) -> str:
     texts = sorted({*texts})[:most]
     return max(texts, key=lambda text: sum(rouge1(text, other) for other in texts))
 
+def _by_frequency(counts):
+    "The counted answers, most frequent first (ties: by name)."
+    return sorted(counts, key=lambda answer: (-counts[answer], answer))
+
 def _ranked_answers(training):
     "(task, type) → the answers of the training samples, most frequent first (ties: by name)."
     counts = {}
     for sample in training: counts.setdefault((sample.task, sample.type), Counter())[sample.answer] += 1
-    return {key: [answer for answer, _ in Counter(sorted(of_type.elements())).most_common()]
-            for key, of_type in counts.items()}
+    return {key: _by_frequency(of_type) for key, of_type in counts.items()}
 
+# %% ../../nbs/evaluation/comparison.ipynb #475232c6
 def _best_option(options, ranking):
     "`letter. text` of the option that comes first in `ranking`; ties and unranked options by letter."
-    def rank(letter): return ranking.index(options[letter]) if options[letter] in ranking else len(ranking)
-    letter = min(options, key=lambda option: (rank(option), option))
+    order = [*ranking, *options.values()]
+    letter = min(options, key=lambda letter: order.index(options[letter]))
     return f"{letter}. {options[letter]}"
 
 # %% ../../nbs/evaluation/comparison.ipynb #e2ca5d6a
@@ -124,6 +128,7 @@ def _group_weights(types):
     ones = np.ones(len(types))
     return weights | {"micro": ones / len(types), "all": ones}
 
+# %% ../../nbs/evaluation/comparison.ipynb #e946eeb4
 def _tests(x, y, *, weights, cases, metric, seed):
     "p-values of the weighted mean of x − y: by permutation of cases, and McNemar's for accuracies."
     tests = {"p": paired_permutation(x * weights, y * weights, clusters=cases, seed=seed)}
@@ -152,7 +157,8 @@ def compare(a: list[dict], b: list[dict], *, task: str = "closed", protocol: str
     options = dict(protocol=protocol, metric=metric, meteor=meteor, bertscore=bertscore)
     x, y = item_values(a, task, **options), item_values(b, task, **options)
     types, cases = column(a, "type"), column(a, "case")
-    cells = grouped_cells(np.stack([x - y, np.ones(len(x))], 1), types, cases=cases, seed=seed, n=n)
+    differences = np.stack([x - y, np.ones(len(x))], 1)
+    cells = grouped_cells(differences, types, cases=cases, least=-1., seed=seed, n=n)
     weights = _group_weights(types)
     rows = {group: {"difference": c["value"], "low": c["low"], "high": c["high"], "n": c["n"],
                     **_tests(x, y, weights=weights[group], cases=cases, metric=metric, seed=seed)}
@@ -234,11 +240,17 @@ def correctness(trainings: list[list[dict]], minus: list[dict] | None = None) ->
     if minus: right = right - accuracy_values(paired_lines(first, minus, "closed")[1])
     return right, np.array(column(lines[0], "type")), np.array(column(lines[0], "case"))
 
+# %% ../../nbs/evaluation/comparison.ipynb #39821197
 def _seed_cell(found, least=0.):
     "`over_seeds`' result as a cell, × 100; its interval is cut at `least` (0, or −1 for a difference) and 1."
     low, high = (min(max(found[key], least), 1.) for key in ("low", "high"))
     return {"mean": percent(found["mean"]), "low": percent(low), "high": percent(high),
             "sd": percent(found["sd"]), "values": [percent(value) for value in found["seeds"]]}
+
+def _difference_cell(found, cases):
+    "`_seed_cell` of a difference, with its p over seeds and cases."
+    p = seed_p(found["mean"], (found["low"], found["high"]), seeds=found["seeds"], cases=len({*cases}))
+    return {**_seed_cell(found, -1.), "p": p}
 
 # %% ../../nbs/evaluation/comparison.ipynb #bb9e858b
 def _even_weights(types):
@@ -258,25 +270,26 @@ def seed_cells(trainings: list[list[dict]], minus: list[dict] | None = None,
     seed, n : seed and number of the bootstrap's resamples of cases
     """
     right, types, cases = correctness(trainings, minus)
-    least, cells = -1. if minus else 0., {}
-    for name in ordered(types.tolist()):
-        member = types == name
-        cells[name] = _seed_cell(over_seeds(right[:, member], cases[member], seed=seed, n=n), least)
-    even = right * _even_weights(types)
-    cells["macro"] = _seed_cell(over_seeds(even, cases, seed=seed, n=n), least)
-    return cells
+    def cell_of(values, cases):
+        found = over_seeds(values, cases, least=-1. if minus else 0., seed=seed, n=n)
+        return _difference_cell(found, cases) if minus else _seed_cell(found)
+
+    cells = {name: cell_of(right[:, types == name], cases[types == name]) for name in ordered(types.tolist())}
+    return {**cells, "macro": cell_of(right * _even_weights(types), cases)}
 
 # %% ../../nbs/evaluation/comparison.ipynb #44549a10
-def over_trainings(trainings: list[list[dict]], blind: list[dict] | None = None,
+def over_trainings(trainings: list[list[dict]], others: dict[str, list[dict]] | None = None,
                    seed: int = 0, n: int = 2000) -> dict:
     """The block `seeds` of `results.json`.
 
     Parameters
     ----------
     trainings : closed lines of each training, on the same items
-    blind : closed lines of the blind twin, if there is one
+    others : system → closed lines, of those that the model is compared with
     seed, n : seed and number of the bootstrap's resamples of cases
     """
     block = {"n": len(trainings), "cells": seed_cells(trainings, seed=seed, n=n)}
-    if blind: block["minus blind"] = seed_cells(trainings, blind, seed, n)
+    if others:
+        block["minus"] = {name: seed_cells(trainings, lines, seed, n) for name, lines in others.items()}
+        _adjust([cell for cells in block["minus"].values() for cell in cells.values()], "p")
     return block

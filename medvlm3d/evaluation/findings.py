@@ -37,13 +37,14 @@ def extract_facts(report: str, lexicon: dict) -> dict[str, list[str]]:
     "Fact → sorted values asserted in `report`; `lexicon` is {fact: {value: synonyms}} or {fact: values}."
     found = {fact: mentions(report, values) for fact, values in lexicon.items()}
     spans = assertions(report, sum(found.values(), []))
-    facts = {}
-    for fact, of_fact in found.items():
-        asserted = {value for start, _, value in of_fact if status_at(spans, start) in ASSERTED}
-        if asserted: facts[fact] = sorted(asserted)
-    return facts
+    facts = {fact: _asserted_values(of_fact, spans) for fact, of_fact in found.items()}
+    return {fact: values for fact, values in facts.items() if values}
 
 ASSERTED = ("present", "uncertain")
+
+def _asserted_values(mentioned, spans):
+    "Sorted values of those mentions that the report asserts."
+    return sorted({value for start, _, value in mentioned if status_at(spans, start) in ASSERTED})
 
 # %% ../../nbs/evaluation/findings.ipynb #41126f66
 def _fact_pairs(facts):
@@ -90,6 +91,7 @@ def _paired(parts):
             found.append((*b[:2], kind))
     return found
 
+# %% ../../nbs/evaluation/findings.ipynb #4371c4b9
 def _composed(sentence, parts):
     "Findings in two words in a sentence, clause by clause."
     found = []
@@ -105,11 +107,17 @@ def _status(sentence, of_words, mention, composed):
     return of_words[mention.start]
 
 # %% ../../nbs/evaluation/findings.ipynb #881e95b8
+def _contradict(f, g):
+    "Whether two findings differ in a property that both have."
+    properties = zip(astuple(f)[2:], astuple(g)[2:])
+    return any(a != b and None not in (a, b) for a, b in properties)
+
 def _can_be_same(f, g):
     "Whether two findings can be the same: same kind, both denied or both not, no property that contradicts."
-    if (f.kind, f.status == "absent") != (g.kind, g.status == "absent"): return False
-    return all(a == b or None in (a, b) for a, b in zip(astuple(f)[2:], astuple(g)[2:]))
+    both_denied_or_not = (f.status == "absent") == (g.status == "absent")
+    return f.kind == g.kind and both_denied_or_not and not _contradict(f, g)
 
+# %% ../../nbs/evaluation/findings.ipynb #67dbef2e
 def _union(f, g):
     "One finding with the properties of both, the first one's first."
     values = {name: getattr(g, name) for name, value in vars(f).items() if value is None}
@@ -135,6 +143,7 @@ def _sentence(read, start, end):
     sizes = {i - start: measure for i, measure in read.measures.items() if start <= i < end}
     return Sentence(words, roles, clause_numbers(words, roles), _shifted(read.properties, start, end), sizes)
 
+# %% ../../nbs/evaluation/findings.ipynb #6de27e81
 def _findings_of(mention, status):
     "A `Finding` for each place of a mention."
     size, bound = (mention.measure.size, mention.measure.bound) if mention.measure else (None, None)
@@ -156,6 +165,7 @@ def _is_explained(sentence, mention, following):
     if mention.kind != "opacity" or following is None: return False
     return bool(EXPLAINS & {*sentence.words[mention.end:following.start]})
 
+# %% ../../nbs/evaluation/findings.ipynb #4c7479a2
 def _read_sentence(sentence, found, parts):
     "The findings of a sentence, in order of mention."
     composed = _composed(sentence, parts) if len(parts) > 1 else []
@@ -195,6 +205,7 @@ def _likeness(a, b):
 
 def _asserted(findings): return [f for f in findings if f.status != "absent"]
 
+# %% ../../nbs/evaluation/findings.ipynb #9c902316
 def _partners(predicted, true):
     "Index of a predicted finding → index of the true one of the same kind, most alike first."
     candidates = [(-_likeness(a, b), i, j) for i, a in enumerate(predicted) for j, b in enumerate(true)
@@ -223,6 +234,7 @@ def _agree(name, predicted, true):
     if name == "size": return predicted is not None and abs(predicted - true) <= max(2, .2 * true)
     return predicted == true
 
+# %% ../../nbs/evaluation/findings.ipynb #3996054e
 def _aspect_counts(pairs, names):
     "[agreeing, stated] of the properties `names` over pairs of findings; stated is by the reference."
     stated = []

@@ -69,6 +69,7 @@ def _label_f1(predicted, true):
     both, total = 2 * (predicted * true).sum(1), predicted.sum(1) + true.sum(1)
     return np.where(total > 0, both / np.maximum(total, 1), 1.)
 
+# %% ../../nbs/evaluation/foreign.ipynb #e7661fc8
 def load_label_classifier(folder: Path | str) -> Score:
     "F1 of the labels that the transformers classifier in `folder` gives to prediction and reference."
     _check_model(Path(folder), "a classifier of reports",
@@ -93,6 +94,7 @@ def _own_program(name):
                             "Hand in a Scorer of your own whose load returns its call.")
     return load
 
+# %% ../../nbs/evaluation/foreign.ipynb #c35dd31a
 FOREIGN = {scorer.name: scorer for scorer in (
     Scorer("RaTEScore", "ratescore",
            "pip install ratescore, and RaTE-NER-Deberta and BioLORD-2023-C in a folder",
@@ -113,6 +115,7 @@ def _checked(scores, n, name):
     raise MedVLM3DError(name, f"returned {scores.shape} scores for {n} pairs, or some that are no numbers",
                         "Let its call return one finite number for each pair.")
 
+# %% ../../nbs/evaluation/foreign.ipynb #fcf13e93
 def foreign_scores(predictions: Sequence[str], references: Sequence[str], *, folders: dict[str, Path | str],
                    scorers: Iterable[Scorer] = tuple(FOREIGN.values())) -> list[dict]:
     """Rows of the scorers: name, version, needs, and mean (as the scorer scales it), or *not run* and why.

@@ -56,6 +56,7 @@ def _scores(predicted, true):
     return {"F1": 2 * tp / (p + t) if p + t else np.nan, "precision": tp / p if p else np.nan,
             "recall": tp / t if t else np.nan, "n": int(t)}
 
+# %% ../../nbs/evaluation/labels.ipynb #6603ef38
 def label_scores(predicted: Sequence[dict], true: Sequence[dict]) -> dict[str, dict]:
     "Label → F1, precision, recall and n of two lists of {label: bool}; and `macro`, their means over labels."
     if len(predicted) != len(true): raise ValueError(f"{len(predicted)} predictions for {len(true)} reports")

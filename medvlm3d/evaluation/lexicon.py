@@ -26,6 +26,7 @@ PLURALS = {"metastases": "metastasis", "emboli": "embolus", "thrombi": "thrombus
            "lobes": "lobe", "ateectasis": "atelectasis", "masses": "mass", "abscesses": "abscess",
            "apices": "apex", "vertebrae": "vertebra", "adenopathies": "adenopathy"}
 
+# %% ../../nbs/evaluation/lexicon.ipynb #9bdc052a
 @lru_cache(20000)
 def stem(word: str) -> str:
     "`word` in lower case without a plural ending."
@@ -42,6 +43,7 @@ def _values(values):
     for value, synonyms in values.items():
         for phrase in (value, *synonyms): yield phrase, value
 
+# %% ../../nbs/evaluation/lexicon.ipynb #05826f33
 def phrase_table(pairs: Iterable[tuple[str, object]], reduce=stem) -> dict[str, list]:
     "First word → [(words, value)], longest first, of pairs (phrase, value); `reduce` acts on each word."
     table = {}
@@ -58,6 +60,7 @@ def _phrase_at(words, i, entries):
         if tuple(words[i:i + len(phrase)]) == phrase: return len(phrase), value
     return None
 
+# %% ../../nbs/evaluation/lexicon.ipynb #453a7e0e
 def find_phrases(words: Sequence[str], table: Mapping[str, list]) -> list[tuple[int, int, object]]:
     "(first word, behind the last word, value) of each phrase of `table` in `words`, never overlapping."
     found, end = [], 0
@@ -236,6 +239,8 @@ PROPERTIES = {
               "large": ("big", "bulky", "massive", "huge", "severe", "marked", "extensive", "large sized",
                         "severely", "markedly", "gross", "voluminous", "giant")},
 }
+
+# %% ../../nbs/evaluation/lexicon.ipynb #db0dddd2
 LOBES = {"rul": ("right", "upper"), "rml": ("right", "middle"), "rll": ("right", "lower"),
          "lul": ("left", "upper"), "lll": ("left", "lower")}
 
@@ -251,6 +256,7 @@ NO_PROPERTY = ("large cell", "small cell", "small vessel", "small airway", "grea
                "pleural based", "pleural base", "lower limit", "upper limit", "both main bronchi",
                "apex of the heart")
 
+# %% ../../nbs/evaluation/lexicon.ipynb #44556020
 def _property_pairs():
     "Pairs (phrase, {property: value}) of all properties; a phrase of several properties has them together."
     pairs = {phrase: {} for phrase in NO_PROPERTY}
@@ -282,6 +288,8 @@ PARTS = {
               "increase in wall thickness", "wall thickness increase", "wall thickening", "thicker"),
     "dilated": ("dilatation", "dilation", "dilatated", "ectasia", "ectatic", "widened"),
 }
+
+# %% ../../nbs/evaluation/lexicon.ipynb #84c21990
 PAIRS = {("heart", "enlarged"): "cardiomegaly", ("heart", "increased"): "cardiomegaly",
          ("heart", "enlargement"): "cardiomegaly", ("index", "increased"): "cardiomegaly",
          ("index", "hearts favour"): "cardiomegaly",

@@ -29,6 +29,7 @@ DIAMETER = rf"{NUMBER}(?:[\s-]*{UNIT}{NOTE})?"
 MEASURE = re.compile(rf"(?<![\w.,]){DIAMETER}(?:\s*(?:[x×*]|\bby\b|-|–|\bto\b)\s*{DIAMETER}){{0,2}}", re.I)
 OTHER_UNIT = re.compile(r"[²³^/]|\s*(?:hg|h2o)\b|\s*-?\s*\d", re.I)
 
+# %% ../../nbs/evaluation/measures.ipynb #3393cf63
 def _diameters(written):
     "The diameters in mm, each in its own unit or the next one's."
     found = re.findall(rf"({NUMBER})[\s-]*({UNIT})?", written, re.I)
@@ -45,6 +46,8 @@ DISTANCE = re.compile(
     r"\s+(?:to|of)\b"
     r"|(?:thick\s+)?(?:slices?|sections?|cuts?|collimation|reconstruct\w+|intervals?)\b)")
 DISTANCE_BEFORE = re.compile(r"(?:\bdistance\b[^.,;]{0,40}|\bslice thickness\b[^.,;]{0,12}|\bevery\s+)$")
+
+# %% ../../nbs/evaluation/measures.ipynb #472387bf
 EARLIER = r"(?:previously|prior|previous|formerly|before|earlier|initially|originally|last)"
 BEFORE = re.compile(rf"(?:\b{EARLIER}\b(?:\s+(?!now|current)[a-z]+){{0,4}}"
                     r"|\b(?:compared|as opposed)\s+(?:to|with)"
@@ -93,6 +96,7 @@ def _sides(text, start, end):
     before = re.split(r"[;\n]|\.\s", text[max(0, start - 80):start])[-1]
     return before, re.split(r"[;\n]|\.\s", text[end:end + 120])[0]
 
+# %% ../../nbs/evaluation/measures.ipynb #c0567191
 def _one_measure(text, match, follows):
     "The `Measure` of a match, or None where it is none."
     written = match[0].rstrip(" \n-")

@@ -67,6 +67,7 @@ def _unwrapped(text):
     if marked: text = marked[-1][0] or marked[-1][1]
     return re.sub(r"[*_`#]+", "", text)
 
+# %% ../../nbs/evaluation/metrics.ipynb #067a27d7
 def _lists_all(text, options): return len(options) > 1 and {*options} <= {*_LABEL.findall(text)}
 
 def _letter_in_front(text):
@@ -82,6 +83,8 @@ _CUE = (r"\b(?:answer|choice|select(?:ed)?|choose|chose|pick(?:ed)?|go(?:ing)? w
 _EMPTY = r"(?:\W|\b(?:is|was|be|should|would|must|the|option|choice|letter|correct|best|right)\b)*"
 _ENDS = r"(?=\W*$|[.,;:)\]]|\s+(?:is|was|because|since|as|and|or)\b)"
 _STATED = re.compile(rf"{_CUE}{_EMPTY}(?:(?-i:([B-HJ-Z]))(?![\w-])|([A-Za-z]){_ENDS})", re.I)
+
+# %% ../../nbs/evaluation/metrics.ipynb #83bcd3be
 _GAP = r"[^\w.;!?\n]+"
 _NEVER = r"(?:\b(?:not|never|neither|nor|no|except|than)|n['’]t)"
 _DENIES_CUE = re.compile(rf"{_NEVER}{_GAP}(?:\w+{_GAP}){{0,2}}$", re.I)
@@ -100,6 +103,7 @@ _FILLER = (r"(?: (?:the|a|an|any|in|of|on|at|to|be|is|it|likely|due|because|from
 _IS = r"(?:is|was|are|were|does|do|has|have|can|could)"
 _AFTER = rf"(?: {_IS}(?: not|n t)|(?: {_IS})? (?:ruled out|excluded|unlikely|wrong|incorrect|absent))"
 
+# %% ../../nbs/evaluation/metrics.ipynb #384e1470
 @lru_cache(256)
 def _denials(options):
     "A pattern of the denied mentions of normalised options; an option that is a denial is group 1."
@@ -125,6 +129,7 @@ def _named_options(text, options):
     def is_part(a): return any(a != b and _contains(named[b], named[a]) for b in named)
     return [letter for letter in named if not is_part(letter)]
 
+# %% ../../nbs/evaluation/metrics.ipynb #aaa3bc4c
 def _letters_in_words(text, options):
     "Letters of the options that the words of an answer name."
     text, options = normalise(text), {letter: normalise(option) for letter, option in options.items()}
@@ -217,6 +222,7 @@ class NoSynonyms:
     "Stands in for WordNet: no word has a synonym."
     def synsets(self, word: str) -> list: return []
 
+# %% ../../nbs/evaluation/metrics.ipynb #b9c4f352
 def load_wordnet(folder: Path | str):
     "NLTK's WordNet reader on `folder` (an nltk_data folder that holds corpora/wordnet)."
     import nltk
@@ -242,6 +248,7 @@ def _fetched_punkt():
     parameters.ortho_context.update(values["ortho_context"])
     return PunktSentenceTokenizer(parameters)
 
+# %% ../../nbs/evaluation/metrics.ipynb #14ff53da
 @lru_cache(1)
 def load_punkt() -> tuple:
     "A sentence splitter and its name: NLTK's trained model of English (its own or fetched), or untrained."
@@ -259,6 +266,7 @@ def meteor_name(*, synonyms: bool, trained: bool) -> str:
     lacks = [*(() if synonyms else ("exact+stem",)), *(() if trained else ("untrained punkt",))]
     return f"METEOR ({', '.join(lacks)})" if lacks else "METEOR"
 
+# %% ../../nbs/evaluation/metrics.ipynb #eb6da47a
 class METEOR:
     "NLTK's METEOR of one pair, with WordNet from `folder`; its name says what it lacks."
     def __init__(self, folder: Path | str | None = None):
@@ -318,6 +326,7 @@ def _layers(model, name):
     if lists: return lists[0]
     raise MedVLM3DError(name, f"has no list of {depth} layers", "Give an encoder such as BERT or RoBERTa.")
 
+# %% ../../nbs/evaluation/metrics.ipynb #f5e4dbae
 def cut_after(model: torch.nn.Module, layer: int, name: str) -> torch.nn.Module:
     "`model` without the layers behind `layer`; an error where it has no such layer."
     layers = _layers(model, name)
@@ -327,12 +336,17 @@ def cut_after(model: torch.nn.Module, layer: int, name: str) -> torch.nn.Module:
     del layers[layer:]
     return model
 
+def _position_table(model):
+    "The embedding of an encoder's positions, None where it has none."
+    named = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    return next((m for m in named if isinstance(m, torch.nn.Embedding)), None)
+
 def position_limit(model: torch.nn.Module) -> int:
     "How many tokens an encoder can take: its positions, without those up to the padding's."
-    named = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    tables = [m for m in named if isinstance(m, torch.nn.Embedding)]
-    if not tables: return model.config.max_position_embeddings
-    return tables[0].num_embeddings - (0 if tables[0].padding_idx is None else tables[0].padding_idx + 1)
+    table = _position_table(model)
+    if table is None: return model.config.max_position_embeddings
+    unused = 0 if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - unused
 
 # %% ../../nbs/evaluation/metrics.ipynb #40a462b6
 def window_starts(length: int, size: int) -> list[int]:
@@ -340,6 +354,7 @@ def window_starts(length: int, size: int) -> list[int]:
     if length <= size: return [0]
     return [*range(0, length - size, max(1, size // 2)), length - size]
 
+# %% ../../nbs/evaluation/metrics.ipynb #04e81b58
 def joined(windows: Sequence[tuple[int, Tensor]]) -> Tensor:
     """One embedding (T, C) per token of a text from those of its windows.
 
@@ -355,6 +370,7 @@ def joined(windows: Sequence[tuple[int, Tensor]]) -> Tensor:
         best[start:start+len(vectors)][better] = w
     return torch.stack([windows[w][1][t - windows[w][0]] for t, w in enumerate(best.tolist())])
 
+# %% ../../nbs/evaluation/metrics.ipynb #69c01495
 def _unit(windows):
     "Unit embeddings (T, C) of a text with its special tokens, and a mask (T,) that is False at these."
     content = joined([(start, vectors[1:-1]) for start, vectors in windows])
@@ -431,6 +447,7 @@ def _sacrebleu4(scheme):
 
 def _ngrams(tokens, n): return list(zip(*(tokens[i:] for i in range(n))))
 
+# %% ../../nbs/evaluation/metrics.ipynb #3f1cea38
 def _bleu4_row(prediction, reference, scheme):
     "The ten sums of one pair of texts."
     hyp, ref = tokens_of(prediction, scheme), tokens_of(reference, scheme)
@@ -443,6 +460,7 @@ def bleu4_statistics(predictions: Sequence[str], references: Sequence[str],
     rows = [_bleu4_row(*pair, scheme) for pair in zip(predictions, references, strict=True)]
     return np.array(rows, float).reshape(-1, 10)
 
+# %% ../../nbs/evaluation/metrics.ipynb #3b777ba0
 def _smoothed(matches):
     "Counts (..., 4) with ½, ¼, … in place of the first, second, … zero, as sacreBLEU's default."
     zeros = np.cumsum(matches == 0, -1)
@@ -458,6 +476,7 @@ def bleu4_from_sums(sums: np.ndarray) -> np.ndarray:
     counted = (totals > 0).all(-1) & (matches.sum(-1) > 0)
     return np.where(counted, score, 0.)
 
+# %% ../../nbs/evaluation/metrics.ipynb #9d17830a
 def corpus_bleu4(predictions: Sequence[str], references: Sequence[str],
                  scheme: str = "13a") -> tuple[float, str]:
     "Corpus BLEU-4 in [0, 1] and its sacreBLEU signature."
@@ -469,6 +488,7 @@ def _pair_scores(pairs, metric, scheme):
     "Scores (N,) of pairs of texts; an empty prediction scores 0."
     return np.array([metric(p, r, scheme) if p.strip() else 0. for p, r in pairs])
 
+# %% ../../nbs/evaluation/metrics.ipynb #f772a44f
 def text_scores(predictions: Sequence[str], references: Sequence[str], meteor: Callable | None = None,
                 bertscore: Callable | None = None) -> dict[str, np.ndarray]:
     """Name → scores (N,) in [0, 1] of N pairs of texts: BLEU-1, ROUGE-1, ROUGE-L, METEOR and BERTScore.

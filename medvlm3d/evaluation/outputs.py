@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from ..base.core import MedVLM3DError, relative, sha256_file, versions, write_json, write_text
+from ..base.core import border
 from ..base.fetch import fetch
 from ..data.questions import read_conversations, split_options, turn_fields, turns_of
 from ..data.ctrate import stem_of
 from ..data.samples import Problem, settle
 from .columns import json_records, parsed, record_line, roles_of, table_rows
-from .columns import with_letters
+from .columns import plain_question, with_letters
 from .comparison import evaluate_systems
 from .findings import finding_rows
 from .foreign import load_ratescore
@@ -39,8 +40,6 @@ HEADERS = {("Question Type", "Question", "Answer", "Answer Choice", "Pred", "Cor
            ("Question", "Ground Truth", "pred", "bleu", "rouge1", "meteor", "bert_f1"): "report"}
 SCORE_COLUMNS = ("bleu", "rouge1", "meteor", "bert_f1", "Correct")
 NEEDED_COLUMNS = {task: {*header} - {*SCORE_COLUMNS} for header, task in HEADERS.items()}   # scores may lack
-
-def _plain_question(text): return re.sub(r"^(?:\s*<(?:im_patch|image)>)+\s*", "", text)
 
 def _type_name(value, where):
     "The name of a question type given as 1 to 5, or by its name."
@@ -58,6 +57,7 @@ def _score(text):
     except ValueError: return None
     return value if math.isfinite(value) else None
 
+# %% ../../nbs/evaluation/outputs.ipynb #5b3bd3d7
 def _written_scores(row, where, aside=None):
     "The scores that the file's own script wrote into a row; empty cells are none."
     scores = {}
@@ -89,6 +89,7 @@ def _lettered(text, letter, answer):
     def agrees(options): return dict(zip("ABCDEFGHIJ", options)).get(letter, "").strip() == answer.strip()
     return next((reading for reading in readings if agrees(reading[1])), readings[0])
 
+# %% ../../nbs/evaluation/outputs.ipynb #e271bd65
 def _split_choices(line, row, where):
     "A closed line with question and options apart, its letter, and its answer without the letter."
     answer, letter = re.sub(r"^[A-J]\. ", "", row["Answer"]), row["Answer Choice"].strip()
@@ -104,7 +105,7 @@ def _split_choices(line, row, where):
 def csv_line(task: str, row: Mapping[str, str], where: str, aside: list | None = None) -> dict:
     "The prediction line of one CSV row; the scores that the row holds stand under `written`."
     line = {"id": where.rsplit(":", 1)[1].zfill(7), "case": where, "task": task, "letter": "", "choices": [],
-            "option_logprobs": None, "error": None, "question": _plain_question(row["Question"]),
+            "option_logprobs": None, "error": None, "question": plain_question(row["Question"]),
             "written": _written_scores(row, where, aside)}
     if task == "report":
         return {**line, "type": "Report", "answer": row["Ground Truth"], "prediction": row["pred"]}
@@ -138,6 +139,7 @@ def _record(item, where):
     if len(cells) == len(header): return dict(zip(header, cells))
     raise MedVLM3DError(where, f"has {len(cells)} cells under {len(header)} columns", BROKEN_ROW)
 
+# %% ../../nbs/evaluation/outputs.ipynb #3dc04501
 def csv_lines(path: Path, text: str, columns: Mapping[str, str] | None = None,
               *, aside: list | None = None) -> tuple[list[dict], str]:
     """(prediction lines of the text of a CSV, how it was read).
@@ -225,6 +227,7 @@ def _entry_lines(entry, out, where, number):
         yield with_silence({"id": f"{number:07d}/{n}", "case": case, "option_logprobs": None, "error": None,
                             **fields, "choices": [*fields["choices"]], "prediction": spoken})
 
+# %% ../../nbs/evaluation/outputs.ipynb #557efd67
 def ct_chat_lines(items: list, questions: Path | str | None, aside: list | None = None) -> list[dict]:
     "Prediction lines of (where, record) as CT-CHAT's script writes them, and of the conversations asked."
     if questions is None:
@@ -245,6 +248,7 @@ def _is_asked(row, line):
     same_answer = row["Answer"].strip() == line["answer"].strip()
     return same_answer and row["Question"].strip() in line["question"]
 
+# %% ../../nbs/evaluation/outputs.ipynb #6a29fcee
 def with_cases(lines: list[dict], questions: Path | str) -> list[dict]:
     "`lines` of a CSV with the case of each row, from the M3D_VQA CSV that was asked, which must match."
     with open(questions, encoding="utf-8-sig", newline="") as f: asked = list(csv.DictReader(f))
@@ -279,6 +283,7 @@ def _keys(items, most=100):
         with suppress(MedVLM3DError): keys |= dict.fromkeys(parsed(record, where))
     return [*keys]
 
+# %% ../../nbs/evaluation/outputs.ipynb #df322a3c
 def _json_file(path, text, *, columns, questions, aside):
     "(lines, how they were read) of the text of a JSON or JSONL."
     items = json_records(path, text)
@@ -290,6 +295,7 @@ def _json_file(path, text, *, columns, questions, aside):
     return _by_roles(items, roles, columns=keys, read=parsed, aside=aside)
 
 # %% ../../nbs/evaluation/outputs.ipynb #66999fa0
+@border
 def read_file(path: Path | str, questions: Path | str | None = None, *,
               columns: Mapping[str, str] | None = None, aside: list | None = None) -> tuple[list[dict], str]:
     """(prediction lines of a file of answers, how it was read if that was found out by names).
@@ -312,6 +318,7 @@ def read_file(path: Path | str, questions: Path | str | None = None, *,
         raise MedVLM3DError(relative(path), "holds no answers", "Nothing is scored from an empty file.")
     return with_cases(lines, questions) if questions and not is_json else lines, note
 
+# %% ../../nbs/evaluation/outputs.ipynb #5de47c3d
 def read_outputs(path: Path | str, questions: Path | str | None = None, *,
                  columns: Mapping[str, str] | None = None, aside: list | None = None) -> list[dict]:
     "Prediction lines of anybody's file of answers; parameters as for `read_file`."
@@ -367,6 +374,7 @@ def _cell_text(cell):
     if not cell or cell["value"] is None: return "–"
     return f"{cell['value']:.2f}{interval_text(cell['low'], cell['high'], 2)}"
 
+# %% ../../nbs/evaluation/outputs.ipynb #69b565a9
 def _task_block(model, task):
     "Rows of one task: a heading with its groups, then one row per score and protocol."
     scores = {}
@@ -405,6 +413,7 @@ def aside_counts(aside: list) -> dict:
     return {"rows": len(aside) - len(scores), "scores": len(scores), "reasons": dict(reasons.most_common()),
             "first": aside[0].where if aside else ""}
 
+# %% ../../nbs/evaluation/outputs.ipynb #f366c696
 def _aside_block(counts):
     "Rows of what was set aside."
     if not counts["reasons"]: return []
@@ -475,6 +484,7 @@ def _facts_of(path, lines):
     return {"source": {"file": Path(path).name, "sha256": sha256_file(path)},
             "resampled": "cases" if _names_cases(lines, path) else ROWS}
 
+# %% ../../nbs/evaluation/outputs.ipynb #aaa5a8a5
 def _publish(results, out, tell):
     "Tell the table, and write it with the results to the folder `out` if there is one."
     table = outputs_table(results)
@@ -483,6 +493,7 @@ def _publish(results, out, tell):
     write_json(Path(out)/"results.json", results)
     write_text(Path(out)/"table.txt", table + "\n")
 
+# %% ../../nbs/evaluation/outputs.ipynb #987bd279
 def check_most(path: Path, lines: list[dict], aside: list) -> None:
     "Refuse a file of which more rows are odd than not: it was read as something that it is not."
     odd = [p for p in aside if not p.why.endswith(STAYS)]

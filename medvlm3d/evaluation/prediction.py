@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 from ..base.core import MedVLM3DError, relative, sha256_json, sha256_tensors, split_lines, write_text
-from ..base.ranks import Ranks, only_writer, rank_device
+from ..base.core import border
+from ..base.lock import only_writer
+from ..base.ranks import Ranks, rank_device
 from ..data.manifest import load_samples
 from ..data.samples import Sample
 from .answering import Prefix, answer_mode, answers
@@ -47,14 +49,18 @@ def prediction_line(sample: Sample, prediction: str = "", *, option_logprobs: li
             "ms": round(float(ms), 2), "tokens": int(tokens), "error": error}
 
 # %% ../../nbs/evaluation/prediction.ipynb #918c1cad
+def _own_words(error):
+    "What an error says: its reason, or its text; a key alone says nothing."
+    text = getattr(error, "why", None) or getattr(error, "strerror", None)
+    return text or ("" if isinstance(error, KeyError) else str(error))
+
 def anonymous_error(error: Exception, sample: Sample) -> str:
     "The text of an error about a sample, with its id in place of its image and without paths."
-    text = getattr(error, "why", None) or getattr(error, "strerror", None)
-    if not text: text = "" if isinstance(error, KeyError) else str(error)
-    text = re.sub(r"\S*[/\\]\S*", "…", text.replace(sample.image, "the image"))
-    parts = type(error).__name__, sample.id, text
-    return ": ".join(part for part in parts if part)[:300]
+    text = _own_words(error).replace(sample.image, "the image")
+    parts = type(error).__name__, sample.id, re.sub(r"\S*[/\\]\S*", "…", text)
+    return ": ".join(filter(None, parts))[:300]
 
+# %% ../../nbs/evaluation/prediction.ipynb #81a75400
 def failed_line(sample: Sample, error: Exception) -> dict:
     "The line of an item that failed; it stays in the denominator."
     return prediction_line(sample, error=anonymous_error(error, sample))
@@ -69,6 +75,7 @@ def parse_answer(text: str, where: str) -> dict:
     try: return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as e: raise MedVLM3DError(where, f"is not JSON ({e.msg})", REPEAT) from e
 
+# %% ../../nbs/evaluation/prediction.ipynb #ff674323
 def check_logprobs(line: dict, where: str) -> None:
     "Refuse log-probabilities that are not one finite number for each option offered."
     logprobs, options = line.get("option_logprobs"), len(offered(line.get("choices") or []))
@@ -112,6 +119,8 @@ def _answer_lines(text):
     except json.JSONDecodeError: lines.pop()
     return lines
 
+# %% ../../nbs/evaluation/prediction.ipynb #e5edd6f4
+@border
 def read_predictions(path: Path | str) -> list[dict]:
     "Lines of a predictions file; a cut last line is left out, other damage is an error with its line number."
     texts, lines = _answer_lines(Path(path).read_bytes().decode("utf-8-sig")), {}
@@ -271,6 +280,7 @@ def collected(out: Path | str, samples: Sequence[Sample], by: str) -> dict[str, 
     files = [Path(out), *parts] if Path(out).exists() else parts
     return {line["id"]: line for file in files for line in check_lines(file, samples, by)}
 
+# %% ../../nbs/evaluation/prediction.ipynb #bb9c7fa7
 def write_whole(out: Path | str, samples: Sequence[Sample], by: str):
     "Write the collected lines to `out` in the order of the samples; an error if one is missing."
     lines = collected(out, samples, by)
@@ -307,6 +317,7 @@ def _bar(ranks, share, known, show):
     total = len(known) + sum(len(asked) for _, asked in share)
     return ranks.bar(total, len(known), what="predict", unit="items", show=show)
 
+# %% ../../nbs/evaluation/prediction.ipynb #a468822d
 def _begin(stack, out, samples, name):
     "Lock the folder of parts until `stack` closes; returns the fingerprint `name` and the ids answered."
     parts = parts_of(out)
@@ -391,7 +402,7 @@ def answer_split(model: Path | str, data: Path | str, *, store: Path | str, out:
     dtype : float type of the model
     progress : whether a bar is shown
     """
-    samples = [sample for sample in load_samples(data) if sample.split == split]
+    samples = [sample for sample in load_samples(data, allow_shared=True) if sample.split == split]
     if not samples: raise MedVLM3DError(split, "has no samples", "Choose a split that the data have.")
     loaded = MedVLM3D.from_pretrained(model, dtype=dtype).to(rank_device(device))
     return predict_items(loaded, loaded.need_processor(), samples=samples, features=FeatureStore(store),

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEW', 'FLOOR', 'cluster_sums', 'bootstrap_sums', 'percentile_interval', 'edge_bounds', 'student_interval',
-           'cluster_bootstrap', 'paired_permutation', 'mcnemar', 'over_seeds', 'compare_seeds', 'seed_p', 'at_floor',
-           'holm']
+           'interval_of_sums', 'cluster_bootstrap', 'paired_permutation', 'mcnemar', 'over_seeds', 'seed_p',
+           'compare_seeds', 'at_floor', 'holm']
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #15642157
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -28,6 +28,7 @@ def cluster_sums(values: ArrayLike, clusters: Sequence) -> np.ndarray:
     np.add.at(sums, index, values)
     return sums
 
+# %% ../../nbs/evaluation/uncertainty.ipynb #beaeb4ca
 def _chunks(n, chunk):
     "Sizes of at most `chunk` that add up to n."
     return [min(chunk, n - start) for start in range(0, n, chunk)]
@@ -57,47 +58,93 @@ def percentile_interval(replicates: np.ndarray, level: float = .95) -> tuple:
         return tuple(np.nanpercentile(replicates, [tail, 100 - tail], axis=0))
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #65ba35ad
-def edge_bounds(value: float, n: int, level: float = .95) -> tuple[float, float]:
-    "Clopper–Pearson bounds of a rate that is 0 or 1 in n independent cases."
-    if value not in (0, 1) or n < 1:
-        raise MedVLM3DError("edge_bounds", f"is for rates 0 and 1 of some cases, not for {value} of {n}",
-                            "Use the bootstrap.")
-    far = ((1 - level) / 2)**(1 / n)
-    return (far, 1.) if value == 1 else (0., 1 - far)
+def edge_bounds(value: ArrayLike, n: ArrayLike, *, least: ArrayLike = 0., most: ArrayLike = 1.,
+                level: float = .95) -> tuple:
+    """Clopper–Pearson bounds of a score that has one `value` in all of n independent cases.
+
+    Parameters
+    ----------
+    value, n : the score and the number of cases; or an array of each
+    least, most : the smallest and the largest score that a case can have
+    level : the share of the studies whose bounds hold the truth
+    """
+    value, unseen = np.asarray(value, float), 1 - ((1 - level) / 2)**(1 / np.asarray(n, float))
+    return value - unseen * (value - least), value + unseen * (most - value)
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #b0dd2441
 FEW = 30   # clusters; below, the interval is Student's
 
-def student_interval(sums: np.ndarray, level: float = .95) -> tuple[float, float]:
-    "Student's interval of the ratio of sums (K, 2), numerators and denominators of K ≥ 2 clusters."
-    from scipy.stats import t
-    k, total = len(sums), sums[:, 1].sum()
-    value = sums[:, 0].sum() / total
-    rest = sums[:, 0] - value * sums[:, 1]
-    reach = t.ppf((1 + level) / 2, k - 1) * np.sqrt(k / (k - 1) * (rest**2).sum()) / total
-    return float(value - reach), float(value + reach)
-
-# %% ../../nbs/evaluation/uncertainty.ipynb #0a2be109
-def cluster_bootstrap(values: ArrayLike, clusters: Sequence, *, seed: int = 0, n: int = 2000,
-                      level: float = .95) -> tuple:
-    """Mean of the values and its interval: (mean, low, high); no interval (None) from one cluster.
-
-    From 30 clusters on it is the percentile interval, below it is Student's.
+def student_interval(score: Callable, sums: np.ndarray, *, inside: ArrayLike, level: float = .95) -> tuple:
+    """Student's interval by leaving out one cluster at a time (jackknife): (low, high), each (G,).
 
     Parameters
     ----------
-    values : (N,), one number per item
+    score : turns sums (n, K) into scores (n, G)
+    sums : (clusters, K)
+    inside : how many clusters count in each of the G scores
+    level : the share of the studies whose interval holds the truth
+    """
+    from scipy.stats import t
+    total, inside = sums.sum(0, keepdims=True), np.asarray(inside, float)
+    value = score(total)[0]
+    with np.errstate(invalid="ignore"): left_out = score(total - sums)   # 0/0 without the only cluster
+    spread = np.nansum((left_out - value)**2, 0)
+    reach = t.ppf((1 + level) / 2, inside - 1) * np.sqrt((inside - 1) / inside * spread)
+    return value - reach, value + reach
+
+# %% ../../nbs/evaluation/uncertainty.ipynb #0a2be109
+def _clusters_counted(counts, clusters):
+    "How many clusters hold an item that counts, by score: (G,)."
+    return np.maximum(1, (cluster_sums(counts, clusters) > 0).sum(0))
+
+def _chosen(bounds, others, where):
+    "`others` where `where` is true, else `bounds`."
+    return tuple(np.where(where, other, bound) for bound, other in zip(bounds, others))
+
+# %% ../../nbs/evaluation/uncertainty.ipynb #73a814b1
+def interval_of_sums(score: Callable, columns: ArrayLike, *, clusters: Sequence, counts: ArrayLike,
+                     least: ArrayLike = 0., most: ArrayLike = 1., seed: int = 0, n: int = 2000,
+                     level: float = .95) -> tuple:
+    """The interval of scores that are functions of sums: (low, high), each (G,).
+
+    Parameters
+    ----------
+    score : turns sums (n, K) into scores (n, G)
+    columns : (N, K), one row of summands per item
     clusters : the case of each item
+    counts : (N, G), whether an item counts in a score
+    least, most : the smallest and the largest value of a score; −1 and 1 for differences
+    seed, n : seed and number of resamples
+    level : the share of the studies whose interval holds the truth
+    """
+    sums, inside = cluster_sums(columns, clusters), _clusters_counted(counts, clusters)
+    bounds = percentile_interval(score(bootstrap_sums(columns, clusters, seed=seed, n=n)), level)
+    bounds = _chosen(bounds, student_interval(score, sums, inside=inside, level=level), inside < FEW)
+    edges = edge_bounds(score(sums.sum(0, keepdims=True))[0], inside, least=least, most=most, level=level)
+    bounds = _chosen(bounds, edges, np.isclose(*bounds, rtol=0, atol=1e-12))
+    return tuple(np.where(inside > 1, np.clip(bound, least, most), np.nan) for bound in bounds)
+
+# %% ../../nbs/evaluation/uncertainty.ipynb #9761fbcd
+def cluster_bootstrap(values: ArrayLike, clusters: Sequence, *, least: float = 0., seed: int = 0,
+                      n: int = 2000, level: float = .95) -> tuple:
+    """Mean of the values and its interval: (mean, low, high); no interval (None) from one cluster.
+
+    Parameters
+    ----------
+    values : (N,), one number from `least` to 1 per item
+    clusters : the case of each item
+    least : the smallest possible value; −1 for differences
     seed, n : seed and number of resamples
     level : the share of the resamples within the interval
     """
-    columns = np.stack([np.asarray(values, float), np.ones(len(values))], 1)
-    by_cluster, mean = cluster_sums(columns, clusters), float(columns[:, 0].mean())
-    if len(by_cluster) < 2: return mean, None, None
-    if len(by_cluster) < FEW: return mean, *student_interval(by_cluster, level)
-    sums = bootstrap_sums(columns, clusters, seed=seed, n=n)
-    low, high = percentile_interval(sums[:, 0] / sums[:, 1], level)
-    return mean, float(low), float(high)
+    ones = np.ones((len(values), 1))
+    columns = np.column_stack([np.asarray(values, float), ones])
+    bounds = interval_of_sums(_mean_of_sums, columns, clusters=clusters, counts=ones, least=least, seed=seed,
+                              n=n, level=level)
+    low, high = (None if np.isnan(bound[0]) else float(bound[0]) for bound in bounds)
+    return float(columns[:, 0].mean()), low, high
+
+def _mean_of_sums(sums): return sums[:, :1] / sums[:, 1:]
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #694ce177
 def _as_extreme(sums, rng, size):
@@ -136,10 +183,11 @@ def mcnemar(a: ArrayLike, b: ArrayLike) -> float:
 # %% ../../nbs/evaluation/uncertainty.ipynb #c3b227b7
 def _seed_means(values, clusters, seed, n):
     "Mean (n, S) of each seed's values (S, N) in each of n resamples of clusters."
-    columns = np.concatenate([values.T, np.ones((values.shape[1], 1))], 1)
+    columns = np.column_stack([values.T, np.ones(values.shape[1])])
     sums = bootstrap_sums(columns, clusters, seed=seed, n=n)
     return sums[:, :-1] / sums[:, -1:]
 
+# %% ../../nbs/evaluation/uncertainty.ipynb #901c7d4f
 def _seed_shift(means, seed):
     "What S seeds drawn with replacement add to the mean over seeds of each resample (n, S), stretched: (n,)."
     s = means.shape[1]
@@ -149,7 +197,7 @@ def _seed_shift(means, seed):
     return deviation * (s / (s - 1))**.5
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #afa37526
-def over_seeds(values: ArrayLike, clusters: Sequence, *, seed: int = 0, n: int = 2000,
+def over_seeds(values: ArrayLike, clusters: Sequence, *, least: float = 0., seed: int = 0, n: int = 2000,
                level: float = .95) -> dict:
     """Mean over seeds and items, its interval, the seeds' own means and their standard deviation, if several.
 
@@ -157,33 +205,28 @@ def over_seeds(values: ArrayLike, clusters: Sequence, *, seed: int = 0, n: int =
     ----------
     values : (S, N), S trainings on the same N items
     clusters : the case of each item
+    least : the smallest possible value; −1 for differences
     seed, n : seed and number of resamples
     level : the share of the resamples within the interval
     """
     values = np.atleast_2d(np.asarray(values, float))
     own = values.mean(1)
     means = _seed_means(values, clusters, seed, n)
-    low, high = percentile_interval(means.mean(1) + _seed_shift(means, seed), level)
+    low, high = _bounds(means.mean(1) + _seed_shift(means, seed), len({*clusters}), least=least, level=level)
     sd = float(own.std(ddof=1)) if len(own) > 1 else None
     return {"mean": float(own.mean()), "low": float(low), "high": float(high),
             "seeds": own.tolist(), "sd": sd}
 
-# %% ../../nbs/evaluation/uncertainty.ipynb #fc626831
-def compare_seeds(a: ArrayLike, b: ArrayLike, *, clusters: Sequence, seed: int = 0, n: int = 2000) -> dict:
-    """`over_seeds` of a − b, with p by permutation of clusters on the mean over seeds.
-
-    Parameters
-    ----------
-    a, b : (S, N), two systems with the same seeds on the same items
-    clusters : the case of each item
-    seed, n : seed of bootstrap and permutation, number of resamples
-    """
-    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
-    if a.shape != b.shape:
-        raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items",
-                            "Run both with the same seeds on the same items.")
-    p = paired_permutation(a.mean(0), b.mean(0), clusters=clusters, seed=seed)
-    return {**over_seeds(a - b, clusters, seed=seed, n=n), "p": p}
+# %% ../../nbs/evaluation/uncertainty.ipynb #599c826d
+def _bounds(replicates, cases, *, least, level):
+    "The interval of replicates: percentiles, Student's from few cases, exact where all replicates are equal."
+    from scipy.stats import t
+    if cases < 2: return least, 1.
+    low, high = percentile_interval(replicates, level)
+    if np.ptp(replicates) < 1e-12: return edge_bounds(replicates[0], cases, least=least, level=level)
+    if cases >= FEW: return low, high
+    reach = t.ppf((1 + level) / 2, cases - 1) * replicates.std() * (cases / (cases - 1))**.5
+    return replicates.mean() - reach, replicates.mean() + reach
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #55f41dd4
 def seed_p(mean: float, bounds: tuple[float, float], *, seeds: Sequence[float], cases: int) -> float:
@@ -202,6 +245,25 @@ def seed_p(mean: float, bounds: tuple[float, float], *, seeds: Sequence[float], 
     of_seeds = min(np.var(seeds, ddof=1) / len(seeds), variance) if len(seeds) > 1 else 0.
     shares = of_seeds**2 / max(1, len(seeds) - 1) + (variance - of_seeds)**2 / max(1, cases - 1)
     return float(2 * t.sf(abs(mean) / variance**.5, variance**2 / shares))
+
+# %% ../../nbs/evaluation/uncertainty.ipynb #fc626831
+def compare_seeds(a: ArrayLike, b: ArrayLike, *, clusters: Sequence, seed: int = 0, n: int = 2000) -> dict:
+    """`over_seeds` of a − b, with `p` over seeds and cases, and `permutation` of clusters for these seeds.
+
+    Parameters
+    ----------
+    a, b : (S, N), two systems with the same seeds on the same items
+    clusters : the case of each item
+    seed, n : seed of bootstrap and permutation, number of resamples
+    """
+    a, b = np.atleast_2d(np.asarray(a, float)), np.atleast_2d(np.asarray(b, float))
+    if a.shape != b.shape:
+        raise MedVLM3DError("compare_seeds", f"has {a.shape} against {b.shape} seeds and items",
+                            "Run both with the same seeds on the same items.")
+    found = over_seeds(a - b, clusters, least=-1., seed=seed, n=n)
+    p = seed_p(found["mean"], (found["low"], found["high"]), seeds=found["seeds"], cases=len({*clusters}))
+    permutation = paired_permutation(a.mean(0), b.mean(0), clusters=clusters, seed=seed)
+    return {**found, "p": p, "permutation": permutation}
 
 # %% ../../nbs/evaluation/uncertainty.ipynb #c7ffdcec
 FLOOR = 1 / 10001   # of `paired_permutation` with its 10,000 permutations

@@ -16,6 +16,7 @@ SCHEMES = ("13a", "intl", "zh", "char")
 HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
 NO_BLANKS = re.compile(r"[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff]")
 
+# %% ../../nbs/evaluation/wording.ipynb #de02efa8
 def scheme_of(references: Iterable[str]) -> str:
     "The scheme of `SCHEMES` for a corpus, from its reference texts."
     text = " ".join(references)
@@ -39,10 +40,12 @@ def _tokenizer(scheme):
     if scheme not in SCHEMES: raise ValueError(f"no scheme {scheme!r}; choose one of {', '.join(SCHEMES)}")
     return getattr(import_module(f"sacrebleu.tokenizers.tokenizer_{scheme}"), CLASSES[scheme])()
 
+# %% ../../nbs/evaluation/wording.ipynb #4710a044
 def tokens_of(text: str, scheme: str = "13a") -> list[str]:
     "Words of `text` by sacreBLEU's rules of the name `scheme`; case is kept."
     return _tokenizer(scheme)(text.strip()).split()
 
+# %% ../../nbs/evaluation/wording.ipynb #4f99e3aa
 def words_of(text: str, scheme: str = "13a") -> list[str]:
     """Lower-case words without punctuation, as ROUGE counts them.
 

@@ -39,6 +39,7 @@ TICKS = {    # seaborn's ticks style, written out: a picture of a scan needs no 
     "font.family": ["sans-serif"],
     "font.sans-serif": ["Arial", "DejaVu Sans", "Liberation Sans", "Bitstream Vera Sans", "sans-serif"]}
 
+# %% ../../nbs/report/figures.ipynb #851c712b
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **subplots) -> tuple:
     """A `Picture` and its axes, in seaborn's ticks style.
 
@@ -52,6 +53,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **s
         figure = Picture(figsize=(width, height), dpi=100, layout="constrained")
         return figure, figure.subplots(rows, columns, **subplots)
 
+# %% ../../nbs/report/figures.ipynb #64ba186d
 METADATA = {"png": {"Software": None}, "pdf": {"Creator": None, "Producer": None, "CreationDate": None}}
 
 # %% ../../nbs/report/figures.ipynb #101ddd88
@@ -97,6 +99,7 @@ class _Tile:
         "The point at the shares x and y of width and height."
         return self.left + x * self.width, self.top + y * self.height
 
+# %% ../../nbs/report/figures.ipynb #327a2bf3
 def _tile(i, columns, size):
     "The tile of slice i in a montage with so many columns of slices of `size` (H, W)."
     row, column = divmod(i, columns)
@@ -113,6 +116,7 @@ def _underline(tile):
     "A red bar at the lower edge of a slice of a montage."
     return Rectangle(tile.at(.06, .92), .88 * tile.width, .05 * tile.height, color=RED, lw=0)
 
+# %% ../../nbs/report/figures.ipynb #16abd26a
 def _draw_marks(ax, tile, *, number, kept, lesion):
     "The number of a slice, its frame if it is `kept`, and its bar if it shows the `lesion`."
     if number in kept: ax.add_patch(_frame(tile))
@@ -120,13 +124,16 @@ def _draw_marks(ax, tile, *, number, kept, lesion):
     ax.text(*tile.at(.04, .04), str(number), color="w", fontsize=6, va="top")
 
 # %% ../../nbs/report/figures.ipynb #fa2b76c2
+def _lesion_part(kept, lesion):
+    "How many of the kept slices show the lesion; empty without one."
+    if not len(lesion): return ""
+    both = {*map(int, kept)} & {*map(int, lesion)}
+    return f", {len(both)} of them among the {len(lesion)} of the lesion (red)"
+
 def _strip_title(kept, depth, lesion, title):
     "How many slices were kept, and how many of the lesion's are among them."
     heading = f"{title}: " if title else ""
-    text = f"{heading}{len(kept)} of {depth} slices kept (blue)"
-    if not len(lesion): return text
-    both = {*map(int, kept)} & {*map(int, lesion)}
-    return f"{text}, {len(both)} of them among the {len(lesion)} of the lesion (red)"
+    return f"{heading}{len(kept)} of {depth} slices kept (blue){_lesion_part(kept, lesion)}"
 
 # %% ../../nbs/report/figures.ipynb #5ed452d9
 def slice_strip(volume: ArrayLike, kept: Sequence[int], *, lesion: Sequence[int] = (),
@@ -151,6 +158,7 @@ def slice_strip(volume: ArrayLike, kept: Sequence[int], *, lesion: Sequence[int]
     ax.set_title(_strip_title(kept, len(slices), lesion, title), fontsize=9)
     return figure
 
+# %% ../../nbs/report/figures.ipynb #a8f56f87
 def _draw_montage(slices, columns):
     "A figure of eight inches' width with the montage of (D, H, W) slices, and its axes."
     picture = _montage(slices, columns)
@@ -168,6 +176,7 @@ def _query_frame(query, size):
     place = column * w / columns, row * h / rows
     return Rectangle(place, w / columns, h / rows, fill=False, ec=BLUE, lw=1.5)
 
+# %% ../../nbs/report/figures.ipynb #69ae5f41
 def _draw_attention(ax, image, weights, top):
     "One slice in grey with its attention over it; the colour scale ends at `top`."
     h, w = image.shape
@@ -189,6 +198,7 @@ def _checked_attention(a, kept):
     raise MedVLM3DError("attention", f"has shape {a.shape} for {kept} kept slices",
                         "Give (D̂, H′, W′) with one map per kept slice.")
 
+# %% ../../nbs/report/figures.ipynb #58611187
 def _hottest(a, most):
     "Indices of the `most` slices with most attention, in order."
     order = np.argsort(-a.sum((1, 2)), kind="stable")
@@ -228,13 +238,17 @@ def overlay(volume: ArrayLike, attention: ArrayLike, *, kept: Sequence[int], que
     return figure
 
 # %% ../../nbs/report/figures.ipynb #f26033a1
+def _point_areas(bins):
+    "Areas of the points of bins, 8 to 128 by their share of the questions."
+    questions = np.array(column(bins, "n"), float)
+    return 8 + 120 * questions / questions.sum()
+
 def _draw_reliability(ax, calibration, colour, label):
     "Accuracy against confidence of one system; the area of a point is its number of questions."
     bins = calibration["bins"]
     confidence, accuracy = column(bins, "confidence"), column(bins, "accuracy")
-    questions = np.array(column(bins, "n"), float)
     ax.plot(confidence, accuracy, color=colour, lw=1, label=label)
-    ax.scatter(confidence, accuracy, 8 + 120 * questions / questions.sum(), color=colour, alpha=.8, lw=0)
+    ax.scatter(confidence, accuracy, _point_areas(bins), color=colour, alpha=.8, lw=0)
 
 def _draw_risk(ax, calibration, colour):
     "Wrong answers in percent against the share of questions answered."
@@ -276,8 +290,8 @@ def reliability_figure(systems: dict[str, dict], title: str = "") -> Figure:
 def _centre(cell): return next(cell[key] for key in ("difference", "mean", "value") if key in cell)
 
 def _is_open(cell, zero):
-    "Whether a cell's dot is open: its interval holds `zero`, or its adjusted p-value is not below .05."
-    if cell.get("p_holm", 0) >= .05: return True
+    "Whether a cell's dot is open: by its adjusted p-value; without one, if its interval holds `zero`."
+    if "p_holm" in cell: return cell["p_holm"] >= .05
     if zero is None or cell["low"] is None: return False
     return cell["low"] <= zero <= cell["high"]
 
@@ -295,12 +309,17 @@ def _forest_lines(groups):
         if rows: lines += [(heading, None), *rows]
     return lines
 
+def _embolden(labels, lines):
+    "Headings, the lines without a cell, in bold."
+    for text, (_, cell) in zip(labels, lines):
+        if cell is None: text.set_fontweight("bold")
+
+# %% ../../nbs/report/figures.ipynb #3c79ad3e
 def _label_lines(ax, lines):
     "The labels of the lines of a forest figure at the left edge."
     ax.set(yticks=range(len(lines)), ylim=(len(lines) - .4, -.6))
     labels = ax.set_yticklabels([label for label, _ in lines], fontsize=8)
-    for text, (_, cell) in zip(labels, lines):
-        if cell is None: text.set_fontweight("bold")
+    _embolden(labels, lines)
     ax.tick_params(axis="y", length=0)
 
 # %% ../../nbs/report/figures.ipynb #7c91263e
@@ -343,6 +362,7 @@ def _draw_curve(ax, points, colour, label):
     ax.plot(x, list(map(_centre, cells)), "o-", ms=4, lw=1.3, color=colour, label=label)
     ax.fill_between(x, column(cells, "low"), column(cells, "high"), color=colour, alpha=.2, lw=0)
 
+# %% ../../nbs/report/figures.ipynb #a0a1d957
 def _share_axis(ax, shares):
     "A logarithmic axis with a tick at each share of the training cases."
     ax.set_xscale("log")

@@ -6,6 +6,7 @@
 __all__ = ['words_attention', 'spread', 'over_voxels', 'look', 'look_figure', 'on_volume', 'on_stored_grid', 'write_on_grid']
 
 # %% ../../nbs/report/looking.ipynb #7cf5bf6c
+import gzip
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def _packed(model, segments):
     batch = collate([packed], padding_id(tokenizer))
     return {key: value.to(model.device) for key, value in batch.items()}
 
+# %% ../../nbs/report/looking.ipynb #2250aecb
 def _mean_attention(model, batch, features):
     "Attention (T, T) of one packed sequence, averaged over layers and heads."
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "segments")}
@@ -76,16 +78,18 @@ def over_voxels(model: MedVLM3D, features: Tensor, weights: Tensor) -> Tensor:
     return torch.einsum("km,mdhw->kdhw", weights.cpu(), torch.stack(maps))
 
 # %% ../../nbs/report/looking.ipynb #f19a9a66
+def _segment(tokenizer, question, answer, room):
+    "(prompt ids, target ids) in at most `room` tokens; the question None asks for a report."
+    prompt = prompt_ids(tokenizer, report_prompt(0) if question is None else question)
+    return prompt, target_ids(tokenizer, answer)[:room - len(prompt)]
+
 def look(model: MedVLM3D, features: Tensor, asked: Sequence[tuple]) -> Tensor:
     """Maps (K, D′, H′, W′) for K (question, answer) pairs about one volume's features (1, D′, N, C).
 
     Of an answer that is longer than the context leaves room for, the words that fit count."""
     tokenizer = model.need_processor().tokenizer
     room = model.config.context - len(image_prefix(tokenizer, model.config.visual_tokens))
-    segments = []
-    for question, answer in asked:
-        prompt = prompt_ids(tokenizer, report_prompt(0) if question is None else question)
-        segments.append((prompt, target_ids(tokenizer, answer)[:room - len(prompt)]))
+    segments = [_segment(tokenizer, *pair, room) for pair in asked]
     return over_voxels(model, features, words_attention(model, features, segments))
 
 # %% ../../nbs/report/looking.ipynb #e6ce7865
@@ -114,6 +118,7 @@ def on_volume(values: Tensor, preprocess: Preprocess, oriented: Volume) -> np.nd
     whole[tuple(box)] = F.adaptive_max_pool3d(values.float()[None, None], size)[0, 0]
     return whole.numpy()
 
+# %% ../../nbs/report/looking.ipynb #e96b54d7
 def on_stored_grid(array: np.ndarray, oriented: Volume) -> tuple[np.ndarray, np.ndarray]:
     "An array on the oriented scan's grid, turned to the grid of its file, and the affine of that."
     from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
@@ -124,16 +129,20 @@ def on_stored_grid(array: np.ndarray, oriented: Volume) -> tuple[np.ndarray, np.
     return turned, affine
 
 # %% ../../nbs/report/looking.ipynb #d7ef7492
+def _nifti_bytes(array, affine):
+    "An array as NIfTI, in mm."
+    from nibabel import Nifti1Image
+    image = Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm")
+    return image.to_bytes()
+
 def _write_nifti(path, array, affine):
     "Write an array as NIfTI, in mm; the same array gives the same bytes."
-    import gzip
-    import nibabel as nib
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm")
-    data = image.to_bytes()
-    packed = gzip.compress(data, mtime=0) if path.name.lower().endswith(".gz") else data
-    with atomic_path(path) as part: part.write_bytes(packed)
+    data = _nifti_bytes(array, affine)
+    if path.name.lower().endswith(".gz"): data = gzip.compress(data, mtime=0)
+    with atomic_path(path) as part: part.write_bytes(data)
 
+# %% ../../nbs/report/looking.ipynb #c62559f5
 def write_on_grid(path: Path | str, volume: Volume, *, preprocess: Preprocess, heat: Tensor,
                   indices: Tensor) -> list[Path]:
     """Write a map over the kept slices, and the mask of these, as NIfTI on the grid of the scan's file.

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AnyRun', 'PUBLISHED', 'RESEARCH', 'PROTOCOLS', 'SHORT', 'MEANS', 'TEXT_METRICS', 'SYSTEM_ORDER', 'published',
            'published_value', 'results_of', 'cell_text', 'score_text', 'metric_names', 'groups_of', 'system_label',
-           'system_columns', 'report_table', 'closed_note', 'vqa_table', 'p_text', 'signed', 'comparison_table', 'pick',
-           'shorten', 'examples_table', 'accuracy_figure']
+           'system_columns', 'spoken_text', 'report_table', 'closed_note', 'vqa_table', 'p_text', 'signed',
+           'comparison_table', 'pick', 'shorten', 'examples_table', 'accuracy_figure']
 
 # %% ../../nbs/report/tables.ipynb #fc028b1b
 import csv
@@ -22,7 +22,8 @@ from ..base.core import MedVLM3DError, RunFolder, project_root
 from ..base.table import Table
 from ..evaluation.comparison import lookup
 from ..evaluation.prediction import column, read_predictions
-from ..evaluation.scores import TYPE_ORDER, accuracy_values, interval_text
+from ..evaluation.scores import TYPE_ORDER, accuracy_values, by_likelihood, interval_text
+from ..evaluation.uncertainty import at_floor
 from .figures import legend_beside, new_figure
 
 # %% ../../nbs/report/tables.ipynb #65c5f074
@@ -100,6 +101,7 @@ def system_label(run: str, system: str) -> str:
     "The heading of a system: the label of its run; other systems than the model add their name."
     return run if system == "model" else f"{run}: {system}"
 
+# %% ../../nbs/report/tables.ipynb #3873501b
 def system_columns(results: dict[str, dict], systems: Sequence[str] | None) -> list[tuple]:
     "(heading, results, system) of each column: the `systems` asked for, or all that a run holds."
     columns = []
@@ -113,18 +115,36 @@ PUBLISHED = ("RadFM", "M3D-LaMed", "Med3DVLM", "MedM-VL-CT-3B", "paper")
 RESEARCH = ("× 100; in brackets 95 % intervals from resampling cases. Published numbers are on M3D, "
             "'here' is on the data of the run. Research use only.")
 PROTOCOLS = (" In brackets behind a score its protocol: m3d, the literature's code; "
-             "standard: corpus BLEU-4, ROUGE-L, the strict parser.")
+             "standard: corpus BLEU-4, ROUGE-L, the strict parser. Accuracy is of generated text; "
+             "option accuracy: of the likeliest option, which no published number is.")
 SHORT = " BLEU-4 is 0 where no answer has four words."
 MEANS = " macro: mean over types, the literature's mean; micro: mean over questions."
 TEXT_METRICS = ("BLEU-1", "ROUGE-1", "METEOR", "BERTScore")
 
+# %% ../../nbs/report/tables.ipynb #ae7e2a09
+def spoken_text(results: dict, system: str, *, task: str, metric: str, **place) -> str:
+    """`score_text`; a dash where the score is one of generated text and the system generated none.
+
+    Parameters
+    ----------
+    results : the contents of `results.json`
+    system, task, metric, place : the place of the cell, see `lookup`
+    """
+    of_text = task == "closed" and metric in ("accuracy", "unparsed")
+    if of_text and by_likelihood(results.get("systems", {}).get(system, {})): return "–"
+    return score_text(results, system, task=task, metric=metric, **place)
+
+# %% ../../nbs/report/tables.ipynb #f48b48ef
+def _published_cells(known, **place):
+    "The score of each published model at a place."
+    return [published_value(known, model, **place) for model in PUBLISHED]
+
 def _score_row(columns, known, *, protocol, task, metric, group):
     "The cells of one score: of each published model (protocol m3d only), then of each of `columns`."
     old = ["–"] * len(PUBLISHED)
-    if protocol == "m3d":
-        old = [published_value(known, model, task=task, type=group, metric=metric) for model in PUBLISHED]
+    if protocol == "m3d": old = _published_cells(known, task=task, type=group, metric=metric)
     place = dict(protocol=protocol, task=task, metric=metric, group=group)
-    return *old, *(score_text(results, system, **place) for _, results, system in columns)
+    return *old, *(spoken_text(results, system, **place) for _, results, system in columns)
 
 def _headings(columns): return (*PUBLISHED, *(name for name, _, _ in columns))
 
@@ -153,6 +173,7 @@ def closed_note(results: dict[str, dict], task: str = "closed") -> str:
         if "closed" in signatures: note += f" Closed answers of {name}: {signatures['closed']}."
     return note
 
+# %% ../../nbs/report/tables.ipynb #ae26acd5
 def _vqa_metrics(results, protocol, task):
     "The scores of a table of questions: those expected, and those found."
     if task == "closed": expected = ["accuracy"]
@@ -179,17 +200,20 @@ def vqa_table(runs: dict, task: str = "closed", systems: Sequence[str] | None = 
     return Table(f"{task.capitalize()} questions", ("score", "type", *_headings(columns)), tuple(rows), note)
 
 # %% ../../nbs/report/tables.ipynb #65e4c519
-def p_text(p: float) -> str:
-    "A p-value with four decimals."
+def p_text(p: float, bound: bool = False) -> str:
+    "A p-value with four decimals; with ≤ where resampling gives no more than a `bound`."
+    if bound: return f"≤ {p:.4f}"
     return f"{p:.4f}" if p >= .0001 else "< 0.0001"
 
 def signed(c: dict) -> str:
     "A difference as text, `+1.2 [-0.3, 2.7]`."
     return f"{c['difference']:+.1f}{interval_text(c['low'], c['high'])}"
 
+# %% ../../nbs/report/tables.ipynb #57bfde60
 def _adjusted_text(c, test):
     "The p-value of a test, Holm-adjusted where it is."
-    return f"{p_text(c[f'{test}_holm'])} (Holm)" if f"{test}_holm" in c else p_text(c[test])
+    bound = test == "p" and at_floor(c[test])
+    return f"{p_text(c[f'{test}_holm'], bound)} (Holm)" if f"{test}_holm" in c else p_text(c[test], bound)
 
 def _difference_row(name, group, c, tests):
     "The cells of one difference: systems, type, difference, and the p-value of each of `tests`."
@@ -206,8 +230,9 @@ def comparison_table(run: AnyRun, task: str = "closed", metric: str = "accuracy"
         rows += [_difference_row(name, group, c, tests) for group, c in groups.items()]
     protocol = "standard (strict parser)" if metric == "accuracy" else "m3d"
     columns = ("systems", "type", "difference", *tests.values())
-    note = (f"Points; 95 % intervals from resampling cases; protocol {protocol}. Holm: adjusted for all rows "
-            "of this table but those of micro, which repeat them. Research use only.")
+    note = (f"Points; 95 % intervals from resampling cases; protocol {protocol}. The tests speak of the "
+            "model trained first, not of other seeds; ≤: no resample was more extreme. Holm: adjusted for "
+            "all rows of this table but those of micro, which repeat them. Research use only.")
     return Table(f"Differences in {task} {metric}", columns, tuple(rows), note)
 
 # %% ../../nbs/report/tables.ipynb #02e62ad6
@@ -220,6 +245,7 @@ def pick(lines: list[dict], n: int, seed: int = 0) -> list[dict]:
         chosen.setdefault((line["task"], line["type"]), []).append(line)
     return [line for key in sorted(chosen) for line in chosen[key][:n]]
 
+# %% ../../nbs/report/tables.ipynb #354ccdab
 def shorten(text: str, length: int = 160) -> str:
     "`text`, cut to `length` characters."
     return text if len(text) <= length else text[:length - 1] + "…"
@@ -257,13 +283,17 @@ def examples_table(predictions: list[dict] | Path | str, n: int = 2, seed: int =
 SYSTEM_ORDER = ("model", "model, in words", "slices reversed", "nearest caption", "other image",
                 "blank image", "no image", "blind", "constant")
 
+def _system_position(name):
+    "Where a system stands: those known first, in their order, then the others by name."
+    return SYSTEM_ORDER.index(name) if name in SYSTEM_ORDER else len(SYSTEM_ORDER), name
+
 def _systems_with(results, protocol, task, metric):
     "Names of the systems that have a score, without chance; those known first, in their order."
     names = [name for name, scores in results.get("systems", {}).items()
              if name != "chance" and metric in scores.get(protocol, {}).get(task, {})]
-    def position(name): return SYSTEM_ORDER.index(name) if name in SYSTEM_ORDER else len(SYSTEM_ORDER)
-    return sorted(names, key=lambda name: (position(name), name))
+    return sorted(names, key=_system_position)
 
+# %% ../../nbs/report/tables.ipynb #07dd6dfe
 def _draw_bars(ax, x, *, cells, width, colour, label):
     "The bars of one system, with their intervals if all have one; only wide bars have caps."
     value, low, high = (np.array(column(cells, key), float) for key in ("value", "low", "high"))
