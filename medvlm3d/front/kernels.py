@@ -51,43 +51,64 @@ def _fork(request: dict, *inherited: socket.socket) -> int:
         os._exit(status)
 
 # %% ../../nbs/front/kernels.ipynb #92d787c8
-def serve(address: str) -> None:
-    "Import `LIBRARIES`, then fork a kernel for each request at `address` until the caller has ended."
+def _import_libraries() -> None:
+    "Import `LIBRARIES` and put them beyond the reach of the garbage collector, so that a fork shares them."
     import gc, importlib
     for name in LIBRARIES:
         importlib.import_module(name)
     sys.modules["transformers"].logging.disable_progress_bar()   # bars would be stored as text
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # the system removes kernels that have ended
     gc.freeze()
+
+def _answer(listener: socket.socket) -> None:
+    "Answer one request, if one comes before the listener's time is over."
+    try:
+        connection, _ = listener.accept()
+    except TimeoutError:
+        return
+    with connection, connection.makefile("rw") as stream:
+        stream.write(f"{_fork(json.loads(stream.readline()), listener, connection)}\n")
+
+# %% ../../nbs/front/kernels.ipynb #e7d5efe8
+def serve(address: str) -> None:
+    "Import `LIBRARIES`, then fork a kernel for each request at `address` until the caller has ended."
     caller = os.getppid()
+    _import_libraries()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)   # the system removes kernels that have ended
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
         listener.settimeout(2.)
         while os.getppid() == caller:
-            try:
-                connection, _ = listener.accept()
-            except TimeoutError:
-                continue
-            with connection, connection.makefile("rw") as stream:
-                stream.write(f"{_fork(json.loads(stream.readline()), listener, connection)}\n")
+            _answer(listener)
 
 # %% ../../nbs/front/kernels.ipynb #66ec5bff
-@lru_cache(maxsize=1)
-def _parent(caller: int) -> str:
-    "The address of the process that forks kernels for process `caller`."
-    folder = tempfile.mkdtemp(prefix="kernels")
-    address = f"{folder}/socket"
-    program = f"from medvlm3d.front.kernels import serve; serve({address!r})"
-    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-    atexit.register(process.kill)
+def _wait_for(process: subprocess.Popen, address: str) -> None:
+    "Wait until a process listens at an address; an error if it ends before."
     while not os.path.exists(address):
         if process.poll() is not None:
             raise RuntimeError(f"the process that forks kernels ended with status {process.returncode}")
         time.sleep(.05)
+
+@lru_cache(maxsize=1)
+def _parent(caller: int) -> str:
+    "The address of the process that forks kernels for process `caller`."
+    address = f"{tempfile.mkdtemp(prefix='kernels')}/socket"
+    program = f"from medvlm3d.front.kernels import serve; serve({address!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    atexit.register(process.kill)
+    _wait_for(process, address)
     return address
 
 # %% ../../nbs/front/kernels.ipynb #c6ce0b0f
+def _request(**request) -> str:
+    "Send a request to the process that forks kernels; its answer."
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(_parent(os.getpid()))
+        with connection.makefile("rw") as stream:
+            stream.write(json.dumps(request) + "\n")
+            stream.flush()
+            return stream.readline()
+
 def fork_kernel(arguments: list[str], env: dict[str, str], cwd: str | Path):
     """A forked kernel as a `psutil.Process`.
 
@@ -99,13 +120,7 @@ def fork_kernel(arguments: list[str], env: dict[str, str], cwd: str | Path):
         The kernel's whole environment and its working folder.
     """
     import psutil
-    request = {"arguments": list(arguments), "env": dict(env), "cwd": str(cwd)}
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(_parent(os.getpid()))
-        with connection.makefile("rw") as stream:
-            stream.write(json.dumps(request) + "\n")
-            stream.flush()
-            return psutil.Process(int(stream.readline()))
+    return psutil.Process(int(_request(arguments=list(arguments), env=dict(env), cwd=str(cwd))))
 
 # %% ../../nbs/front/kernels.ipynb #9b7ead5d
 class _Forked:

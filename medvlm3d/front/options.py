@@ -40,17 +40,21 @@ def spelled(context: typer.Context, option: str) -> str:
     return max(parameter.opts, key=len)
 
 # %% ../../nbs/front/options.ipynb #2a4d9d31
+def _refusal(context: typer.Context, option: str, *, mode: Mode, modes: tuple[Mode, ...]) -> Exception:
+    "The error about an option that a mode does not read."
+    from medvlm3d.base.core import MedVLM3DError
+    others = [other.name for other in modes if other.uses and other.reads(option)]
+    counts = f"It counts {' or '.join(others)}." if others else "Leave it out."
+    why = f"is not used by `{context.command_path}` {mode.name}"
+    return MedVLM3DError(spelled(context, option), why, mode.remedy or counts)
+
+# %% ../../nbs/front/options.ipynb #609d66bd
 def refuse_unused(context: typer.Context, modes: tuple[Mode, ...]) -> None:
     "An error that names the first option given that a mode which applies does not read."
-    from medvlm3d.base.core import MedVLM3DError
     for mode in modes:
         if not mode.applies(context.params): continue
         for option in given_options(context):
-            if mode.reads(option): continue
-            others = [other.name for other in modes if other.uses and other.reads(option)]
-            counts = f"It counts {' or '.join(others)}." if others else "Leave it out."
-            why = f"is not used by `{context.command_path}` {mode.name}"
-            raise MedVLM3DError(spelled(context, option), why, mode.remedy or counts)
+            if not mode.reads(option): raise _refusal(context, option, mode=mode, modes=modes)
 
 # %% ../../nbs/front/options.ipynb #dd7b5f8d
 def modes(*ways: Mode) -> Callable:
@@ -74,8 +78,9 @@ def _with_context(checked, verb):
     checked.__annotations__ = {**verb.__annotations__, "context": typer.Context}
     return checked
 
+# %% ../../nbs/front/options.ipynb #44f79b6e
 def _check_names(verb, ways):
     "A mode may only name parameters of its verb."
-    known = inspect.signature(verb).parameters
-    unknown = {option for way in ways for option in (*(way.uses or ()), *way.drops)} - {*known}
-    if unknown: raise NameError(f"{verb.__name__} has no {', '.join(sorted(unknown))}")
+    named = {option for way in ways for option in (*(way.uses or ()), *way.drops)}
+    unknown = sorted(named - {*inspect.signature(verb).parameters})
+    if unknown: raise NameError(f"{verb.__name__} has no {', '.join(unknown)}")

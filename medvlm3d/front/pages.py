@@ -38,24 +38,26 @@ def _markdown(output) -> str:
     text = data.get("text/plain", output.get("text", ""))
     return f"```text\n{text.rstrip()}\n```"
 
-def readme(path: Path | str | None = None) -> str:
-    "The notebook at `path` (the index where none is given) as the Markdown of the README."
-    import nbformat
-    parts = []
-    for cell in nbformat.read(path or project_root()/"nbs"/"index.ipynb", 4).cells:
-        if cell.cell_type == "markdown":
-            parts.append(cell.source)
-            continue
-        if "result" not in cell.metadata.get("tags", []):
-            parts.append(f"```python\n{cell.source}\n```")
-        parts += [_markdown(output) for output in cell.outputs]
-    return _links_from_root("\n\n".join(parts) + "\n")
+def _cell_parts(cell) -> list[str]:
+    "A cell of the index as parts of a page: its words, or its code and its outputs."
+    if cell.cell_type == "markdown":
+        return [cell.source]
+    code = [] if "result" in cell.metadata.get("tags", []) else [f"```python\n{cell.source}\n```"]
+    return code + [_markdown(output) for output in cell.outputs]
 
+# %% ../../nbs/front/pages.ipynb #5aa3d245
 def _links_from_root(text: str) -> str:
     "Links of a page in `nbs/` as links of a page in the root."
     text = re.sub(r"\]\((?!https?:|#|\.\./)([^)]+)\)", r"](nbs/\1)", text)
     text = text.replace("](../", "](").replace('src="../', 'src="')
     return text.replace('src="images/', 'src="nbs/images/')
+
+def readme(path: Path | str | None = None) -> str:
+    "The notebook at `path` (the index where none is given) as the Markdown of the README."
+    import nbformat
+    cells = nbformat.read(path or project_root()/"nbs"/"index.ipynb", 4).cells
+    parts = [part for cell in cells for part in _cell_parts(cell)]
+    return _links_from_root("\n\n".join(parts) + "\n")
 
 def write_readme() -> None:
     "Write README.md from nbs/index.ipynb."
@@ -69,37 +71,42 @@ def _paths_in(entry) -> list[str]:
     values = entry.values() if isinstance(entry, dict) else entry
     return [page for value in values for page in _paths_in(value)]
 
+def _notebooks_of(pages: list[str]) -> list[Path]:
+    "The notebooks behind pages of the site; a page that is no notebook is left out."
+    paths = [project_root()/"nbs"/page.replace(".md", ".ipynb") for page in pages]
+    return [path for path in paths if path.exists()]
+
+# %% ../../nbs/front/pages.ipynb #df21f881
 def site_order() -> dict[str, list[Path]]:
     "Title of each top entry of the site's navigation → the notebooks below it."
     nav = yaml.safe_load((project_root()/"mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    order = {}
-    for entry in nav:
-        (title, content), = entry.items()
-        pages = [project_root()/"nbs"/page.replace(".md", ".ipynb") for page in _paths_in(content)]
-        order[title] = [page for page in pages if page.exists()]
-    return order
+    entries = [pair for entry in nav for pair in entry.items()]
+    return {title: _notebooks_of(_paths_in(content)) for title, content in entries}
 
 def lessons() -> list[Path]:
     "The eight lessons of the course, in order."
     return [path for path in site_order()["The course"] if path.stem != "index"]
 
 # %% ../../nbs/front/pages.ipynb #88eb02a1
+def _first(lines: list[str], mark: str) -> str | None:
+    "The first line that begins with a mark, without it; None where none does."
+    return next((line.removeprefix(mark) for line in lines if line.startswith(mark)), None)
+
 def headline(path: Path | str) -> tuple[str, str]:
     "Title of the notebook at `path` up to its colon, and the quoted sentence below it."
     import nbformat
-    cells = nbformat.read(path, 4).cells
-    lines = next((c.source for c in cells if c.cell_type == "markdown"), "").splitlines()
-    title = next((line[2:] for line in lines if line.startswith("# ")), Path(path).stem)
-    sentence = next((line[2:] for line in lines if line.startswith("> ")), "")
-    return title.split(": ")[0], sentence
+    words = [cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown"]
+    lines = "".join(words[:1]).splitlines()
+    title = _first(lines, "# ") or Path(path).stem
+    return title.split(": ")[0], _first(lines, "> ") or ""
 
+# %% ../../nbs/front/pages.ipynb #35fda6c3
 def _link(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 def lesson_list(folder: Path | str | None = None) -> str:
     "The lessons as a numbered Markdown list; links are relative to `folder` (`nbs/` where none is given)."
-    folder = Path(folder or project_root()/"nbs")
-    rows = []
+    folder, rows = Path(folder or project_root()/"nbs"), []
     for number, path in enumerate(lessons(), 1):
         title, sentence = headline(path)
         rows.append(f"{number}. [{title}]({_link(path, folder)}). {sentence}")
@@ -112,55 +119,71 @@ def wing_table() -> str:
     rows += [f"| `{wing}` | {content} |" for wing, content in WINGS.items()]
     return "\n".join(rows)
 
+# %% ../../nbs/front/pages.ipynb #a5ceb7c2
+def _room_row(path: Path) -> str:
+    title, sentence = headline(path)
+    return f"| [{path.stem}]({_link(path, project_root()/'nbs')}) | **{title}.** {sentence} |"
+
 def room_table() -> str:
     "All rooms as Markdown tables, one a wing, in the order of the site."
-    folder, parts = project_root()/"nbs", []
-    order = [path for paths in site_order().values() for path in paths]
+    rooms = [path for paths in site_order().values() for path in paths if path.stem != "index"]
+    parts = []
     for wing, content in {**WINGS, "runners": "runs with parameters, executed by papermill"}.items():
-        rows = [f"## {wing}: {content}\n", "| room | holds |", "|---|---|"]
-        for path in order:
-            if path.parent.name == wing and path.stem != "index":
-                title, sentence = headline(path)
-                rows.append(f"| [{path.stem}]({_link(path, folder)}) | **{title}.** {sentence} |")
-        parts.append("\n".join(rows))
+        rows = [_room_row(path) for path in rooms if path.parent.name == wing]
+        parts.append("\n".join([f"## {wing}: {content}\n", "| room | holds |", "|---|---|", *rows]))
     return "\n\n".join(parts)
 
 # %% ../../nbs/front/pages.ipynb #ed1441f8
 EQUATION = re.compile(r"\$\$((?:(?!\$\$).)*?)\\tag\{(\d+)\}\s*\$\$", re.S)
 
-def _functions_of(source: str) -> dict[int, str]:
-    "Number of an equation → the function or class of a code cell whose docstring ends with it."
-    found = {}
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            for number in re.findall(r"Eq\. \((\d+)\)\.", ast.get_docstring(node) or ""):
-                found[int(number)] = node.name
-    return found
+def _named(node: ast.AST) -> list[str]:
+    "The numbers of the equations that the docstring of a function or class names."
+    if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return []
+    return re.findall(r"Eq\. \((\d+)\)\.", ast.get_docstring(node) or "")
 
+def _functions_of(cell) -> dict[int, str]:
+    "Number of an equation → the function or class of an exported cell whose docstring ends with it."
+    if cell.cell_type != "code" or not cell.source.startswith("#| export"):
+        return {}
+    nodes = ast.walk(ast.parse(cell.source))
+    return {int(number): node.name for node in nodes for number in _named(node)}
+
+# %% ../../nbs/front/pages.ipynb #aaa364bd
+def _formulas_of(cells: list) -> dict[int, tuple[str, str]]:
+    "Number of an equation → its LaTeX and the heading of its section, of a notebook's cells."
+    heading, formulas = "", {}
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            continue
+        heading = next(iter(re.findall(r"^#+ (.+)$", cell.source, re.M)), heading)
+        for latex, number in EQUATION.findall(cell.source):
+            formulas[int(number)] = latex.strip().rstrip(",. "), heading
+    return formulas
+
+def _equations_of(path: Path) -> list[tuple]:
+    "The rows of `equations` of one lesson."
+    import nbformat
+    cells, functions = nbformat.read(path, 4).cells, {}
+    for cell in cells:
+        functions |= _functions_of(cell)
+    formulas = _formulas_of(cells)
+    return [(n, latex, functions[n], path, heading) for n, (latex, heading) in formulas.items()]
+
+# %% ../../nbs/front/pages.ipynb #6847c2c9
 def equations() -> list[tuple[int, str, str, Path, str]]:
     "(number, LaTeX, function, notebook, heading of its section) of every numbered equation in the lessons."
-    import nbformat
-    formulas, functions = {}, {}
-    for path in lessons():
-        heading = ""
-        for cell in nbformat.read(path, 4).cells:
-            if cell.cell_type == "code":
-                if cell.source.startswith("#| export"):
-                    functions |= _functions_of(cell.source)
-                continue
-            headings = re.findall(r"^#+ (.+)$", cell.source, re.M)
-            heading = headings[0] if headings else heading
-            for latex, number in EQUATION.findall(cell.source):
-                formulas[int(number)] = (latex.strip().rstrip(",. "), path, heading)
-    rows = sorted(formulas.items())
-    return [(n, latex, functions[n], path, heading) for n, (latex, path, heading) in rows]
+    return sorted(row for path in lessons() for row in _equations_of(path))
 
 # %% ../../nbs/front/pages.ipynb #a263b900
+def _equation_row(number: int, latex: str, *, function: str, path: Path, heading: str, folder: Path) -> str:
+    anchor = re.sub(r"\s+", "-", heading.strip())
+    return f"| {number} | ${latex}$ | [`{function}`]({_link(path, folder)}#{anchor}) |"
+
 def equation_table(folder: Path | str) -> str:
     "The equations as a Markdown table: number, formula, and a link to the function that computes it."
     rows = ["| Eq. | formula | computed by |", "|---|---|---|"]
     for number, latex, function, path, heading in equations():
-        anchor = re.sub(r"\s+", "-", heading.strip())
-        link = f"{_link(path, Path(folder))}#{anchor}"
-        rows.append(f"| {number} | ${latex}$ | [`{function}`]({link}) |")
+        row = _equation_row(number, latex, function=function, path=path, heading=heading, folder=Path(folder))
+        rows.append(row)
     return "\n".join(rows)

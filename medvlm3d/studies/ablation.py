@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+# %% ../../nbs/studies/ablation.ipynb #7841a993
 from ..base.core import MedVLM3DError, pick_device, relative, sha256_json
 from ..base.values import read_yaml
 from ..data.m3d import load_m3d
@@ -30,7 +31,7 @@ from ..features.store import FeatureStore, encode_images
 from ..method.connector import Whitening
 from ..method.encoders import load_encoder, quick_dtype
 from ..method.fusion import to_grid
-from ..method.selection import kept_count, select_indices
+from ..method.selection import kept_count, lowest_in_bins, patch_scores, select_indices
 from ..method.weights import interpolate_grid
 from ..phantoms.phantom import make_phantom, read_truth
 from ..phantoms.probes import PROBES, make_probe
@@ -87,6 +88,7 @@ def _read_row(path):
 CORPORA = ("phantom", *PROBES)
 DIALS = {"phantom": ("contrast",), **dict.fromkeys(PROBES, ("size", "contrast"))}
 
+# %% ../../nbs/studies/ablation.ipynb #2de01d79
 @dataclass(frozen=True)
 class Corpora:
     "Which corpora are drawn; the same values give the same corpora."
@@ -115,10 +117,13 @@ def check_dial(dial: dict) -> None:
     for corpus, factors in dial.items():
         if corpus not in DIALS:
             raise MedVLM3DError(f"dial {corpus!r}", "is no corpus", f"Choose among {', '.join(DIALS)}.")
-        if not _is_dial(factors, DIALS[corpus]):
-            raise MedVLM3DError(f"dial {corpus!r}", f"is {factors!r}",
-                                f"Give how many times more {' or '.join(DIALS[corpus])}, "
-                                "as in {'texture': {'size': 2}}.")
+        if not _is_dial(factors, DIALS[corpus]): raise _dial_error(corpus, factors)
+
+# %% ../../nbs/studies/ablation.ipynb #676654dd
+def _dial_error(corpus, factors):
+    names = " or ".join(DIALS[corpus])
+    return MedVLM3DError(f"dial {corpus!r}", f"is {factors!r}",
+                         f"Give how many times more {names}, as in {{'texture': {{'size': 2}}}}.")
 
 def _is_dial(factors, names):
     if not isinstance(factors, dict) or not factors: return False
@@ -152,6 +157,7 @@ def read_corpora(data: Path) -> tuple[list[Sample], dict]:
         samples += [_within(corpus, sample) for sample in load_m3d(data/corpus) if sample.task == "closed"]
     return samples, cluster
 
+# %% ../../nbs/studies/ablation.ipynb #1d278989
 def _within(corpus, sample):
     "The sample with its corpus in front of id, case and image."
     names = {key: f"{corpus}/{getattr(sample, key)}" for key in ("id", "case", "image")}
@@ -171,21 +177,24 @@ def row_encoder(name: str, pixels: int, device: torch.device):
     "`load_encoder(name)`; for NAME-random the same architecture with random weights, always the same ones."
     base = name.removesuffix("-random")
     encoder = load_encoder(base, size=pixels, device=device, dtype=quick_dtype(device), chunk=32)
-    if base == name: return encoder
+    if base != name:
+        _randomise(encoder)
+        encoder.name = name
+    return encoder
+
+def _randomise(encoder):
+    "Give an encoder random weights in place of its own."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         random_model = type(encoder.model)(encoder.model.config)
     encoder.model.load_state_dict(random_model.state_dict())
-    encoder.name = name
-    return encoder
 
 # %% ../../nbs/studies/ablation.ipynb #f1e06e08
 def slices_wanted(rows: Sequence[Row]) -> tuple[float, str]:
     "(rho, strategy) of an encoder's store: all slices, or those of the only rule if it looks at no features."
     rules = {(row.rho, row.selection) for row in rows}
-    if len(rules) == 1:
-        rho, selection = next(iter(rules))
-        if selection == "uniform": return rho, selection
+    rho, selection = next(iter(rules))
+    if len(rules) == 1 and selection == "uniform": return rho, selection
     return 100, "uniform"
 
 # %% ../../nbs/studies/ablation.ipynb #8ad69ff4
@@ -205,11 +214,13 @@ class Slices:
         depth, _, width = store[images[0]][0].shape
         self.tokens = torch.empty(len(images), depth, prod(grid), channels, dtype=torch.bfloat16)
         self.means = torch.empty(len(images), depth, 1, width)
+        self.changes = torch.empty(len(images), depth, dtype=torch.float64)
         bar = tqdm(images, desc="slices", unit="volume", disable=not progress, leave=False)
         for i, image in enumerate(bar): self._keep(i, store[image][0])
 
     def _keep(self, i, features):
         self.means[i] = features.mean(1, keepdim=True, dtype=torch.float64)
+        self.changes[i] = patch_scores(features)
         self.tokens[i] = interpolate_grid(self.whitening(features.float()), self.grid)
 
     @property
@@ -220,16 +231,23 @@ class Slices:
     def kept(self, rho: float, selection: str, seed: int = 0) -> np.ndarray | None:
         "(n, D̂) indices of the slices that a rule keeps; None where only those are stored."
         if (self.spec["rho"], self.spec["strategy"]) != (100, "uniform"): return None
+        if selection == "patch-bins": return np.stack([_in_bins(scores, rho) for scores in self.changes])
         first = seed * len(self.images)      # `random` draws anew for each volume and seed
-        indices = [select_indices(m, rho, selection, first + i).numpy() for i, m in enumerate(self.means)]
-        return np.stack(indices)
+        return np.stack([_select(m, rho, selection, first + i) for i, m in enumerate(self.means)])
+
+# %% ../../nbs/studies/ablation.ipynb #d9b1f104
+def _select(means, rho, selection, seed):
+    "Indices of the slices that a rule keeps of one volume, from their patch means (D, 1, C)."
+    return select_indices(means, rho, selection, seed).numpy()
+
+def _in_bins(scores, rho): return lowest_in_bins(scores, kept_count(len(scores), rho)).numpy()
 
 # %% ../../nbs/studies/ablation.ipynb #aafb270d
 def _fit_whitening(store, training, channels):
     "Whitening to `channels`, fitted on all slices of about 48 training images."
-    every = max(1, len(training) // 48)
-    features = torch.stack([store[image][0] for image in training[::every]]).float()
-    return Whitening(features.shape[-1], channels).fit(features)
+    some = training[::max(1, len(training) // 48)]
+    features = torch.stack([store[image][0] for image in some])
+    return Whitening(features.shape[-1], channels).fit(features.float())
 
 # %% ../../nbs/studies/ablation.ipynb #350a0477
 @dataclass(frozen=True)
@@ -326,24 +344,28 @@ def _run_encoder(out, rows, *, encoded, setup, name):
 # %% ../../nbs/studies/ablation.ipynb #c522b6ad
 def _with_slices(trials, slices):
     "The trials with the indices of the slices that their rows keep."
-    kept, ready = cache(slices.kept), []
-    for (row, seed), trial in trials.items():
-        draw = seed if row.selection == "random" else 0
-        ready.append(replace(trial, kept=kept(row.rho, row.selection, draw)))
-    return ready
+    kept = cache(slices.kept)
+    return [replace(trial, kept=kept(*_rule_of(row, seed))) for (row, seed), trial in trials.items()]
+
+def _rule_of(row, seed):
+    "The arguments of `Slices.kept` for a row."
+    return row.rho, row.selection, seed if row.selection == "random" else 0
 
 # %% ../../nbs/studies/ablation.ipynb #c3f81e57
 def constant_letters(samples: Sequence[Sample], images: set | None = None) -> str:
     """Letters of the best constant, in the order of `items_of`: learned for each corpus and type.
 
     It learns from all training samples, or from those about `images`."""
-    training = [s for s in samples if s.split == "train" and (images is None or s.image in images)]
+    training = [_typed_by_corpus(s) for s in samples if s.split == "train" and _is_among(s, images)]
     questions = [prediction_line(_typed_by_corpus(s)) for s in asked_in_order(samples)]
-    lines = constant_predictions(questions, [_typed_by_corpus(s) for s in training])
+    lines = constant_predictions(questions, training)
     return "".join(parse_choice(line["prediction"], line["choices"]) for line in lines)
+
+def _is_among(sample, images): return images is None or sample.image in images
 
 def _typed_by_corpus(sample): return replace(sample, type=f"{corpus_of(sample)} {sample.type}")
 
+# %% ../../nbs/studies/ablation.ipynb #4ea0e80f
 def chances(samples: Sequence[Sample]) -> np.ndarray:
     "(items,) probability, in the order of `items_of`, that an option drawn blindly is right."
     return np.array([1 / len(offered(s.choices)) for s in asked_in_order(samples)])

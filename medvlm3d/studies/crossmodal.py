@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+# %% ../../nbs/studies/crossmodal.ipynb #fd08394f
 from ..base.core import MedVLM3DError, relative
 from ..base.pool import parallel
 from ..data.corpora import AUTOPET, Study
@@ -51,11 +52,10 @@ class Facts:
     @property
     def halves(self):
         "side → 'yes' or 'no', for each half that can be asked about."
-        answers = {}
-        for side, share in zip(("right", "left"), self.shares):
-            if share >= MINOR: answers[side] = "yes"
-            elif share == 0: answers[side] = "no"
-        return answers
+        shares = dict(zip(("right", "left"), self.shares))
+        return {side: "yes" if share else "no" for side, share in shares.items() if _is_clear(share)}
+
+def _is_clear(share): return share == 0 or share >= MINOR
 
 # %% ../../nbs/studies/crossmodal.ipynb #3c2df712
 def body_middle(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
@@ -67,12 +67,13 @@ def body_middle(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
     half = np.array([max(1., (b.stop - b.start) / 2) for b in box])
     return middle, half
 
+# %% ../../nbs/studies/crossmodal.ipynb #6cc126eb
 def largest_lesion(mask: np.ndarray) -> np.ndarray:
     "Centre (d, h, w) in voxels of the largest connected lesion of a bool mask (D, H, W)."
     from scipy.ndimage import label
     labels, _ = label(mask, np.ones((3, 3, 3)))
-    largest = 1 + np.bincount(labels.ravel())[1:].argmax()
-    return np.argwhere(labels == largest).mean(0)
+    sizes = np.bincount(labels.ravel())
+    return np.argwhere(labels == 1 + sizes[1:].argmax()).mean(0)
 
 # %% ../../nbs/studies/crossmodal.ipynb #717a234f
 def place_of(volume: Volume, mask: np.ndarray) -> tuple[str, str, tuple[float, float]]:
@@ -93,31 +94,42 @@ def _modality(kind): return "MR" if kind not in AUTOPET else kind
 
 def study_facts(study: Study, kind: str) -> Facts:
     "The `Facts` of one volume of a `Study`; MedVLM3DError says why none can be drawn from it."
+    side, level, shares = place_of(*_volume_and_mask(study, kind))
+    place = dict(side=side, level=level, shares=shares)
+    return Facts(study.case, study.patient, source=study.source, modality=_modality(kind), kind=kind,
+                 image=study.images[kind], mask=study.mask, **place)
+
+# %% ../../nbs/studies/crossmodal.ipynb #592efc71
+def _volume_and_mask(study, kind):
+    "(axial volume, bool mask on its grid) of one volume of a study."
     if study.mask is None:
         raise MedVLM3DError("the study", "has no mask", "Only studies with masks can be asked about.")
-    image = study.images[kind]
-    modality = _modality(kind)
-    volume = reorient(read_image(image, modality), "axial")
+    volume = reorient(read_image(study.images[kind], _modality(kind)), "axial")
     mask = reorient(read_volume(study.mask), "axial")
     if mask.shape != volume.shape:
         raise MedVLM3DError("the mask", "lies on another grid than the volume", "Restore the files.")
-    side, level, shares = place_of(volume, mask.array > 0)
-    return Facts(study.case, study.patient, source=study.source, modality=modality, kind=kind,
-                 image=image, mask=study.mask, side=side, level=level, shares=shares)
+    return volume, mask.array > 0
 
 # %% ../../nbs/studies/crossmodal.ipynb #dee13b46
 def collect_facts(studies: Sequence[Study], modalities: Sequence[str] = ("MR", "PT"),
                   workers: int = 2) -> tuple:
     "(list of `Facts`, refused): one volume of each study, and how often which reason left a study out."
-    jobs = []
-    for number, study in enumerate(studies):
-        kinds = [kind for kind in study.images if _modality(kind) in modalities]
-        if kinds: jobs.append((study, kinds[number % len(kinds)]))
+    jobs = _kinds_in_turn(studies, modalities)
     results = list(parallel(_facts_or_reason, jobs, workers=workers, threads=True))
     facts = [r for r in results if isinstance(r, Facts)]
     refused = Counter(r for r in results if isinstance(r, str))
     return facts, dict(refused)
 
+# %% ../../nbs/studies/crossmodal.ipynb #45daf8c1
+def _kinds_in_turn(studies, modalities):
+    "(study, kind of the volume that it contributes), for the studies that have one of the modalities."
+    jobs = []
+    for number, study in enumerate(studies):
+        kinds = [kind for kind in study.images if _modality(kind) in modalities]
+        if kinds: jobs.append((study, kinds[number % len(kinds)]))
+    return jobs
+
+# %% ../../nbs/studies/crossmodal.ipynb #041ae47c
 def _facts_or_reason(job):
     try: return study_facts(*job)
     except MedVLM3DError as error: return f"{error.what} {error.why}"
@@ -129,12 +141,13 @@ def load_phantom_studies(root: Path | str) -> list[Study]:
     if not folders:
         raise MedVLM3DError(relative(root), "holds no phantom",
                             "The layout is phantom/<case>/{MR,PT,SEG}.nii.gz.")
-    studies = []
-    for folder in folders:
-        name = f"phantom/{folder.name}"
-        images = {m: folder/f"{m}.nii.gz" for m in ("MR", "PT")}
-        studies.append(Study(name, name, images=images, mask=folder/"SEG.nii.gz", source="phantom"))
-    return studies
+    return list(map(_phantom_study, folders))
+
+# %% ../../nbs/studies/crossmodal.ipynb #68068817
+def _phantom_study(folder):
+    name = f"phantom/{folder.name}"
+    images = {"MR": folder/"MR.nii.gz", "PT": folder/"PT.nii.gz"}
+    return Study(name, name, images=images, mask=folder/"SEG.nii.gz", source="phantom")
 
 # %% ../../nbs/studies/crossmodal.ipynb #0e1216af
 QUESTIONS = {
@@ -146,6 +159,7 @@ QUESTIONS = {
 }
 PLACES = ("right upper", "right lower", "left upper", "left lower")
 
+# %% ../../nbs/studies/crossmodal.ipynb #60583b8c
 def true_answer(kind: str, question: str, facts: Facts) -> str:
     "What the mask answers to a question of type `kind` about the volume."
     if kind == "Modality Identification": return MODALITY_WORDS[facts.modality]
@@ -161,13 +175,16 @@ class VolumePool:
     def take(self, modality: str, place: str | None = None, source: str | None = None) -> Facts:
         "The next unused volume of a modality and `source`, if possible with its lesion at `place`."
         candidates = [f for f in self.unused if f.modality == modality and source in (None, f.source)]
-        if not candidates:
-            origin = f" of {source}" if source else ""
-            raise MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{origin}", "is used up",
-                                "Ask for fewer volumes, or give more studies.")
+        if not candidates: raise _used_up(modality, source)
         chosen = next((f for f in candidates if f.location == place), candidates[0])
         self.unused.remove(chosen)
         return chosen
+
+# %% ../../nbs/studies/crossmodal.ipynb #0547304e
+def _used_up(modality, source):
+    origin = f" of {source}" if source else ""
+    return MedVLM3DError(f"the pool of {MODALITY_WORDS[modality]} volumes{origin}", "is used up",
+                         "Ask for fewer volumes, or give more studies.")
 
 # %% ../../nbs/studies/crossmodal.ipynb #0bb06901
 class Balance:
@@ -178,9 +195,8 @@ class Balance:
 
     def rarest(self, keys: list) -> tuple:
         "One of the keys used least so far, by chance among equals; it is counted as used."
-        least = min(self.used[k] for k in keys)
-        equals = [i for i, k in enumerate(keys) if self.used[k] == least]
-        key = keys[self.rng.choice(equals)]
+        used = np.array([self.used[k] for k in keys])
+        key = keys[self.rng.choice(np.flatnonzero(used == used.min()))]
         self.used[key] += 1
         return key
 
@@ -201,11 +217,13 @@ class PairWriter:
         return PLACES if kind == "Anatomical Localization" else ("yes", "no")
 
     def question(self, kind: str, facts: Facts) -> str:
-        side = ""
-        if kind == "Lesion Detection":
-            side = self.balance.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2]
+        side = self._side(facts) if kind == "Lesion Detection" else ""
         wordings = QUESTIONS[kind]
         return wordings[self.rng.integers(len(wordings))].format(side=side)
+
+    def _side(self, facts):
+        "The half whose answer has been rarer so far."
+        return self.balance.rarest([(facts.modality, "half", s, a) for s, a in facts.halves.items()])[2]
 
     def answer(self, kind: str, truth: str) -> str:
         "The true answer, or with probability `slip` another option."
@@ -243,10 +261,8 @@ class Drafter:
 
     def draft(self, volumes: int) -> list[Sample]:
         "Three pairs about each of `volumes` volumes of every modality."
-        chosen = []
-        for modality, word in MODALITY_WORDS.items():
-            if word in self.offered:
-                chosen += [self.pool.take(modality, PLACES[i % 4]) for i in range(volumes)]
+        modalities = [modality for modality, word in MODALITY_WORDS.items() if word in self.offered]
+        chosen = [self.pool.take(m, PLACES[i % 4]) for m in modalities for i in range(volumes)]
         return [self.pair(kind, facts) for facts in chosen for kind in QUESTIONS]
 
     def replace(self, pair: Sample) -> Sample:
@@ -293,13 +309,18 @@ def show_pair(axes, pair, facts: Facts, outline: bool = True):
     if outline:
         mask = reorient(read_volume(facts.mask), "axial").array > 0
         at = largest_lesion(mask).round().astype(int)
-    if facts.modality == "PT": style = dict(cmap="gray_r", vmin=0, vmax=10.)
-    else: style = dict(cmap="gray", vmin=0, vmax=float(np.percentile(volume.array, 99.5)))
+    style = _grey_values(volume, facts.modality)
     for ax, plane, name in zip(axes, three_planes(volume, mask, at), ("axial", "coronal", "sagittal")):
         _draw_plane(ax, plane, name, style)
     axes[1].set_title(f"{pair.question}\n{pair.letter}. {pair.answer}", fontsize=8)
 
 # %% ../../nbs/studies/crossmodal.ipynb #2fa51593
+def _grey_values(volume, modality):
+    "How intensities are shown: PET black on white up to a fixed value, MR up to nearly its maximum."
+    if modality == "PT": return dict(cmap="gray_r", vmin=0, vmax=10.)
+    return dict(cmap="gray", vmin=0, vmax=float(np.percentile(volume.array, 99.5)))
+
+# %% ../../nbs/studies/crossmodal.ipynb #8176d8ad
 def _draw_plane(ax, plane, name, style):
     image, lesion, aspect = plane
     ax.imshow(image, aspect=aspect, **style)
@@ -318,9 +339,11 @@ def simulated_raters(facts: dict, error: float, raters: int = 3, seed: int = 0) 
     error : probability that a rater's verdict on a pair is wrong
     """
     def vote(round, pairs):
-        right = [p.answer == true_answer(p.type, p.question, facts[p.id]) for p in pairs]
+        right = [_is_right(pair, facts[pair.id]) for pair in pairs]
         return simulated_votes(right, error, raters, seed * 1000 + round)
     return vote
+
+def _is_right(pair, facts): return pair.answer == true_answer(pair.type, pair.question, facts)
 
 # %% ../../nbs/studies/crossmodal.ipynb #06c48f25
 @dataclass(frozen=True)
@@ -348,15 +371,18 @@ def review(drafter: Drafter, pairs: Sequence[Sample], vote: Callable, max_rounds
     """
     final, rounds, current = {}, [], list(pairs)
     while current:
-        if len(rounds) == max_rounds:
-            raise MedVLM3DError("the review", f"is not unanimous after {max_rounds} rounds",
-                                "Look at what the raters reject.")
+        if len(rounds) == max_rounds: raise _not_unanimous(max_rounds)
         votes = vote(len(rounds) + 1, current)
         rounds.append((tuple(current), votes))
         accepted = votes.all(1)
         final |= {p.id: p for p, ok in zip(current, accepted) if ok}
         current = [drafter.replace(p) for p, ok in zip(current, accepted) if not ok]
     return Review(tuple(final.values()), tuple(rounds))
+
+# %% ../../nbs/studies/crossmodal.ipynb #fea4b047
+def _not_unanimous(rounds):
+    return MedVLM3DError("the review", f"is not unanimous after {rounds} rounds",
+                         "Look at what the raters reject.")
 
 # %% ../../nbs/studies/crossmodal.ipynb #41546e70
 def split_by_patient(pairs: Sequence[Sample], train: float = .8, seed: int = 0) -> list[Sample]:
@@ -369,11 +395,11 @@ def split_by_patient(pairs: Sequence[Sample], train: float = .8, seed: int = 0) 
         _assign_sides(sides, sizes, order, train)
     return [replace(p, split=sides[p.patient or p.case]) for p in pairs]
 
+# %% ../../nbs/studies/crossmodal.ipynb #559d8413
 def _assign_sides(sides, sizes, order, train):
     "Give each patient without a side one, in this `order`: train until about that share is used."
     in_train = sum(n for patient, n in sizes.items() if sides.get(patient) == "train")
     rest = train * sizes.total() - in_train
-    for patient in order:
-        if patient in sides: continue
+    for patient in (patient for patient in order if patient not in sides):
         sides[patient] = "train" if rest >= sizes[patient] / 2 else "test"
         if sides[patient] == "train": rest -= sizes[patient]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUESTIONS', 'ORGAN', 'ORGANS', 'coverage', 'prepare', 'blind_plan', 'trainings', 'train_twins', 'file_stem', 'load',
            'made_of', 'predictions_of', 'Constant', 'answer_all', 'answer_again', 'trained_by', 'truth_of', 'cost_of',
-           'evaluate', 'score', 'read_scan', 'read_real_scans']
+           'calibrate', 'evaluate', 'score', 'read_scan', 'read_real_scans']
 
 # %% ../../nbs/studies/demo.ipynb #d813a47f
 import json, re, shutil
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+# %% ../../nbs/studies/demo.ipynb #32bdc5de
 from ..base.core import (MedVLM3DError, RunFolder, git_commit, hardware, pick_device, project_root,
                                 read_json, relative, sha256_file, sha256_json, versions, write_json,
                                 write_text)
@@ -28,16 +29,22 @@ from ..evaluation.findings import LEXICON
 from ..evaluation.metrics import METEOR, BERTScore
 from ..evaluation.outputs import clinical
 from ..evaluation.prediction import other_images, predict_items
+from ..evaluation.temperature import (
+    check_threshold, confidence_facts, keep_calibration)
 from ..evaluation.comparison import constant_predictions, evaluate_systems, over_trainings
+from ..features.encode import chosen_input
 from ..features.store import FeatureStore, encode_images
-from ..method.encoders import load_encoder, quick_dtype
+
+# %% ../../nbs/studies/demo.ipynb #98c30fe2
+from ..method.encoders import described_encoder, load_encoder, quick_dtype
 from ..method.model import MedVLM3D
+from ..method.seen import Seen
 from ..method.tokens import open_prompt, report_prompt
 from ..method.weights import quietly
 from ..phantoms.phantom import make_phantom, read_truth
 from ..report.figures import overlay, save_figure, slice_strip
 from ..report.looking import look
-from ..report.study_tables import BESIDE, STATEMENT
+from ..report.study_tables import BESIDE, REFERENCES, STATEMENT
 from ..scans.readers import real_scans
 from ..scans.prepare import Preprocess, lesion_slices, resample_mask
 from ..scans.volume import Volume
@@ -47,16 +54,18 @@ from ..training.plan import Plan, training_features
 # %% ../../nbs/studies/demo.ipynb #b730f0c4
 def coverage(store: FeatureStore, truth: dict) -> dict:
     "Share of lesions with at least one kept slice, and mean share of a lesion's slices that were kept."
-    shares = []
-    for image, row in truth.items():
-        lesion, kept = set(row["lesion_slices"]), set(store[image][1].tolist())
-        shares.append(len(kept & lesion) / max(1, len(row["lesion_slices"])))
-    touched = float(np.mean([share > 0 for share in shares]))
-    return {"lesions touched": round(touched, 4), "lesion slices kept": round(float(np.mean(shares)), 4)}
+    shares = np.array([_share_kept(store[image][1], row["lesion_slices"]) for image, row in truth.items()])
+    touched = float((shares > 0).mean())
+    return {"lesions touched": round(touched, 4), "lesion slices kept": round(float(shares.mean()), 4)}
+
+def _share_kept(kept, lesion):
+    "Share of the slices of a lesion that are among the `kept` ones."
+    return len({*kept.tolist()} & {*lesion}) / max(1, len(lesion))
 
 # %% ../../nbs/studies/demo.ipynb #68dee739
 def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int, validation: int, test: int,
-            depth: int, size: int, encoder: str, rho: float, selection: str, seed: int, workers: int = 2,
+            depth: int, size: int, encoder: str, rho: float, selection: str, seed: int,
+            layers: Sequence[int] = (), windows: Sequence = (), workers: int = 2,
             progress: bool = True) -> dict:
     """Draw the phantom, encode it, select slices; the facts go to `prepared.json` and are returned.
 
@@ -66,7 +75,7 @@ def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int,
     data, store : folders of the corpus and of the features
     train, validation, test : cases of each split
     depth, size : slices of a volume, and pixels of a slice's side
-    encoder : a name of `load_encoder`
+    encoder, layers, windows : name, blocks and input channels, as for `load_encoder`
     rho, selection : percent of the slices that are kept, and the rule that chooses them
     seed : of the corpus
     workers : processes that draw"""
@@ -74,22 +83,19 @@ def prepare(out: Path | str, data: Path | str, *, store: Path | str, train: int,
     make_phantom(data, train, validation=validation, test=test, shape=shape, seed=seed, workers=workers,
                  progress=progress)
     truth = read_truth(data)
-    features = _encode(data, store, images=list(truth), encoder=encoder, shape=shape, rho=rho,
-                       selection=selection, progress=progress)
+    preprocess = Preprocess(*shape, window=(-200, 400))
+    network = load_encoder(encoder, size, layers=layers, windows=windows, preprocess=preprocess,
+                           device=pick_device(), dtype=quick_dtype(pick_device()))
+    features = encode_images(store, data, images=list(truth), encoder=network, preprocess=preprocess, rho=rho,
+                             strategy=selection, progress=progress)
     facts = {"cases": {"train": train, "validation": validation, "test": test}, "volume": list(shape),
-             "encoder": encoder, **_sizes(features, next(iter(truth))), "selection": f"{selection}, {rho} %",
+             "encoder": encoder, **chosen_input(features.spec), **_sizes(features, next(iter(truth))),
+             "selection": f"{selection}, {rho} %",
              **coverage(features, truth), "seed": seed, "truth sha256": sha256_file(data/"truth.jsonl")}
     write_json(project_root()/out/"prepared.json", facts)
     return facts
 
 # %% ../../nbs/studies/demo.ipynb #003e14ac
-def _encode(data, store, *, images, encoder, shape, rho, selection, progress):
-    "The feature store of a phantom."
-    device, preprocess = pick_device(), Preprocess(*shape, window=(-200, 400))
-    network = load_encoder(encoder, size=shape[1], device=device, dtype=quick_dtype(device))
-    return encode_images(store, data, images=images, encoder=network, preprocess=preprocess, rho=rho,
-                         strategy=selection, progress=progress)
-
 def _sizes(features, image):
     "Kept slices, patches of a slice and channels, as an image of the store has them."
     kept, patches, channels = features[image][0].shape
@@ -102,6 +108,7 @@ def blind_plan(plan: Plan, share: float = 1.) -> Plan:
     stages = [{**stage, "epochs": stage["epochs"] * share} for stage in values["stages"]]
     return Plan.of({**values, "blind": True, "stages": stages})
 
+# %% ../../nbs/studies/demo.ipynb #1e18fc1e
 def trainings(plan: Plan, blind: float = 1., seeds: int = 1) -> dict[str, Plan]:
     "Folder name → plan: the model, its blind twin (unless `blind` is 0), the model from each further seed."
     plans = {"model": plan}
@@ -131,8 +138,8 @@ def train_twins(out: Path | str, plan: Plan, *, blind: float = 1., seeds: int = 
     for name, each in plans.items(): _launch_once(folder/"training"/name, each, options)
     _copy_model(folder, blind)
     run = RunFolder(folder/"training"/"model")
-    facts = {"seeds": list(range(plan.seed, plan.seed + seeds)),
-             "blind": {"share": blind, "plan": plans["blind"].to_dict() if blind else None}}
+    twin = plans["blind"].to_dict() if blind else None
+    facts = {"seeds": [*range(plan.seed, plan.seed + seeds)], "blind": {"share": blind, "plan": twin}}
     write_json(folder/"training.json", {"plan": plan.to_dict(), **run.manifest, **facts})
     return run
 
@@ -143,10 +150,11 @@ def _launch_once(folder, plan, options):
 # %% ../../nbs/studies/demo.ipynb #f4a5c918
 def _copy_model(folder, blind):
     "The first model in bf16, its log and the twin's, from `training/` to the study's folder."
-    model = MedVLM3D.from_pretrained(folder/"training"/"model"/"model")
+    trained = folder/"training"
+    model = MedVLM3D.from_pretrained(trained/"model"/"model")
     model.to(torch.bfloat16).save_pretrained(folder/"model")
-    shutil.copy(folder/"training"/"model"/"log.jsonl", folder/"log.jsonl")
-    if blind: shutil.copy(folder/"training"/"blind"/"log.jsonl", folder/"log-blind.jsonl")
+    shutil.copy(trained/"model"/"log.jsonl", folder/"log.jsonl")
+    if blind: shutil.copy(trained/"blind"/"log.jsonl", folder/"log-blind.jsonl")
 
 # %% ../../nbs/studies/demo.ipynb #a96480bf
 def file_stem(system: str) -> str:
@@ -163,11 +171,16 @@ def load(folder: Path | str) -> dict:
 def made_of(model: dict, samples: Sequence[Sample], store: FeatureStore | None) -> dict[str, str]:
     "What a file of predictions depends on: hashes of the weights, and of all questions with their volumes."
     features = getattr(store, "store", store)
-    key = getattr(features, "key", lambda image: None)
-    asked = [[s.id, s.question, s.answer, list(s.choices), s.image, key(s.image)] for s in samples]
+    asked = [_asked_line(sample, features) for sample in samples]
     return {"weights": sha256_file(model["weights"]),
             "asked": sha256_json([asked, getattr(features, "spec", None)])[:16]}
 
+def _asked_line(sample, features):
+    "A question with its options, its volume, and the key of the volume's features where they have one."
+    key = features.key(sample.image) if hasattr(features, "key") else None
+    return [sample.id, sample.question, sample.answer, list(sample.choices), sample.image, key]
+
+# %% ../../nbs/studies/demo.ipynb #83c375bf
 def _mark_of(path):
     mark = path.with_suffix(".json")
     return read_json(mark) if mark.exists() else None
@@ -215,9 +228,8 @@ def answer_all(folder: Path, asked: Sequence[Sample], *, training: Sequence[Samp
     model, twin = load(folder/"model"), folder/"training"/"blind"/"model"
     variants = _variants(asked, store, seed)
     if answer_mode(model["model"]) != "options": del variants["model, in words"]
-    variants = {name: variant for name, variant in variants.items() if variant["samples"]}
     systems = {name: predictions_of(folder, name, model=model, **variant, **options)
-               for name, variant in variants.items()}
+               for name, variant in variants.items() if variant["samples"]}
     if twin.exists():
         mean = Constant(store, list(by_image(training)))
         systems["blind"] = predictions_of(folder, "blind", model=load(twin), samples=asked, store=mean,
@@ -228,7 +240,7 @@ def answer_all(folder: Path, asked: Sequence[Sample], *, training: Sequence[Samp
 def _variants(asked, store, seed):
     "System → what the model is asked and what it is shown: samples, store and further options."
     once = [sample for sample in asked if sample.task != "open"]    # open questions ask what closed ones ask
-    blank = Blank(store, load_encoder(store.spec["encoder"], size=store.spec["size"]))
+    blank = Blank(store, described_encoder(store.spec))
     return {"model": dict(samples=asked, store=store),
             "model, in words": dict(samples=_closed(asked), store=store, by="words"),
             **_exchanged(asked, store, seed),
@@ -236,6 +248,7 @@ def _variants(asked, store, seed):
             "blank image": dict(samples=once, store=blank),
             "slices reversed": dict(samples=once, store=Reversed(store))}
 
+# %% ../../nbs/studies/demo.ipynb #85d2661a
 def _closed(samples): return [sample for sample in samples if sample.task == "closed"]
 
 def _exchanged(asked, store, seed):
@@ -249,14 +262,18 @@ def _without_model(folder, asked, *, training, store, lines):
     near = neighbours(store, list(by_image(asked)), list(by_image(training)))
     systems = {"nearest caption": nearest_lines(asked, training, near),
                "constant": constant_predictions(lines, training)}
-    return {name: _write_lines(folder/"predictions"/f"{file_stem(name)}.jsonl", lines)
-            for name, lines in systems.items()}
+    for name, made in systems.items():
+        systems[name] = _write_lines(folder/"predictions"/f"{file_stem(name)}.jsonl", made)
+    return systems
 
+# %% ../../nbs/studies/demo.ipynb #de69db70
 def _write_lines(path, lines):
     "Lines that no model made, as a file of predictions; returns them without `by`, the way of answering."
-    lines = [{key: value for key, value in line.items() if key != "by"} for line in lines]
+    lines = list(map(_without_by, lines))
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return lines
+
+def _without_by(line): return {key: value for key, value in line.items() if key != "by"}
 
 # %% ../../nbs/studies/demo.ipynb #d10c0690
 def answer_again(folder: Path, asked: Sequence[Sample], store: FeatureStore, seeds: Sequence[int],
@@ -270,20 +287,17 @@ def answer_again(folder: Path, asked: Sequence[Sample], store: FeatureStore, see
     store : the features
     seeds : of the further trainings
     options : of `predict_items`"""
-    closed, lines = _closed(asked), {}
-    for seed in seeds:
-        path = folder/"training"/f"model-seed-{seed}"/"model"
-        if not path.exists(): continue
-        lines[seed] = predictions_of(folder, f"model, seed {seed}", model=load(path), samples=closed,
-                                     store=store, **options)
-    return lines
+    options |= dict(samples=_closed(asked), store=store)
+    models = {seed: folder/"training"/f"model-seed-{seed}"/"model" for seed in seeds}
+    return {seed: predictions_of(folder, f"model, seed {seed}", model=load(path), **options)
+            for seed, path in models.items() if path.exists()}
 
 # %% ../../nbs/studies/demo.ipynb #d920fa6e
 def trained_by(folder: Path) -> dict:
     "The `seeds` of a study's trainings, and its twin's share of the epochs (None where it is not recorded)."
     facts = read_json(folder/"training.json")
-    seeds, twin = facts.get("seeds", [facts["plan"]["seed"]]), facts.get("blind", {})
-    return {"seeds": seeds, "blind": twin.get("share")}
+    first = facts["plan"]["seed"]
+    return {"seeds": facts.get("seeds", [first]), "blind": facts.get("blind", {}).get("share")}
 
 # %% ../../nbs/studies/demo.ipynb #56e42544
 def truth_of(data: Path | str) -> dict[str, dict]:
@@ -293,12 +307,12 @@ def truth_of(data: Path | str) -> dict[str, dict]:
 
 def _case_of(row): return "/".join(Path(row["image"]).parts[-3:-1])
 
+# %% ../../nbs/studies/demo.ipynb #409eee4d
 def _strata_of(systems, truth, **bootstrap):
     "Closed accuracy by what is in the volume, of the model and of others; {} without a truth."
-    beside = [name for name in BESIDE if name in systems]
     if not truth or not _closed_lines(systems["model"]): return {}
     facts = case_facts(truth, _case_of)
-    by_system = {name: strata(systems[name], facts, **bootstrap) for name in beside}
+    by_system = {name: strata(systems[name], facts, **bootstrap) for name in BESIDE if name in systems}
     return {"strata": by_system.pop("model"), "strata_beside": by_system}
 
 def _closed_lines(lines): return [line for line in lines if line["task"] == "closed"]
@@ -306,15 +320,37 @@ def _closed_lines(lines): return [line for line in lines if line["task"] == "clo
 # %% ../../nbs/studies/demo.ipynb #a91db73f
 def cost_of(folder: Path, lines: Sequence[dict]) -> dict:
     "Minutes of training, mean milliseconds that an item took, and the hardware."
-    training, machine = read_json(folder/"training.json"), hardware()
+    training = read_json(folder/"training.json")
     minutes = (training["ended"] - training["started"]) / 60
     ms = float(np.mean([line["ms"] for line in lines]))
-    return {"training minutes": round(minutes, 2), "ms an item": round(ms, 2),
-            "hardware": ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores"}
+    return {"training minutes": round(minutes, 2), "ms an item": round(ms, 2), "hardware": _machine()}
+
+def _machine():
+    "The GPUs of this machine, or the number of its processor cores."
+    machine = hardware()
+    return ", ".join(machine["gpus"]) or f"{machine['cores']} CPU cores"
+
+# %% ../../nbs/studies/demo.ipynb #5eeb7a12
+def calibrate(folder: Path, data: Path, *, store: FeatureStore, threshold: float | None = None,
+              **options) -> Seen:
+    """Fit the temperature of a study's model on the validation split, and keep it in the model's record.
+
+    Parameters
+    ----------
+    folder, data, store : the study's folder, the corpus and its features
+    threshold : the confidence below which no answer is given, or None
+    options : of `predict_items`"""
+    asked = _closed([sample for sample in load_samples(data, allow_shared=True) if sample.split == "validation"])
+    lines = []
+    if asked:
+        lines = predictions_of(folder, "model, validation", model=load(folder/"model"), samples=asked,
+                               store=store, **options)
+    return keep_calibration(folder/"model", lines, threshold)
 
 # %% ../../nbs/studies/demo.ipynb #362dd98e
 def evaluate(out: Path | str, data: Path | str, *, store: Path | str, split: str = "test", seed: int = 0,
-             resamples: int = 2000, batch_size: int = 96, progress: bool = True) -> dict:
+             resamples: int = 2000, batch_size: int = 96, min_confidence: float | None = None,
+             progress: bool = True) -> dict:
     """Let the model and all it must beat answer a split; write and return `results.json`.
 
     Parameters
@@ -323,12 +359,16 @@ def evaluate(out: Path | str, data: Path | str, *, store: Path | str, split: str
     data, store : folders of the corpus and of its features
     split : "test" or "validation"
     seed, resamples : of the bootstrap
-    batch_size : items answered together"""
+    batch_size : items answered together
+    min_confidence : below it the model will give no answer to a closed question; None: it always does"""
+    check_threshold(min_confidence)
     folder, data, features = project_root()/out, project_root()/data, FeatureStore(project_root()/store)
     run = RunFolder(folder)
     run.note(status="running", seed=seed, split=split)
     options = {"batch_size": batch_size, "progress": progress}
     systems, again, facts = _answers(folder, data, features=features, split=split, seed=seed, **options)
+    seen = calibrate(folder, data, store=features, threshold=min_confidence, **options)
+    facts["confidence"] = confidence_facts(seen, systems["model"])
     results = score(systems, again, truth=truth_of(data), facts=facts, seed=seed, n=resamples)
     write_json(folder/"results.json", results)
     write_json(folder/"cost.json", cost_of(folder, systems["model"]))
@@ -336,6 +376,7 @@ def evaluate(out: Path | str, data: Path | str, *, store: Path | str, split: str
              store=features.spec, weights=_weights(folder))
     return results
 
+# %% ../../nbs/studies/demo.ipynb #581bf7ef
 def _weights(folder):
     "File of predictions → hash of the weights that wrote it."
     return {path.stem: read_json(path)["weights"] for path in sorted((folder/"predictions").glob("*.json"))}
@@ -343,7 +384,7 @@ def _weights(folder):
 # %% ../../nbs/studies/demo.ipynb #d69471ee
 def _answers(folder, data, *, features, split, seed, **options):
     "(system → lines, seed → lines of further trainings, facts for `results.json`)."
-    samples, trained = load_samples(data), trained_by(folder)
+    samples, trained = load_samples(data, allow_shared=True), trained_by(folder)
     asked = [sample for sample in samples if sample.split == split]
     if not asked:
         raise MedVLM3DError(relative(data), f"has nothing to ask in the split {split}",
@@ -377,7 +418,8 @@ def score(systems: dict, again: dict, *, truth: dict, facts: dict, **bootstrap) 
                                **_strata_of(systems, truth, **bootstrap))
     if again:
         trained = [systems["model"], *again.values()]
-        results["seeds"] = over_trainings(trained, systems.get("blind"), **bootstrap)
+        others = {name: systems[name] for name in REFERENCES if name in systems}
+        results["seeds"] = over_trainings(trained, others, **bootstrap)
     return results
 
 # %% ../../nbs/studies/demo.ipynb #9c5af60c
@@ -420,14 +462,15 @@ def _lesion(model, volume, mask):
     "Indices of the prepared slices that show the lesion."
     return lesion_slices(resample_mask(mask, model.processor.preprocess, volume)).tolist()
 
+# %% ../../nbs/studies/demo.ipynb #56bdfa50
 def _answer_questions(model, features):
     "Question → text and probabilities of the model's answer."
-    answers = {}
-    for question, choices in QUESTIONS:
-        answer = model.answer(features, question, list(choices))
-        probabilities = {option: round(float(p), 4) for option, p in answer.probabilities.items()}
-        answers[question] = {"text": answer.text, "probabilities": probabilities}
-    return answers
+    return {question: _answer_facts(model.answer(features, question, list(choices)))
+            for question, choices in QUESTIONS}
+
+def _answer_facts(answer):
+    probabilities = {option: round(float(p), 4) for option, p in answer.probabilities.items()}
+    return {"text": answer.text, "probabilities": probabilities}
 
 # %% ../../nbs/studies/demo.ipynb #575a925a
 def _save_figures(folder, pixels, attention, facts):
@@ -437,6 +480,7 @@ def _save_figures(folder, pixels, attention, facts):
     save_figure(strip, folder, f"real-{name}-slices")
     save_figure(overlay(pixels, attention, kept=kept, title=title), folder, f"real-{name}-attention")
 
+# %% ../../nbs/studies/demo.ipynb #db0c4fac
 def read_real_scans(out: Path | str, names: Sequence[str] = ("lung1", "lung2", "brain1", "brain2")) -> dict:
     "Name → what `read_scan` returns, for each of the real scans."
     if not names: return {}

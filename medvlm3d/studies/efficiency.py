@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# %% ../../nbs/studies/efficiency.ipynb #f99cd401
 from ..base.core import MedVLM3DError, project_root
 from ..method.connector import Connector, MedVLM3DConfig
 from ..method.encoder import SliceEncoder
@@ -39,7 +40,8 @@ class Block(nn.Module):
 
     def attend(self, q, k, v):
         if not self.explicit: return F.scaled_dot_product_attention(q, k, v)
-        return (q @ k.transpose(-1, -2) / q.shape[-1] ** .5).softmax(-1) @ v
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** .5
+        return scores.softmax(-1) @ v
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -96,11 +98,16 @@ def interleave(contestants: dict[str, Callable], rounds: int = 4, seed: int = 0,
     times = {name: [] for name in contestants}
     for turn in range(rounds + 1):
         for name in order.sample(list(contestants), len(contestants)):
-            start = clock()
-            contestants[name]()
-            if turn: times[name].append(clock() - start)
+            seconds = _seconds(contestants[name], clock)
+            if turn: times[name].append(seconds)
     return times
 
+def _seconds(run, clock):
+    start = clock()
+    run()
+    return clock() - start
+
+# %% ../../nbs/studies/efficiency.ipynb #83d338d6
 def ratio(times: dict[str, list], name: str, base: str) -> tuple[float, float, float]:
     "(ratio of medians, smallest, largest ratio within a round) of two contestants."
     within = [a / b for a, b in zip(times[name], times[base])]
@@ -112,8 +119,8 @@ def resident(field: str = "VmHWM") -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         raise MedVLM3DError("/proc/self/status", "does not exist", "Measure peak memory on Linux.")
-    line = next(line for line in status.read_text().splitlines() if line.startswith(field + ":"))
-    return 1024 * int(line.split()[1])
+    _, found = status.read_text().split(f"\n{field}:")
+    return 1024 * int(found.split()[0])
 
 # %% ../../nbs/studies/efficiency.ipynb #3b06ac21
 def weigh(module: str, case: str, options: dict, after_building: bool = False):
@@ -140,12 +147,17 @@ def peak_memory(module: str, case: str, after_building: bool = False, **options)
     code = ("from medvlm3d.studies.efficiency import weigh; "
             f"weigh({module!r}, {case!r}, {options!r}, {after_building})")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=project_root())
-    if done.returncode:
-        last = (done.stderr.strip() or "no message").splitlines()[-1][:300]
-        raise MedVLM3DError(f"{module}.{case}", f"could not be weighed: {last}",
-                            "Give options that it takes, and enough memory.")
+    if done.returncode: raise _not_weighed(f"{module}.{case}", done.stderr)
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
+# %% ../../nbs/studies/efficiency.ipynb #157b3410
+def _not_weighed(case, errors):
+    "The error of a process that could not be measured, with its last line."
+    last = (errors.strip() or "no message").splitlines()[-1][:300]
+    return MedVLM3DError(case, f"could not be weighed: {last}",
+                         "Give options that it takes, and enough memory.")
+
+# %% ../../nbs/studies/efficiency.ipynb #e9f7cd1c
 def fill(megabytes: int, keep: int = 1) -> Callable:
     "A case to test the scale: holds a buffer of `keep` megabytes and returns a function that fills another."
     buffer = torch.ones(keep * 1_000_000, dtype=torch.uint8)
@@ -211,15 +223,17 @@ COST_COLUMNS = ("part", "parameters, M", "GFLOP, forward", "MB kept for the back
 
 def cost_rows(modules: dict[str, tuple], rounds: int = 1) -> tuple:
     "Rows of texts under `COST_COLUMNS` for name → (module, input); seconds are medians of `rounds` rounds."
-    def forward(module, x): return torch.no_grad()(lambda: module(x))
-    times = interleave({name: forward(module, x) for name, (module, x) in modules.items()}, rounds)
-    rows = []
-    for name, (module, x) in modules.items():
-        parameters = sum(p.numel() for p in module.parameters()) / 1e6
-        flops = count_flops(forward(module, x)) / 1e9
-        kept = saved_bytes(module, lambda: module(x)) / 1e6
-        rows.append((name, f"{parameters:.4g}", f"{flops:.4g}", f"{kept:.4g}", f"{median(times[name]):.3g}"))
-    return tuple(rows)
+    times = interleave({name: _forward(*pair) for name, pair in modules.items()}, rounds)
+    return tuple((name, *_costs(*pair), f"{median(times[name]):.3g}") for name, pair in modules.items())
+
+# %% ../../nbs/studies/efficiency.ipynb #6ce2012b
+def _forward(module, x): return torch.no_grad()(lambda: module(x))
+
+def _costs(module, x):
+    "Texts of a module's parameters, of its operations and of what autograd keeps."
+    parameters = sum(p.numel() for p in module.parameters()) / 1e6
+    flops, kept = count_flops(_forward(module, x)) / 1e9, saved_bytes(module, lambda: module(x)) / 1e6
+    return f"{parameters:.4g}", f"{flops:.4g}", f"{kept:.4g}"
 
 # %% ../../nbs/studies/efficiency.ipynb #1ae0996f
 @dataclass(frozen=True)
@@ -259,12 +273,14 @@ def _number(x):
 # %% ../../nbs/studies/efficiency.ipynb #6a7e6fb9
 def goal_rows(findings: list[Finding]) -> tuple:
     "Rows of texts under `COLUMNS`."
-    rows = []
-    for f in findings:
-        spread = "" if f.low is None else f"{_number(f.low)} – {_number(f.high)}"
-        limit = f"{'at least' if f.least else 'at most'} {_number(f.target)}"
-        rows.append((f.goal, f.what, _number(f.value), spread, limit, "yes" if f.met else "MISSED"))
-    return tuple(rows)
+    return tuple((f.goal, f.what, _number(f.value), _spread(f), _limit(f), "yes" if f.met else "MISSED")
+                 for f in findings)
+
+def _spread(finding):
+    if finding.low is None: return ""
+    return f"{_number(finding.low)} – {_number(finding.high)}"
+
+def _limit(finding): return f"{'at least' if finding.least else 'at most'} {_number(finding.target)}"
 
 # %% ../../nbs/studies/efficiency.ipynb #4d6d75e9
 def goal_figure(findings: list[Finding], figure=None):
@@ -280,6 +296,7 @@ def goal_figure(findings: list[Finding], figure=None):
     ax.invert_yaxis()
     return figure
 
+# %% ../../nbs/studies/efficiency.ipynb #0f49356d
 def _draw_finding(ax, y, f):
     share = f.target / f.value if f.least else f.value / f.target
     ax.barh(y, share, left=0, color="tab:green" if f.met else "tab:red", height=.6)

@@ -42,13 +42,15 @@ def write_round(path: Path | str, pairs: Sequence[Sample], facts: dict, root: Pa
     facts : id of a pair → its `Facts`, with the paths of volume and mask
     root : data root; the paths are stored as paths below it
     """
-    lines = []
-    for p in pairs:
-        image, mask = (file.relative_to(root).as_posix() for file in (facts[p.id].image, facts[p.id].mask))
-        row = Judged(p.id, p.question, letter=p.letter, answer=p.answer, modality=p.modality,
-                     image=image, mask=mask)
-        lines.append(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    rows = [_shown(pair, facts[pair.id], root) for pair in pairs]
+    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+
+# %% ../../nbs/studies/judging.ipynb #168f384b
+def _shown(pair, facts, root):
+    "A pair as it is shown, with paths below the data root."
+    image, mask = (file.relative_to(root).as_posix() for file in (facts.image, facts.mask))
+    return Judged(pair.id, pair.question, letter=pair.letter, answer=pair.answer, modality=pair.modality,
+                  image=image, mask=mask)
 
 # %% ../../nbs/studies/judging.ipynb #8b253ef2
 def read_round(path: Path | str, root: Path | str) -> dict[str, Judged]:
@@ -57,8 +59,10 @@ def read_round(path: Path | str, root: Path | str) -> dict[str, Judged]:
         raise MedVLM3DError(relative(path), "is missing",
                             "Run `medvlm3d data crossmodal` again: it drafts and keeps the same pairs.")
     lines = split_lines(Path(path).read_text(encoding="utf-8"))
-    rows = [Judged(**json.loads(line)) for line in lines]
-    return {row.id: replace(row, image=Path(root)/row.image, mask=Path(root)/row.mask) for row in rows}
+    rows = [_located(Judged(**json.loads(line)), Path(root)) for line in lines]
+    return {row.id: row for row in rows}
+
+def _located(row, root): return replace(row, image=root/row.image, mask=root/row.mask)
 
 # %% ../../nbs/studies/judging.ipynb #daf7517a
 def keeping(vote: Callable, folder: Path | str, facts: dict, root: Path) -> Callable:
@@ -146,14 +150,20 @@ def open_review(folder: Path | str, rater: str, data: Path | str | None = None, 
     outline : show the outline of the lesion
     """
     folder = project_root()/folder
-    rounds = [p for p in (folder/"review").glob("round-*") if (p/f"{rater}.csv").exists()]
-    if not rounds:
+    sheet = _last_sheet(folder, rater)
+    root = project_root()/(data or _data_root(folder))
+    return review_widget(sheet, read_round(sheet.with_name("pairs.jsonl"), root), outline)
+
+# %% ../../nbs/studies/judging.ipynb #b2671df1
+def _last_sheet(folder, rater):
+    "The sheet of a rater in the last round of a review."
+    sheets = (folder/"review").glob(f"round-*/{rater}.csv")
+    last = max(sheets, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
+    if last is None:
         raise MedVLM3DError(relative(folder), f"holds no sheet of {rater}",
                             "Run `medvlm3d data crossmodal` with this name in `raters` first, "
                             "and spell it as there.")
-    last = max(rounds, key=lambda p: int(p.name.split("-")[1]))
-    root = project_root()/(data or _data_root(folder))
-    return review_widget(last/f"{rater}.csv", read_round(last/"pairs.jsonl", root), outline)
+    return last
 
 # %% ../../nbs/studies/judging.ipynb #1a5f74d4
 def _data_root(folder):

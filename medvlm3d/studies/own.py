@@ -4,21 +4,27 @@
 
 # %% auto #0
 __all__ = ['LISTING', 'EVERYTHING', 'OWN_FILES', 'is_listed', 'listing_path', 'read_corpus', 'corpus_state', 'encode_own',
-           'is_split', 'split_own', 'audit_own', 'prepare_own', 'found_lines', 'intensity_line', 'study_facts']
+           'is_split', 'split_own', 'audit_own', 'prepare_own', 'found_lines', 'intensity_line', 'study_facts',
+           'run_table', 'write_comparison']
 
 # %% ../../nbs/studies/own.ipynb #c8e2dcf1
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, project_root, relative, sha256_json, write_json
+from ..base.core import MedVLM3DError, project_root, read_json, relative, sha256_json, write_json
+from ..base.table import Table, write_table
 from ..data.corpora import load_folder
 from ..data.m3d import is_m3d
-from ..data.manifest import load_samples, read_manifest, samples_root, with_hashes, write_manifest
-from ..data.samples import Sample, by_image
+from ..data.manifest import load_samples, read_manifest, samples_root, write_manifest
+from ..data.samples import Sample, alias, by_image
 from ..data.split import split_corpus
 from ..data.ties import audit, write_audit
+from ..features.encode import chosen_input
 from ..features.store import FeatureStore, encode_corpus
+from ..report.study_tables import is_own
+from .paper_tables import architecture, cost, write_paper_tables
 
 # %% ../../nbs/studies/own.ipynb #4c5ee53b
 LISTING, EVERYTHING = "study.jsonl", "study-all.jsonl"
@@ -28,6 +34,7 @@ def is_listed(corpus: Path | str) -> bool:
     corpus = Path(corpus)
     return corpus.is_file() or is_m3d(corpus) or (corpus/"manifest.jsonl").exists()
 
+# %% ../../nbs/studies/own.ipynb #5a615ab8
 def listing_path(corpus: Path | str) -> Path:
     "Where the listing of a corpus is written: its paths are relative to the folder of the corpus."
     if not Path(corpus).exists():
@@ -40,11 +47,13 @@ def read_corpus(corpus: Path | str, rejects: Path | str) -> list[Sample]:
     if is_listed(corpus): samples = load_samples(corpus, allow_shared=True, rejects=rejects)
     else: samples = load_folder(corpus, rejects=rejects)
     worded = [sample for sample in samples if sample.task != "image"]
-    if not worded:
-        reasons = f" The reasons stand in {relative(rejects)}." if Path(rejects).exists() else ""
-        raise MedVLM3DError(relative(corpus), f"has {len(samples)} volumes and no report or question",
-                            f"Training needs words: lay a .txt beside each scan.{reasons}")
+    if not worded: raise _no_words(corpus, len(samples), rejects)
     return worded
+
+def _no_words(corpus, volumes, rejects):
+    reasons = f" The reasons stand in {relative(rejects)}." if Path(rejects).exists() else ""
+    return MedVLM3DError(relative(corpus), f"has {volumes} volumes and no report or question",
+                         f"Training needs words: lay a .txt beside each scan.{reasons}")
 
 # %% ../../nbs/studies/own.ipynb #94fabd91
 OWN_FILES = ("study.", "study-all.", "manifest")
@@ -53,9 +62,13 @@ def corpus_state(corpus: Path | str) -> str:
     "A fingerprint of the files of a corpus: while it stays, the corpus is taken to be the same."
     corpus = Path(corpus)
     files = [corpus] if corpus.is_file() else sorted(p for p in corpus.rglob("*") if p.is_file())
-    stats = [(str(p.relative_to(samples_root(corpus))), p.stat().st_size, p.stat().st_mtime_ns)
-             for p in files if corpus.is_file() or not _is_ours(p, corpus)]
-    return sha256_json(stats)[:16]
+    root = samples_root(corpus)
+    return sha256_json([_file_state(p, root) for p in files if not _is_ours(p, corpus)])[:16]
+
+def _file_state(path, root):
+    "Name, size and time of a file."
+    stat = path.stat()
+    return str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns
 
 def _is_ours(path, corpus): return path.parent == corpus and path.name.startswith(OWN_FILES)
 
@@ -73,15 +86,19 @@ def encode_own(samples: Sequence[Sample], listing: Path, *, store: Path | str, r
     settings : of `encode_corpus`
     """
     everything = listing.with_name(EVERYTHING)
-    write_manifest(everything, with_hashes(listing.parent, samples))
+    write_manifest(everything, samples)
     features = encode_corpus(everything, store, rejects=rejects, **settings)
-    listed = read_manifest(everything, allow_shared=True)
-    kept = [sample for sample in listed if sample.image in features]
+    kept = [_hashed(sample, features) for sample in read_manifest(everything, allow_shared=True)
+            if sample.image in features]
     if not kept:
         raise MedVLM3DError(relative(listing), "lists no volume that could be read",
                             f"The reasons stand in {relative(rejects)}.")
     write_manifest(listing, kept)
     return kept
+
+def _hashed(sample, features):
+    "The sample with the hash that its volume had when it was encoded."
+    return replace(sample, sha256=features.known[alias(sample.image)]["sha256"])
 
 # %% ../../nbs/studies/own.ipynb #f650d54c
 def is_split(samples: Sequence[Sample]) -> bool:
@@ -89,6 +106,7 @@ def is_split(samples: Sequence[Sample]) -> bool:
     splits = {sample.split for sample in samples}
     return "" not in splits and {"train", "test"} <= splits
 
+# %% ../../nbs/studies/own.ipynb #93634c64
 def split_own(listing: Path, samples: Sequence[Sample], *, shares: Sequence[float], seed: int = 0,
               **options) -> None:
     """Split a listing by patient, in place, unless it is split.
@@ -150,9 +168,10 @@ def found_lines(facts: dict) -> list[str]:
     "What was found, for the terminal: volumes, splits, what is set aside, how intensities are scaled."
     split = ", ".join(f"{n} {name}" for name, n in facts["cases"].items())
     aside = ", ".join(f"{n} {why}" for why, n in facts["set aside"].items() if n)
-    lines = [f"{sum(facts['cases'].values())} volumes of {facts['patients']} patients: {split}"]
-    return [*lines, f"set aside: {aside or 'none'}", intensity_line(facts["preprocess"])]
+    volumes = f"{sum(facts['cases'].values())} volumes of {facts['patients']} patients: {split}"
+    return [volumes, f"set aside: {aside or 'none'}", intensity_line(facts["preprocess"])]
 
+# %% ../../nbs/studies/own.ipynb #0e0b5a67
 def intensity_line(preprocess: dict) -> str:
     "How intensities become 0 to 1, and the options that change it."
     window, inner = preprocess["window"], preprocess["percentiles"]
@@ -173,9 +192,43 @@ def study_facts(listing: Path, store: FeatureStore, aside: dict[str, int]) -> di
             "tasks": dict(sorted(Counter(s.task for s in samples).items())), "set aside": aside,
             **_store_facts(store, next(iter(split_of)))}
 
+# %% ../../nbs/studies/own.ipynb #4063fc7f
 def _store_facts(store, image):
     "The settings of a store, and the sizes of an image in it."
-    spec, (kept, patches, channels) = store.spec, store[image][0].shape
-    return {"volume": [spec["preprocess"][name] for name in ("depth", "height", "width")],
-            "encoder": spec["encoder"], "kept slices": kept, "patches a slice": patches, "channels": channels,
-            "selection": f"{spec['strategy']}, {spec['rho']} %", "preprocess": spec["preprocess"]}
+    spec, preprocess = store.spec, store.spec["preprocess"]
+    sizes = dict(zip(("kept slices", "patches a slice", "channels"), store[image][0].shape))
+    return {"volume": [preprocess[name] for name in ("depth", "height", "width")], "encoder": spec["encoder"],
+            **chosen_input(spec), **sizes, "selection": f"{spec['strategy']}, {spec['rho']} %",
+            "preprocess": preprocess}
+
+# %% ../../nbs/studies/own.ipynb #c73ad97c
+def _language_model(study):
+    "The name of the language model that a study trained with, without a folder of the machine."
+    plan = read_json(project_root()/study/"training.json")["plan"]
+    return Path(plan["llm"] or plan["model"]["llm_reference"]["name"]).name
+
+def run_table(study: Path | str) -> Table:
+    "The model of a user's own run, its data and its cost, and nobody else's."
+    facts = architecture(study) | {"language model": _language_model(study)} | cost(study)
+    return Table("What was trained, and its cost", ("", Path(study).name), tuple(facts.items()),
+                 "Times are those of this machine. Research use only.")
+
+# %% ../../nbs/studies/own.ipynb #a8371858
+def write_comparison(out: Path | str, *, ablation: Path | str = "",
+                     crossmodal: Path | str = "") -> dict[str, Table]:
+    """File name → table: the paper's eight for a study on phantoms, `run` for a user's own.
+
+    Parameters
+    ----------
+    out : the study's folder; the tables go below its `tables/`
+    ablation, crossmodal : run folders for Tables 7 and 8; empty or missing: "not run" """
+    if not is_own(project_root()/out):
+        tables = write_paper_tables(out, study=out, ablation=ablation, crossmodal=crossmodal)
+        return {f"paper-{name}": table for name, table in tables.items()}
+    if ablation or crossmodal: raise _nothing_beside(out)
+    write_table(run_table(out), project_root()/out/"tables", "run")
+    return {"run": run_table(out)}
+
+def _nothing_beside(out):
+    why = "is a study of one's own, and its tables hold no other run"
+    return MedVLM3DError(relative(project_root()/out), why, "Leave out ablation and crossmodal.")

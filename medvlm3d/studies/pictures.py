@@ -19,6 +19,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
+# %% ../../nbs/studies/pictures.ipynb #46b405fc
 from ..base.core import MedVLM3DError, project_root, relative
 from ..data.m3d import image_reader
 from ..data.manifest import load_samples, samples_root
@@ -46,13 +47,13 @@ class Station(NamedTuple):
 
 def _station(name, sizes, colour): return Station(name, " × ".join(map(str, sizes)), colour)
 
+# %% ../../nbs/studies/pictures.ipynb #848a82c6
 def stations(config: MedVLM3DConfig) -> list[Station]:
     "Each step from the volume to the words."
     sizes = (config.preprocess[side] for side in ("depth", "height", "width"))
-    volume = _station("volume", sizes, "white")
     language = "language model\n+ LoRA" if config.lora else "language model"
-    answers = Station(language, "answer, report", FROZEN)
-    return [volume, *_encoder_and_selection(config), *_connector(config), answers]
+    return [_station("volume", sizes, "white"), *_encoder_and_selection(config), *_connector(config),
+            Station(language, "answer, report", FROZEN)]
 
 # %% ../../nbs/studies/pictures.ipynb #5dd6fcd1
 def _encoder_and_selection(config):
@@ -94,6 +95,7 @@ def way_figure(config: MedVLM3DConfig, title: str = "The way of the data"):
     ax.set_title(title, fontsize=10)
     return figure
 
+# %% ../../nbs/studies/pictures.ipynb #a8c03655
 def _draw_station(ax, i, station):
     "The box of station number `i` with its name inside and its shape below."
     box = FancyBboxPatch((i, 0), .74, .6, boxstyle="round,pad=.04", fc=station.colour, ec=".3", lw=.8)
@@ -107,7 +109,7 @@ def _arrow(i):
 
 # %% ../../nbs/studies/pictures.ipynb #d6e6b5e1
 def chosen_cases(folder: Path, cases: int = 3, seed: int = 0, type: str = "Organ") -> list[dict]:
-    """Lines of the model's open answers, else of its reports, chosen by the hash of their ids.
+    """Lines of the model's open answers, else of its reports, else of closed ones, chosen by the hash of ids.
 
     Parameters
     ----------
@@ -117,7 +119,8 @@ def chosen_cases(folder: Path, cases: int = 3, seed: int = 0, type: str = "Organ
     type : of the questions; others are taken where there are none of it"""
     path = folder/"predictions"/"model.jsonl"
     if not path.exists(): raise MedVLM3DError(relative(path), "is missing", "Run 92_evaluate first.")
-    lines = [line for line in read_predictions(path) if line["task"] != "closed"]
+    every = read_predictions(path)
+    lines = [line for line in every if line["task"] != "closed"] or every
     opened = [line for line in lines if line["task"] == "open"]
     of_type = [line for line in opened if line["type"] == type]
     return pick(of_type or opened or lines, cases, seed)
@@ -182,6 +185,7 @@ def draw_slice(ax: Axes, pixels: np.ndarray, *, heat: np.ndarray, lesion: np.nda
     ax.set_title(f"slice {number}", fontsize=6.5, pad=2)
     ax.set_axis_off()
 
+# %% ../../nbs/studies/pictures.ipynb #4c3c5c58
 def _outline(ax, mask):
     "The border of a mask (H, W) as a blue line."
     rows, columns = (np.arange(size) + .5 for size in mask.shape)
@@ -199,6 +203,7 @@ def _draw_case(axes, view, line):
         draw_slice(ax, view.pixels[number], heat=heat[i], lesion=lesion, number=number)
     _write_case(last, line)
 
+# %% ../../nbs/studies/pictures.ipynb #ff49f052
 def _write_case(ax, line):
     "The texts of a case."
     colour = "#00613F" if line["prediction"] == line["answer"] else "#A3370B"
@@ -207,8 +212,9 @@ def _write_case(ax, line):
 
 def _case_text(line, width=34):
     "Question, truth and answer in lines of at most `width` characters."
-    truth, answer = f"truth: {line['answer']}", f"answer: {shorten(line['prediction'], 90)}"
-    return "\n".join([*wrap(line["question"], width), "", *wrap(truth, width), *wrap(answer, width)])
+    texts = line["question"], f"truth: {line['answer']}", f"answer: {shorten(line['prediction'], 90)}"
+    question, truth, answer = (wrap(text, width) for text in texts)
+    return "\n".join([*question, "", *truth, *answer])
 
 # %% ../../nbs/studies/pictures.ipynb #d6273bdb
 def _figure_2_title(views):
@@ -231,7 +237,7 @@ def answers_figure(out: Path | str, data: Path | str, *, store: Path | str, case
     seed : of the choice of cases"""
     folder, data, store = project_root()/out, project_root()/data, FeatureStore(project_root()/store)
     model, lines = load(folder/"model")["model"], chosen_cases(folder, cases, seed)
-    samples = load_samples(data)
+    samples = load_samples(data, allow_shared=True)
     image_of, root = {sample.id: sample.image for sample in samples}, samples_root(data)
     read = image_reader(root, samples)
     figure, rows = _rows_of_slices(len(lines), slices)

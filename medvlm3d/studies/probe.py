@@ -9,7 +9,7 @@ __all__ = ['ABSENT', 'UNKNOWN', 'answer_table', 'target_matrix', 'MethodGrid', '
 # %% ../../nbs/studies/probe.ipynb #236ece84
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import cos, pi, prod
+from math import ceil, cos, pi, prod
 
 import torch
 import torch.nn.functional as F
@@ -165,10 +165,11 @@ def precision(reader: ProbeReader):
 def batches(n: int, lesson: Lesson, generator: torch.Generator) -> Tensor:
     "(steps, batch) indices: passes through 0 … n−1, each in a new order."
     size = min(lesson.batch, n)
-    passes = -(-lesson.steps * size // n)
-    order = torch.cat([torch.randperm(n, generator=generator) for _ in range(passes)])
-    return order[:lesson.steps * size].view(lesson.steps, size)
+    total = lesson.steps * size
+    passes = [torch.randperm(n, generator=generator) for _ in range(ceil(total / n))]
+    return torch.cat(passes)[:total].view(lesson.steps, size)
 
+# %% ../../nbs/studies/probe.ipynb #d93e6037
 def question_loss(logits: list[Tensor], targets: Tensor) -> Tensor:
     "Mean cross entropy of all questions asked, from logits (B, answers) of each type and targets (B, T)."
     losses = [F.cross_entropy(of_type.float(), target, ignore_index=ABSENT, reduction="sum")
@@ -206,6 +207,7 @@ def _optimizer(reader, lesson):
                                   weight_decay=lesson.weight_decay)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lesson.pace)
 
+# %% ../../nbs/studies/probe.ipynb #52863af8
 def _step(reader, inputs, targets, optimizer):
     "One step of AdamW with clipped gradients; returns the loss."
     with precision(reader): logits = reader(inputs.float())
@@ -234,12 +236,16 @@ def probe_lines(reader: ProbeReader, inputs: Tensor, *, images: Sequence[str], s
     rows, lines = {image: i for i, image in enumerate(images)}, []
     logprobs = _log_probabilities(reader, inputs, table, batch)
     for sample in samples:
-        known = {}
-        if sample.type in table:
-            known = dict(zip(table[sample.type], logprobs[sample.type][rows[sample.image]].tolist()))
-        scores = [round(known.get(text, UNKNOWN), 5) for text in offered(sample.choices).values()]
-        lines.append(prediction_line(sample, chosen_option(sample.choices, scores), option_logprobs=scores))
+        answers = table.get(sample.type, ())
+        known = dict(zip(answers, logprobs[sample.type][rows[sample.image]].tolist())) if answers else {}
+        lines.append(_probe_line(sample, known))
     return lines
+
+# %% ../../nbs/studies/probe.ipynb #749f44e5
+def _probe_line(sample, known):
+    "The prediction line of one sample; `known`: answer → its log-probability."
+    scores = [round(known.get(text, UNKNOWN), 5) for text in offered(sample.choices).values()]
+    return prediction_line(sample, chosen_option(sample.choices, scores), option_logprobs=scores)
 
 # %% ../../nbs/studies/probe.ipynb #de353390
 def _log_probabilities(reader, inputs, table, batch):

@@ -30,15 +30,15 @@ def volume_name(image: str) -> str:
     "The name of a volume on a sheet: a hash of its path, since the path may hold a patient's name."
     return f"v{sha256(image.encode()).hexdigest()[:7]}"
 
+# %% ../../nbs/studies/raters.ipynb #54d13da9
 def sheet_rows(pairs: Sequence[Sample], rater: str, seed: int = 0) -> list[list[str]]:
     "The rows of one rater's sheet, in an order that depends on the rater; verdict and comment are empty."
     order = np.random.default_rng((seed, *rater.encode())).permutation(len(pairs))
-    rows = []
-    for p in (pairs[i] for i in order):
-        cells = p.id, volume_name(p.image), p.question, *p.choices, f"{p.letter}. {p.answer}"
-        texts = [escape_csv(cell, numbers=False) for cell in cells]
-        rows.append([*texts, "", ""])
-    return rows
+    return [_sheet_row(pairs[i]) for i in order]
+
+def _sheet_row(pair):
+    cells = pair.id, volume_name(pair.image), pair.question, *pair.choices, f"{pair.letter}. {pair.answer}"
+    return [*(escape_csv(cell, numbers=False) for cell in cells), "", ""]
 
 # %% ../../nbs/studies/raters.ipynb #a4a9fa03
 _SAVE_AGAIN = "Open it in the spreadsheet once more and save it as CSV UTF-8, separated by commas."
@@ -47,19 +47,24 @@ def write_rows(path: Path | str, rows: Sequence[Sequence[str]]):
     "Write a sheet with these rows."
     write_csv(path, [SHEET, *rows])
 
+# %% ../../nbs/studies/raters.ipynb #7dab2825
 def read_rows(path: Path | str) -> list[dict]:
     "The rows of a sheet as dicts; MedVLM3DError if the file is no sheet."
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except UnicodeDecodeError as error:
-        raise MedVLM3DError(relative(path), "is not UTF-8", _SAVE_AGAIN) from error
-    except csv.Error as error:
-        raise MedVLM3DError(relative(path), f"is no CSV file ({error})", _SAVE_AGAIN) from error
+    rows = _csv_rows(path)
     if any(set(row) != {*SHEET} for row in rows):
         raise MedVLM3DError(relative(path), "does not have a sheet's columns",
                             f"They are {', '.join(SHEET)}.")
     return rows
+
+def _csv_rows(path):
+    "The rows of a CSV file in UTF-8 as dicts."
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, strict=True))
+    except UnicodeDecodeError as error:
+        raise MedVLM3DError(relative(path), "is not UTF-8", _SAVE_AGAIN) from error
+    except csv.Error as error:
+        raise MedVLM3DError(relative(path), f"is no CSV file ({error})", _SAVE_AGAIN) from error
 
 # %% ../../nbs/studies/raters.ipynb #206add09
 _WRITE_ONE = f"Write {' or '.join(VERDICTS)}."
@@ -76,11 +81,13 @@ def set_verdict(path: Path | str, id: str, verdict: str, comment: str = ""):
     """
     if verdict not in VERDICTS: raise MedVLM3DError(verdict, "is no verdict", _WRITE_ONE)
     rows = read_rows(path)
-    if id not in {row["id"] for row in rows}:
-        raise MedVLM3DError(id, "is not on this sheet", "Use an id of its first column.")
-    for row in rows:
-        if row["id"] == id: row |= {"verdict": verdict, "comment": comment}
+    _row_of(rows, id).update(verdict=verdict, comment=comment)
     write_rows(path, [list(map(row.get, SHEET)) for row in rows])
+
+def _row_of(rows, id):
+    for row in rows:
+        if row["id"] == id: return row
+    raise MedVLM3DError(id, "is not on this sheet", "Use an id of its first column.")
 
 # %% ../../nbs/studies/raters.ipynb #e96b85d3
 def read_sheet(path: Path | str, pairs: Sequence[Sample]) -> dict[str, bool]:
@@ -97,6 +104,7 @@ def read_sheet(path: Path | str, pairs: Sequence[Sample]) -> dict[str, bool]:
     settle(relative(path), problems)
     return {row["id"]: row["verdict"].strip().lower() == "accept" for row in rows}
 
+# %% ../../nbs/studies/raters.ipynb #4ce9d632
 def _row_problem(row, expected, seen):
     "(why, remedy) of a faulty row, or None; `expected`: ids of the round, `seen`: ids of earlier rows."
     verdict = row["verdict"].strip().lower()
@@ -114,13 +122,16 @@ def votes_from_sheets(folder: Path | str, raters: Sequence[str], seed: int = 0) 
         for rater, path in paths.items():
             if not path.exists(): write_rows(path, sheet_rows(pairs, rater, seed))
         waiting = [rater for rater, path in paths.items() if _unfinished(path)]
-        if waiting:
-            raise MedVLM3DError(relative(sheets), f"awaits the verdicts of {', '.join(waiting)}",
-                                "Fill the column `verdict` of each sheet, or click through it with "
-                                "`open_review` (studies/judging), and run again.")
+        if waiting: raise _awaits(sheets, waiting)
         return np.stack([_verdicts(path, pairs) for path in paths.values()], 1)
     return vote
 
+def _awaits(sheets, raters):
+    return MedVLM3DError(relative(sheets), f"awaits the verdicts of {', '.join(raters)}",
+                         "Fill the column `verdict` of each sheet, or click through it with "
+                         "`open_review` (studies/judging), and run again.")
+
+# %% ../../nbs/studies/raters.ipynb #ea75dffd
 def _verdicts(sheet, pairs):
     "(N,) bool: whether the rater of a sheet accepted each pair."
     accepted = read_sheet(sheet, pairs)
@@ -157,6 +168,7 @@ def cohen_kappa(counts: np.ndarray, i: int, j: int) -> np.ndarray:
     a, b = share @ first, share @ second
     return beyond_chance(share @ (first == second), a*b + (1 - a)*(1 - b))
 
+# %% ../../nbs/studies/raters.ipynb #e9ce42ad
 def fleiss_kappa(counts: np.ndarray) -> np.ndarray:
     "Fleiss' kappa of all raters from counts of patterns (..., 2^R)."
     share, raters = _shares(counts)
@@ -170,9 +182,8 @@ def fleiss_kappa(counts: np.ndarray) -> np.ndarray:
 def disagreement(counts: np.ndarray) -> np.ndarray:
     "Mean share of pairs on which two raters differ, from counts of patterns (..., 2^R)."
     share, raters = _shares(counts)
-    bits = patterns(raters)
-    differ = [share @ (bits[:, i] != bits[:, j]) for i, j in combinations(range(raters), 2)]
-    return np.mean(differ, axis=0)
+    couples = combinations(patterns(raters).T, 2)
+    return np.mean([share @ (first != second) for first, second in couples], axis=0)
 
 def error_rate(counts: np.ndarray) -> np.ndarray:
     "The error rate of independent raters; NaN where they differ more often than by guessing."
@@ -191,6 +202,7 @@ def simulated_votes(right: Sequence[bool], error: float, raters: int = 3, seed: 
     wrong = rng.random((len(right), raters)) < error
     return np.asarray(right, bool)[:, None] ^ wrong
 
+# %% ../../nbs/studies/raters.ipynb #57feccb0
 def simulated_names(raters: int, error: float) -> tuple[str, ...]:
     "Names of simulated raters."
     return tuple(f"simulated rater {i + 1} (errs in {100 * error:g} %)" for i in range(raters))
@@ -205,15 +217,15 @@ class _Interval:
 
     def __call__(self, statistic):
         "{value, low, high} of a function of counts (..., 2^R)."
-        value = statistic(self.total)
-        low = high = None
-        if not self.single and np.isfinite(value): low, high = percentile_interval(statistic(self.resamples))
-        return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high)}
+        value, interval = statistic(self.total), (None, None)
+        if not self.single and np.isfinite(value): interval = percentile_interval(statistic(self.resamples))
+        return dict(zip(("value", "low", "high"), map(_rounded, (value, *interval))))
 
     def share(self, pattern):
         "{value, low, high} of the share of pairs with any of these patterns."
         return self(lambda counts: counts[..., pattern].sum(-1) / counts.sum(-1))
 
+# %% ../../nbs/studies/raters.ipynb #9159fc12
 def _rounded(value): return None if value is None or not np.isfinite(value) else round(float(value), 6)
 
 # %% ../../nbs/studies/raters.ipynb #7610ecc3
@@ -246,14 +258,14 @@ def agreement(votes: np.ndarray, patients: Sequence, *, names: Sequence[str], se
 def _cohen(interval, raters):
     "Cohen's kappa of each couple of raters and their mean, with intervals."
     couples = list(combinations(range(raters), 2))
-    kappas = {}
-    for i, j in couples: kappas[f"{i + 1} and {j + 1}"] = interval(partial(cohen_kappa, i=i, j=j))
-    def mean(counts): return np.mean([cohen_kappa(counts, i, j) for i, j in couples], axis=0)
-    return {"Cohen": kappas, "mean Cohen": interval(mean)}
+    kappas = {f"{i + 1} and {j + 1}": interval(partial(cohen_kappa, i=i, j=j)) for i, j in couples}
+    return {"Cohen": kappas, "mean Cohen": interval(partial(_mean_kappa, couples))}
 
+def _mean_kappa(couples, counts):
+    return np.mean([cohen_kappa(counts, i, j) for i, j in couples], axis=0)
+
+# %% ../../nbs/studies/raters.ipynb #b00e75f6
 def _named_patterns(counts, raters):
     "Counts by pattern, written as + (accepted) and - (rejected) of each rater in turn."
-    named = {}
-    for pattern, count in zip(patterns(raters), counts.astype(int).tolist()):
-        named["".join("-+"[int(bit)] for bit in pattern)] = count
-    return named
+    names = ["".join("-+"[int(bit)] for bit in pattern) for pattern in patterns(raters)]
+    return dict(zip(names, counts.astype(int).tolist()))

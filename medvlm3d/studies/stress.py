@@ -45,10 +45,9 @@ def _size(text, case): return re.sub(r"(\d+) mm", lambda match: f"{3 * int(match
 # %% ../../nbs/studies/stress.ipynb #999c31b7
 def deny(text: str, case: Case) -> str:
     "The finding denied, wherever it is mentioned."
-    text = re.sub(r"\bA (small|large)\b", r"No \1", text)
-    text = re.sub(r"\ba (small|large)\b", r"no \1", text)
-    text = text.replace(" is seen in", " is present in")
-    text = text.replace("Impression: ", "Impression: no ")
+    for article, denial in (("A", "No"), ("a", "no")):
+        text = re.sub(rf"\b{article} (small|large)\b", rf"{denial} \1", text)
+    text = text.replace(" is seen in", " is present in").replace("Impression: ", "Impression: no ")
     return text.replace(f" The {case.kind} measures", " Nothing measures")
 
 def omit(text: str, case: Case) -> str:
@@ -60,9 +59,9 @@ def omit(text: str, case: Case) -> str:
 def insert(text: str, case: Case) -> str:
     "A finding of another kind in an organ of the other side, before the impression."
     kind = KINDS[(KINDS.index(case.kind) + 1) % len(KINDS)]
-    organ = _organ_opposite(case)
+    finding = f" There is a {kind} in the {_organ_opposite(case)}."
     body, impression = text.rsplit(" Impression:", 1)
-    return f"{body} There is a {kind} in the {organ}. Impression:{impression}"
+    return f"{body}{finding} Impression:{impression}"
 
 def _organ_opposite(case):
     "An organ of the other side; which one depends on the seed of the case."
@@ -81,6 +80,7 @@ def reword(text: str, case: Case) -> str:
     phrases = "|".join(map(re.escape, PARAPHRASE))
     return re.sub(phrases, lambda match: PARAPHRASE[match[0]], text)
 
+# %% ../../nbs/studies/stress.ipynb #bb2c77b9
 EDITS = {"negation": deny, "laterality": _laterality, "severity": _severity, "size": _size, "omission": omit,
          "insertion": insert, "paraphrase": reword}
 
@@ -108,12 +108,12 @@ def score_rows(texts: Sequence[str], references: Sequence[str], *, cases: Sequen
 # %% ../../nbs/studies/stress.ipynb #71580759
 def _fact_rows(texts, cases):
     "Rows (numerator, denominator) of the F1 of facts stated in `texts` against the truth of `cases`."
-    rows = []
-    for text, case in zip(texts, cases):
-        truth = {fact: getattr(case, fact) for fact in LEXICON}
-        f = fact_scores(extract_facts(text, LEXICON), truth)
-        rows.append((2 * f["tp"], 2 * f["tp"] + f["fp"] + f["fn"]))
-    return np.array(rows, float)
+    return np.array([_fact_row(text, case) for text, case in zip(texts, cases)], float)
+
+def _fact_row(text, case):
+    truth = {fact: getattr(case, fact) for fact in LEXICON}
+    counts = fact_scores(extract_facts(text, LEXICON), truth)
+    return 2 * counts["tp"], 2 * counts["tp"] + counts["fp"] + counts["fn"]
 
 # %% ../../nbs/studies/stress.ipynb #ac4853df
 def statistic(name: str) -> Callable:
@@ -144,6 +144,7 @@ def fall_of(name: str, edited: np.ndarray, *, true: np.ndarray, cases: Sequence[
         low, high = percentile_interval(lost(sums))
     return {"value": _rounded(value), "low": _rounded(low), "high": _rounded(high), "n": len(cases)}
 
+# %% ../../nbs/studies/stress.ipynb #af128dc7
 def _lost(score, width, sums):
     "Points that are lost; the first `width` sums are those of the true reports."
     return 100 * (score(sums[..., :width]) - score(sums[..., width:]))
@@ -172,6 +173,7 @@ def stress(cases: Sequence[Case], meteor: METEOR | None = None, *, bertscore: BE
         falls[edit] = _falls_of(edited, true, cases=cases, seed=seed, n=n)
     return falls
 
+# %% ../../nbs/studies/stress.ipynb #ddddfa17
 def _falls_of(edited, true, **options):
     "Score → `fall_of` for one edit."
     return {name: fall_of(name, rows, true=true[name], **options) for name, rows in edited.items()}
@@ -194,12 +196,13 @@ def stress_note(cases: int) -> str:
             "–: nothing to count. Protocols: m3d, the literature's; standard; "
             "own, findings as read by this project's lexicon. Research use only.")
 
+# %% ../../nbs/studies/stress.ipynb #31b73f9b
 def stress_rows(falls: dict) -> tuple:
     "(columns, rows) of texts: one row a score with its protocol, one column an edit."
-    rows = []
-    for name, label in zip(_score_names(falls), _labels(falls)):
-        rows.append((label, *(_fall_text(cells[name]) for cells in falls.values())))
-    return ("score", *falls), tuple(rows)
+    names = zip(_score_names(falls), _labels(falls))
+    return ("score", *falls), tuple((label, *_fall_texts(falls, name)) for name, label in names)
+
+def _fall_texts(falls, name): return [_fall_text(cells[name]) for cells in falls.values()]
 
 def _fall_text(c):
     return "–" if c["value"] is None else f"{c['value']:.1f} [{c['low']:.1f}, {c['high']:.1f}]"
@@ -220,6 +223,7 @@ def stress_figure(falls: dict):
     axes.tick_params(axis="x", rotation=20)
     return figure
 
+# %% ../../nbs/studies/stress.ipynb #c49139a9
 def _whole_points(values):
     "Texts of the values without decimals; a dash for NaN."
     return np.where(np.isnan(values), "–", np.char.mod("%.0f", np.nan_to_num(values) + 0.))
@@ -250,6 +254,7 @@ def stress_run(out: Path | str, cases: int = 240, *, seed: int = 11, resamples: 
         write_json(run/"results.json", results | {"signatures": _signatures(meteor, bertscore)})
     return falls
 
+# %% ../../nbs/studies/stress.ipynb #cd3764de
 def _signatures(meteor, bertscore):
     "How each score was computed."
     return {meteor.name: meteor.signature, bertscore.name: f"layer {bertscore.layer}, no idf, no rescaling"}

@@ -85,10 +85,13 @@ def _size(reader): return sum(parameter.numel() for parameter in reader.paramete
 
 def _inputs(bench, trial, images):
     "What the trial's reader sees of `images`."
-    place = {image: i for i, image in enumerate(bench.images)}
-    rows, source = torch.tensor([place[image] for image in images]), bench.sources[trial.source]
+    source, rows = bench.sources[trial.source], _places(bench.images, images)
     if trial.kept is None: return source[rows]
     return source[rows[:, None], torch.from_numpy(trial.kept)[rows]]
+
+def _places(all_images, images):
+    place = {image: i for i, image in enumerate(all_images)}
+    return torch.tensor([place[image] for image in images])
 
 # %% ../../nbs/studies/trials.ipynb #c874ba5b
 BENCH = []       # of this process
@@ -108,11 +111,12 @@ def each_done(bench: Bench, trials: Sequence[Trial], *, workers: int, **bar) -> 
 
     `bar` holds the `progress` and the `label` of a bar."""
     bar |= dict(name=_trial_name, unit="run")
-    if workers > 1 and len(trials) > 1:
-        here = dict(spawn=True, begin=begin, arguments=(pickle.dumps(bench),))
-        yield from parallel(run_here, trials, workers=workers, **here, **bar)
+    if workers > 1 and len(trials) > 1: yield from _side_by_side(bench, trials, workers=workers, **bar)
     else:
         with one_thread(): yield from parallel(partial(run_trial, bench), trials, **bar)
+
+def _side_by_side(bench, trials, **options):
+    return parallel(run_here, trials, spawn=True, begin=begin, arguments=(pickle.dumps(bench),), **options)
 
 def _trial_name(trial): return f"trial {trial.path.stem}"
 
@@ -128,5 +132,5 @@ def run_trials(bench: Bench, trials: Sequence[Trial], *, workers: int = 2, progr
     workers : processes side by side
     progress, name : whether a bar is shown, and under which name"""
     todo = [trial for trial in trials if trial.record is None]
-    for _ in each_done(bench, todo, workers=workers, progress=progress and bool(todo), label=name): pass
+    list(each_done(bench, todo, workers=workers, progress=progress and bool(todo), label=name))
     return [trial.record for trial in trials]
