@@ -1,4 +1,4 @@
-"""Time listing, audit, split and resume on a generated CT-RATE layout.
+"""Time listing, audit, split, resume, encoding and the first batch on a generated CT-RATE layout.
 
     python bench/ctrate_scale.py runs/out/ctrate --volumes 2000
 
@@ -23,7 +23,7 @@ import nibabel as nib
 import numpy as np
 
 SHAPE = 32, 32, 12
-STEPS = ("list", "verify", "split", "pin", "resume")
+STEPS = ("list", "verify", "split", "pin", "resume", "encode", "encode again", "first batch")
 
 
 def names(volumes):
@@ -78,8 +78,30 @@ def run(step, root):
     if step == "split":
         result = split_corpus(root, "patient", ties=(), progress=False)
         return {"volumes": result["volumes"], "groups": result["groups"]}
+    if step.startswith("encode"): return encode(root)
+    if step == "first batch": return first_batch(root)
     pin_data(root/"pinned.json", root, load_samples(root, allow_shared=True))
     return {}
+
+
+def encode(root):
+    "Features of all volumes by a random encoder of no size; the second time all are there."
+    from medvlm3d.features.store import encode_corpus
+    return {"stored": len(encode_corpus(root/"manifest.jsonl", root/"features", encoder="tiny", depth=8, size=32, workers=2, quiet=True))}
+
+
+def first_batch(root):
+    "What a training does before its first step, without the language model: read, compare, collate eight volumes."
+    from medvlm3d.data.manifest import load_samples
+    from medvlm3d.features.store import FeatureStore
+    from medvlm3d.method.model import tiny
+    from medvlm3d.training.stages import PackedVolumes
+    samples = [s for s in load_samples(root, allow_shared=True) if s.split == "train"]
+    store, model = FeatureStore(root/"features"), tiny()
+    changed = store.changed(root, sorted({s.image for s in samples}), samples)
+    data = PackedVolumes(samples, store, processor=model.processor, config=model.config, tasks=("report",), policy="truncate")
+    batch = data.batch([data[i] for i in range(8)])
+    return {"changed": len(changed), "volumes": len(data), "tokens": list(batch["input_ids"].shape)}
 
 
 def timed(step, root, results):

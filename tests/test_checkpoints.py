@@ -23,7 +23,7 @@ from medvlm3d.training.checkpoint import checkpoints, newest_whole
 from medvlm3d.base.core import MedVLM3DError, RunFolder, read_json
 from medvlm3d.data.m3d import load_m3d
 from medvlm3d.method.model import MedVLM3D
-from medvlm3d.base.ranks import only_writer
+from medvlm3d.base.lock import only_writer
 from medvlm3d.training.stages import train
 
 STAGE = {
@@ -336,7 +336,7 @@ def test_a_damaged_shard_is_named_by_the_process_that_reads_it(corpus, tmp_path)
 def test_adapters_alone_or_another_base_are_refused(corpus, whole, tmp_path):  # noqa: F811
     from safetensors.torch import save_file
     shutil.copytree(whole/"model", tmp_path/"model")
-    (tmp_path/"model"/"model.safetensors.sha256").unlink()
+    for hashes in ("model.safetensors.sha256", "SHA256SUMS"): (tmp_path/"model"/hashes).unlink(missing_ok=True)
     state = load_file(tmp_path/"model"/"model.safetensors")
     save_file({n: t for n, t in state.items() if "lora_" in n}, tmp_path/"model"/"model.safetensors")
     with pytest.raises(MedVLM3DError, match="without the connector") as e:

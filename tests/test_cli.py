@@ -17,7 +17,8 @@ from medvlm3d.front.cli import app
 from medvlm3d.base.core import MedVLM3DError
 
 SCRIPT = Path(sys.executable).parent/"medvlm3d"
-VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "ablate", "efficiency", "predict", "encode", "data", "data phantom", "data crossmodal"]
+VERBS = ["info", "fetch", "demo", "train", "evaluate", "report", "ablate", "efficiency", "waterfall",
+         "predict", "encode", "data", "data phantom", "data crossmodal"]
 NOTICE = "Research use only, not a medical device"
 DEMO = ROOT/"reports"/"demo"/"model"
 

@@ -558,8 +558,8 @@ def test_differences_are_corrected_over_all_rows_that_are_printed(many, tmp_path
 
 def test_published_numbers_stand_beside_and_what_was_not_run_says_so(whole):
     rows = {r[:2]: r for r in whole[1]["accuracy"].rows}
-    assert rows["MRI", "all"][3] == "93.8" and rows["PET", "all"][3] == "91.5"
-    assert rows["MRI", "all"][4] == rows["MRI", "all"][7] == "not run" and rows["MRI", "all"][8] != "not run"
+    assert rows["MRI", "mean of types"][3] == "93.8" and rows["PET", "mean of types"][3] == "91.5"
+    assert rows["MRI", "mean of types"][4] == rows["MRI", "mean of types"][7] == "not run" and rows["MRI", "mean of types"][8] != "not run"
     paper = {r[0]: r[1] for r in whole[1]["agreement"].rows}
     assert paper["accepted by all, %"] == "99.67" and paper["Cohen's kappa, mean of the couples"] == "0.927"
 

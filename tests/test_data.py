@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from conftest import ROOT
+from own_corpus import write_scans
 from processes import command
 from corpora import LPS, chest, ctrate_metadata, make_plan, rad_row, save_nifti, write_ctrate, write_ctrate_volume
 from corpora import write_rows, write_totalseg
@@ -1415,3 +1416,14 @@ def test_a_header_that_points_elsewhere_hashes_nothing_there(tmp_path):
     before = sha256_image(header)
     secret.write_bytes(b"2")
     assert [*volume_files(header)] == [""] and sha256_image(header) == before
+
+
+@pytest.mark.parametrize("verb", [("data", "verify"), ("data", "split")], ids=" ".join)
+def test_the_most_voxels_are_those_that_the_user_names(verb, tmp_path):
+    "A limit reaches the reader of every verb that reads volumes; where none is read, it is refused by its name."
+    root = write_scans(tmp_path/"scans", 6, 6)
+    write_manifest(root/"manifest.jsonl", [replace(s, split="train") for s in load_folder(root)])
+    def call(*words): return CliRunner().invoke(app, [*verb, str(root/"manifest.jsonl"), "--workers", "1", *words])
+    refused = call("--max-voxels", "1000")
+    assert refused.exit_code and "the limit is" in f"{refused.exception} {refused.output}"
+    assert "--max-voxels" in str(CliRunner().invoke(app, [*verb, str(root), "--no-images", "--max-voxels", "9"]).exception)

@@ -7,7 +7,8 @@ from medvlm3d.data.samples import Sample
 from medvlm3d.evaluation.baselines import Blank, Reversed, first_offered, nearest_lines, neighbours
 from medvlm3d.evaluation.comparison import compare, evaluate_systems
 from medvlm3d.evaluation.prediction import prediction_line
-from medvlm3d.evaluation.uncertainty import compare_seeds, holm
+from medvlm3d.evaluation.scores import grouped_cells
+from medvlm3d.evaluation.uncertainty import compare_seeds, edge_bounds, holm
 
 # --- tests over a table -------------------------------------------------------------------------------------
 
@@ -80,3 +81,31 @@ def test_the_nearest_offered_answer_is_lent():
     lines = nearest_lines(asked, training, {"i2": ["i0", "i1"]})
     assert lines[0]["prediction"] == "B. spleen", "a lung is not offered"
     assert first_offered(asked[0], ["lung"]) == "" and first_offered(asked[0], []) == ""
+
+
+@pytest.mark.parametrize("value, least", [(1., 0.), (0., 0.), (.5, 0.), (0., -1.), (1., -1.)])
+def test_no_interval_has_width_zero(value, least):
+    "Where all 40 cases agree the bounds are exact: a case that was not seen may score anything."
+    rows = [[value, 1.]] * 40
+    cell = grouped_cells(rows, ["Organ"] * 40, cases=list(map(str, range(40))), least=least, n=100)["macro"]
+    low, high = edge_bounds(value, 40, least=least)
+    assert (cell["low"], cell["high"]) == (pytest.approx(100 * low, abs=1e-3), pytest.approx(100 * high, abs=1e-3))
+    assert low < high and least <= low <= value <= high <= 1
+
+
+def test_an_interval_of_few_cases_is_wider_than_its_resamples():
+    "Below 30 cases Student's t; from one case there is none."
+    rows = [[i % 3 == 0, 1.] for i in range(12)]
+    few = grouped_cells(rows, ["Organ"] * 12, cases=list(map(str, range(12))), n=500)["Organ"]
+    many = grouped_cells(rows * 3, ["Organ"] * 36, cases=list(map(str, range(36))), n=500)["Organ"]
+    assert few["high"] - few["low"] > 3**.5 * (many["high"] - many["low"])
+    assert grouped_cells(rows, ["Organ"] * 12, cases=["a"] * 12)["Organ"]["low"] is None
+
+
+def test_seeds_that_disagree_outweigh_any_number_of_cases():
+    "One of three trainings carries the difference: cases alone would find it, the test that decides does not."
+    a, b = [[1.] * 400, [0.] * 400, [0.] * 400], [[0.] * 400] * 3
+    found = compare_seeds(a, b, clusters=range(400), n=200)
+    assert found["permutation"] < .001 and found["p"] > .3
+    agreed = compare_seeds([[float(i % 2) for i in range(400)]] * 3, b, clusters=range(400), n=200)
+    assert agreed["p"] < .001

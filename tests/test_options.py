@@ -114,7 +114,9 @@ def call(*words):
 
 
 @pytest.mark.parametrize("words, names", [
-    (["train", "--preset", "paper", "--out", "f", "-p", "stage1_lr=0.5"], ["--set", "with --preset"]),
+    (["train", "--preset", "paper", "--out", "f", "-p", "stage1_rate=0.5"], ["stage1_rate", "unknown to this plan"]),
+    (["train", "--preset", "paper", "--dry-run", "-p", "bach=1"], ["bach", "Did you mean 'batch'?"]),
+    (["train", "--preset", "paper", "--dry-run", "--data", "x", "-p", "data=y"], ["-p data", "--data too"]),
     (["train", "--preset", "paper", "--out", "f", "--config", "ablate"], ["--config", "with --preset"]),
     (["train", "--config", "demo", "--dry-run"], ["--config", "with --dry-run"]),
     (["train", "--rate", "3"], ["--rate", "without --preset"]),

@@ -44,6 +44,9 @@ def test_it_ends_with_scores_and_with_where_everything_lies(finished):
     run = base/"run"
     assert {"reports", "clinical", "differences-reports", "examples", "failed"} <= {p.stem for p in (run/"tables").glob("*.md")}
     assert not {"closed", "open", "seeds", "calibration"} & {p.stem for p in (run/"tables").glob("*.md")}, "what was not asked has no table"
+    assert "run" in {p.stem for p in (run/"tables").glob("*.md")} and not [*(run/"tables").glob("paper-*")], "only tables of this run"
+    heads = {p.stem: p.read_text().splitlines()[0] for p in (run/"tables").glob("*.csv")}
+    assert not [stem for stem, head in heads.items() if "M3D-LaMed" in head or "paper" in head], "no published column beside other data"
     assert {"loss", "accuracy", "paper-figure-1", "paper-figure-2"} <= {p.stem for p in (run/"figures").glob("*.png")}
     card = (run/"model"/"README.md").read_text()
     assert "Research use only" in card and "a corpus of its user" in card and "ROUGE-1" in card

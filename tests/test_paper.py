@@ -449,6 +449,17 @@ def test_the_dry_run_as_a_command(nothing):
     )
 
 
+def test_changes_of_the_preset_are_in_its_plan_and_in_its_estimate(nothing, llama):
+    import yaml
+    changes = ("-p", "stage1_lr=1e-3", "-p", "batch=3", "-p", "stage2_epochs=1")
+    shown = typed("train", "--preset", "paper", "--out", nothing/"run", "--llm", llama, "--gpus", 2, *changes)
+    assert shown.exit_code == 0 and "3 × 2 × 2 volumes a step" in shown.output
+    first, second = Plan.of(yaml.safe_load((nothing/"run"/"plan.yaml").read_text())).stages
+    assert (first.lr, second.lr, first.batch, second.batch, second.epochs) == (1e-3, 2e-5, 3, 3, 1)
+    work = json.loads(typed("train", "--preset", "paper", "--dry-run", "--json", *changes).output)["tables"]["Work"]
+    assert [row["steps"] for row in work[:2]] == ["14,376", "4,792"]
+
+
 def test_the_plan_as_a_command(nothing, llama, monkeypatch):
     "It is written to any folder, with what is missing and what to type; nothing begins incomplete."
     import yaml

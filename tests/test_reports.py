@@ -20,6 +20,7 @@ from medvlm3d.data.ties import write_audit
 from medvlm3d.studies.stress import stress_note, stress_rows
 from medvlm3d.report.study_tables import render
 from medvlm3d.studies.sweep import ablation_tables
+from medvlm3d.studies.waterfall import waterfall_tables
 from medvlm3d.studies.paper_tables import write_paper_tables
 
 REPORTS = ROOT/"reports"
@@ -63,8 +64,11 @@ def stress(folder, results):
     return {"stress": Table("What each score loses by one error", columns, rows, note)}
 
 
+def waterfall(folder, results): return waterfall_tables(results)
+
+
 RENDERERS = {"ablation": ablation, "crossmodal": crossmodal, "data": data, "efficiency": efficiency,
-             "stress": stress}
+             "stress": stress, "waterfall": waterfall}
 
 
 def render_study(folder, scratch, patch):

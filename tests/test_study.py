@@ -7,7 +7,9 @@ from conftest import ROOT
 from medvlm3d.base.core import read_json
 from medvlm3d.evaluation.prediction import read_predictions
 from medvlm3d.evaluation.scores import score_predictions
+from medvlm3d.evaluation.temperature import confidence_words
 from medvlm3d.front.runners import run_plan
+from medvlm3d.method.seen import read_seen
 from medvlm3d.studies import demo
 
 STEPS = ("90_prepare", "91_train", "92_evaluate", "99_report")
@@ -55,6 +57,17 @@ def test_parameters_arrived(study):
     assert (out/"log-blind.jsonl").exists() and read_json(out/"manifest.json")["status"] == "done"
     signature = stored_systems(out)["model"]["signatures"]["bootstrap"]
     assert f"60 resamples of cases, seed {SEED}" in signature
+
+
+def test_the_model_knows_its_training_scans_and_how_sure_it_may_be(study):
+    "The record of the training split, and a temperature where the validation split has enough questions."
+    out = study[0]
+    seen, confidence = read_seen(out/"model"), read_json(out/"results.json")["confidence"]
+    assert (seen.volumes, seen.modalities, seen.intensities) == (9, {"CT": 9}, None)
+    assert sum(seen.planes.values()) == 9 and seen.features["limit"] > 0
+    assert (seen.temperature, seen.threshold) == (confidence["temperature"], confidence["threshold"])
+    assert confidence_words(seen) in (out/"model"/"README.md").read_text()
+    assert read_seen(out/"training"/"blind"/"model") is None
 
 
 def stored_systems(out): return read_json(out/"results.json")["systems"]
