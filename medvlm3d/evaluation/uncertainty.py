@@ -137,8 +137,9 @@ def cluster_bootstrap(values: ArrayLike, clusters: Sequence, *, least: float = 0
     seed, n : seed and number of resamples
     level : the share of the resamples within the interval
     """
-    ones = np.ones((len(values), 1))
-    columns = np.column_stack([np.asarray(values, float), ones])
+    values, ones = np.asarray(values, float), np.ones((len(values), 1))
+    if (values < least).any() or (values > 1).any(): raise ValueError(f"values must lie in [{least:g}, 1]")
+    columns = np.column_stack([values, ones])
     bounds = interval_of_sums(_mean_of_sums, columns, clusters=clusters, counts=ones, least=least, seed=seed,
                               n=n, level=level)
     low, high = (None if np.isnan(bound[0]) else float(bound[0]) for bound in bounds)

@@ -79,7 +79,7 @@ def _cell(value, low, high):
 def against_uniform(counts: Mapping, rule: str) -> dict:
     "A rule's share minus uniform's, mean in points with interval, p, and the smallest p of so many volumes."
     difference = np.array([(row[rule] - row["uniform"]) / row["lesion"] for row in counts.values()])
-    value, low, high = cluster_bootstrap(difference, [*counts])
+    value, low, high = cluster_bootstrap(difference, [*counts], least=-1.)
     points = dict(zip(("value", "low", "high"), (round(100 * v, 2) for v in (value, low, high))))
     return points | {"p": sign_flip_p(difference), "smallest p": round(min(1., 2 / 2.**len(difference)), 4)}
 
