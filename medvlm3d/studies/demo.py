@@ -340,7 +340,8 @@ def calibrate(folder: Path, data: Path, *, store: FeatureStore, threshold: float
     folder, data, store : the study's folder, the corpus and its features
     threshold : the confidence below which no answer is given, or None
     options : of `predict_items`"""
-    asked = _closed([sample for sample in load_samples(data, allow_shared=True) if sample.split == "validation"])
+    samples = load_samples(data, allow_shared=True)
+    asked = _closed([sample for sample in samples if sample.split == "validation"])
     lines = []
     if asked:
         lines = predictions_of(folder, "model, validation", model=load(folder/"model"), samples=asked,
