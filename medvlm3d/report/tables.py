@@ -24,7 +24,7 @@ from ..evaluation.comparison import lookup
 from ..evaluation.prediction import column, read_predictions
 from ..evaluation.scores import TYPE_ORDER, accuracy_values, by_likelihood, interval_text
 from ..evaluation.uncertainty import at_floor
-from .figures import legend_beside, new_figure
+from .figures import new_figure
 
 # %% ../../nbs/report/tables.ipynb #65c5f074
 def published(path: Path | str | None = None) -> list[dict]:
@@ -294,32 +294,42 @@ def _systems_with(results, protocol, task, metric):
     return sorted(names, key=_system_position)
 
 # %% ../../nbs/report/tables.ipynb #07dd6dfe
-def _draw_bars(ax, x, *, cells, width, colour, label):
-    "The bars of one system, with their intervals if all have one; only wide bars have caps."
-    value, low, high = (np.array(column(cells, key), float) for key in ("value", "low", "high"))
-    ax.bar(x, value, width=width * .92, color=colour, label=label)
-    if np.isfinite(low).all():
-        ax.errorbar(x, value, [value - low, high - value], fmt="none", ecolor=".2", elinewidth=.8,
-                    capsize=0 if width < .2 else 2)
+def _draw_systems(ax, cells):
+    "Dots with intervals from top to bottom; the first system's is filled."
+    for y, cell in enumerate(cells):
+        if cell["low"] is not None: ax.plot([cell["low"], cell["high"]], [y, y], color="C0", lw=1.4)
+        ax.plot(cell["value"], y, "o", ms=5, color="C0", mfc="w" if y else "C0")
 
-def _draw_systems(ax, systems):
-    "The bars of all systems, {name: cells}, side by side in each group."
-    import seaborn as sns
-    n = len(systems)
-    offsets = .8 / n * (np.arange(n) - (n - 1) / 2)
-    for offset, colour, (name, cells) in zip(offsets, sns.color_palette("colorblind", n), systems.items()):
-        _draw_bars(ax, np.arange(len(cells)) + offset, cells=cells, width=.8 / n, colour=colour, label=name)
-
-def _draw_chance(ax, cells):
-    "Chance as a dashed line across each group that has one."
-    for k, c in enumerate(cells):
-        if c: ax.plot([k - .45, k + .45], [c["value"]] * 2, "k--", lw=1, label="chance" if k == 0 else None)
+def _draw_chance(ax, cell):
+    "Chance as a dashed line, where it is known."
+    if cell: ax.axvline(cell["value"], color="k", ls="--", lw=.9)
 
 # %% ../../nbs/report/tables.ipynb #31d06526
 def _groups_with(results, system, place):
     "The groups of which a system has the score at `place`; reports have one."
     groups = [*groups_of([results], place["task"]), "macro", "all"]
     return [group for group in dict.fromkeys(groups) if lookup(results, system, **place, group=group)]
+
+# %% ../../nbs/report/tables.ipynb #a1f0c7d2
+def _panels(count, names):
+    "A figure with one panel a group; the systems stand at the left of the first."
+    import seaborn as sns
+    figure, axes = new_figure(1.6 + 1.3 * count, .9 + .2 * len(names), 1, count, sharey=True, squeeze=False)
+    axes = axes[0]
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].set_ylim(len(names) - .5, -.5)
+    for ax in axes:
+        ax.set(xlim=(-4, 104), xticks=(0, 50, 100))
+        ax.tick_params(axis="y", length=0)
+        sns.despine(ax=ax, left=True)
+    return figure, axes
+
+def _accuracy_title(title, results, place):
+    "What is shown, of how many answers, and what the marks mean."
+    answered = [lookup(results, "model", **place, group=group) for group in ("macro", "all")]
+    n = next((f", n = {cell['n']:,}" for cell in answered if cell and cell.get("n")), "")
+    chance = "; dashed: chance" if "chance" in results["systems"] else ""
+    return f"{title}{n}; lines: 95 % intervals{chance}"
 
 # %% ../../nbs/report/tables.ipynb #9c56f089
 def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "standard",
@@ -330,7 +340,7 @@ def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "stand
     ----------
     run : a run folder, its path, or its results
     task, protocol, metric : the score
-    title : above the figure
+    title : above the figure, before what the marks mean
     """
     results = results_of(run)
     names = _systems_with(results, protocol, task, metric)
@@ -339,13 +349,11 @@ def accuracy_figure(run: AnyRun, task: str = "closed", *, protocol: str = "stand
         raise MedVLM3DError(what, f"holds no {task} {metric}", "Evaluate the run first.")
     place = dict(protocol=protocol, task=task, metric=metric)
     groups = _groups_with(results, names[0], place)
-    def cells(system): return [lookup(results, system, **place, group=group) for group in groups]
-
-    figure, ax = new_figure(6 + .3 * len(names), 2.9)
-    _draw_systems(ax, {name: cells(name) for name in names})
-    _draw_chance(ax, cells("chance"))
-    labels = ["mean" if group == "macro" else group for group in groups]
-    ax.set(xticks=range(len(groups)), xticklabels=labels, ylabel=f"{metric} (%)", ylim=(0, 100))
-    ax.set_title(title or "")
-    legend_beside(figure, ax)
+    figure, axes = _panels(len(groups), names)
+    for ax, group in zip(axes, groups):
+        _draw_chance(ax, lookup(results, "chance", **place, group=group))
+        _draw_systems(ax, [lookup(results, name, **place, group=group) for name in names])
+        ax.set_title("mean" if group == "macro" else group, fontsize=9)
+    figure.suptitle(_accuracy_title(title or f"{task} {metric}", results, place), fontsize=9)
+    figure.supxlabel(f"{metric} (%)", fontsize=9)
     return figure

@@ -284,14 +284,16 @@ def _limit(finding): return f"{'at least' if finding.least else 'at most'} {_num
 
 # %% ../../nbs/studies/efficiency.ipynb #4d6d75e9
 def goal_figure(findings: list[Finding], figure=None):
-    "How far each finding is from its goal: left of the line it is met. A goal of 0 is left out."
+    "How far each finding is from its goal: left of the line it is met. A goal or a value of 0 has no place."
     from matplotlib.figure import Figure
-    shown = [f for f in findings if f.target]
+    shown = [f for f in findings if f.target and f.value]
     figure = figure or Figure(figsize=(8, .26 * len(shown) + .8), layout="tight")
     ax = figure.subplots()
     for y, f in enumerate(shown): _draw_finding(ax, y, f)
     ax.axvline(1, color="k", lw=1)
     ax.set(xscale="log", xlim=(.003, 6), yticks=range(len(shown)), xlabel="measured over goal (1: just met)")
+    ax.set_title("Goals of cost: filled met, open missed; at the right the measured value and its goal",
+                 fontsize=8)
     ax.set_yticklabels([f"{f.goal} {f.what}" for f in shown], fontsize=7)
     ax.invert_yaxis()
     return figure
@@ -299,5 +301,8 @@ def goal_figure(findings: list[Finding], figure=None):
 # %% ../../nbs/studies/efficiency.ipynb #0f49356d
 def _draw_finding(ax, y, f):
     share = f.target / f.value if f.least else f.value / f.target
-    ax.barh(y, share, left=0, color="tab:green" if f.met else "tab:red", height=.6)
-    ax.text(1.01, y, _number(f.value), va="center", fontsize=7, transform=ax.get_yaxis_transform())
+    ax.plot([share, 1], [y, y], color=".7", lw=1)
+    ax.plot(share, y, "o", ms=5, color="C0" if f.met else "C3", mfc="C0" if f.met else "w")
+    sign = "≥" if f.least else "≤"
+    ax.text(1.01, y, f"{_number(f.value)} ({sign} {_number(f.target)})", va="center", fontsize=7,
+            transform=ax.get_yaxis_transform())

@@ -529,14 +529,43 @@ def _curve_line(curve, side, share):
     compared = (signed(difference), *_p_values(difference)) if difference else tuple("–––")
     return (f"{share} %", CURVE[side], accuracy, f"{loss:.3f}", *compared)
 
+# %% ../../nbs/studies/sweep.ipynb #b7d1e9c4
+def _against(entry, base):
+    "The heading of a part: its name, and the row that its rows are compared with."
+    elsewhere = base["group"] not in ("method", entry["group"])
+    what = f"{base['label']} {base['group']}" if elsewhere else f"the {base['label']}"
+    return f"{entry['group']} (against {what})"
+
+def _with_tokens(entry, base):
+    "A row's label; with its visual tokens, where the row compared with has another number."
+    if entry["tokens"] == base["tokens"]: return entry["label"]
+    return f"{entry['label']} (tokens: {entry['tokens']}, not {base['tokens']})"
+
+def _answers_text(results, corpus):
+    "What a corpus' differences are of."
+    trainings = f"{len(results['seeds'])} trainings a row"
+    return f"{corpus}: what each change does; {results['items'][corpus]:,} questions, {trainings}"
+
+def _difference_limits(results):
+    "The same limits for all corpora, so that their figures can be compared."
+    cells = [mean_cell(entry, "versus", corpus) for entry in results["rows"].values()
+             for corpus in results["items"]]
+    low, high = min(cell["low"] for cell in cells if cell), max(cell["high"] for cell in cells if cell)
+    return low - 1, high + 1
+
 # %% ../../nbs/studies/sweep.ipynb #2e757298
 def differences_figure(results: dict, corpus: str = "phantom", title: str = ""):
-    "Forest of the rows' differences on a corpus, by part."
-    groups = {}
-    for entry in results["rows"].values():
+    "Forest of the rows' differences on a corpus, by part; a heading names what its rows are compared with."
+    groups, rows = {}, results["rows"]
+    for entry in rows.values():
         difference = mean_cell(entry, "versus", corpus)
-        if difference: groups.setdefault(entry["group"], []).append((entry["label"], difference))
-    return forest_figure(groups, "difference in accuracy (points)", title=title)
+        if not difference: continue
+        base = rows[entry["versus row"]]
+        line = _with_tokens(entry, base), difference
+        groups.setdefault(_against(entry, base), []).append(line)
+    title = title or _answers_text(results, corpus)
+    return forest_figure(groups, "difference in accuracy (points)", width=7.2, title=title,
+                         limits=_difference_limits(results))
 
 # %% ../../nbs/studies/sweep.ipynb #1ae8b93c
 def data_figure(results: dict):
@@ -563,6 +592,6 @@ def render_ablation(out: Path | str) -> dict[str, Table]:
     tables = ablation_tables(results)
     for name, table in tables.items(): write_table(table, folder/"tables", name)
     for corpus in results["items"]:
-        save_figure(differences_figure(results, corpus, corpus), folder/"figures", f"differences-{corpus}")
+        save_figure(differences_figure(results, corpus), folder/"figures", f"differences-{corpus}")
     if results["curve"]: save_figure(data_figure(results), folder/"figures", "curve")
     return tables
