@@ -15,13 +15,12 @@ from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from ..base.core import MedVLM3DError, RunFolder, project_root
 from ..base.table import Table
 from ..evaluation.comparison import lookup
-from ..evaluation.prediction import column, read_predictions
+from ..evaluation.prediction import read_predictions
 from ..evaluation.scores import TYPE_ORDER, accuracy_values, by_likelihood, interval_text
 from ..evaluation.uncertainty import at_floor
 from .figures import new_figure
