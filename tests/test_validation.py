@@ -12,7 +12,7 @@ from medvlm3d.data.m3d import load_m3d
 from medvlm3d.data.manifest import write_manifest
 from medvlm3d.features.store import FeatureStore
 from medvlm3d.training import trainer
-from medvlm3d.training.launch import loss_figure, validations_of
+from medvlm3d.training.launch import answers_of, loss_figure, validations_of
 from medvlm3d.training.plan import first_model
 from medvlm3d.training.reader import make_reader, reader_tokenizer
 from medvlm3d.training.stages import is_over, train
@@ -46,7 +46,7 @@ def test_validation_takes_no_part_in_training_and_continues_bit_for_bit(corpus, 
 def test_the_best_step_is_kept_and_a_stage_may_end_early(corpus, tmp_path, monkeypatch):  # noqa: F811
     "With losses 3, 1, 2, 2 and a patience of two, the stage ends at step 8 of 12 with the weights of step 4."
     losses = {2: 3., 4: 1., 6: 2., 8: 2.}
-    monkeypatch.setattr(trainer, "held_out_loss", lambda t, data: losses[t.state.global_step])
+    monkeypatch.setattr(trainer, "held_out_scores", lambda t, data: (losses[t.state.global_step], {}))
     plan = make_plan(*corpus, [FIRST], validate_every=2, patience=2, save_every=50)
     run = train(tmp_path/"run", plan, progress=False)
     folder = run/"checkpoints"/"stage-1"
@@ -87,3 +87,20 @@ def test_a_training_begins_with_another_model_or_says_why_it_does_not_fit(corpus
     with pytest.raises(MedVLM3DError, match="another language model than llm"):
         train(tmp_path/"third", exchanged, progress=False)
     assert RunFolder(tmp_path/"third").status == "failed"
+
+
+def test_right_answers_of_each_type_are_logged_and_drawn(corpus, tmp_path):  # noqa: F811
+    "With one volume of the validation split each type has one closed question, right or wrong; the figure names the types."
+    run = train(tmp_path/"run", validated(corpus), progress=False)
+    answers = answers_of(run)[2]
+    assert {*answers} == {"Plane", "Phase", "Organ", "Abnormality", "Location"}
+    assert all([step for step, _ in points] == [3, 6, 9, 12] for points in answers.values())
+    assert {value for points in answers.values() for _, value in points} <= {0., 100.}
+    assert {text.get_text() for text in loss_figure(run).axes[-1].get_legend().get_texts()} == {*answers}
+
+
+def test_an_answer_is_right_if_each_of_its_tokens_is_the_likeliest():
+    labels = torch.tensor([[-100, 3, 4, -100, 5]])
+    segments = torch.tensor([[0, 1, 1, 2, 2]])
+    logits = torch.nn.functional.one_hot(torch.tensor([[3, 4, 0, 6, 0]]), 7).float()
+    assert trainer.right_segments(logits, labels, segments) == [{1: True, 2: False}]

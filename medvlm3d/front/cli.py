@@ -287,12 +287,14 @@ def run_step(number: str, config: str | None, *, default: str, out: Path | None,
     end_of_run(folder, scores=name in ("92_evaluate", "99_report"))
 
 # %% ../../nbs/front/cli.ipynb #04367b6a
-def _demo_plan(llm: str) -> str:
+def _demo_plan(llm: str, masks: bool = False) -> str:
     "The plan of the demonstration with a language model; its name is that of the folder in reports/, too."
     from medvlm3d.base.core import MedVLM3DError
     if llm not in ("reader", "smollm2"):
         raise MedVLM3DError(f"--llm {llm}", "is not known", "Choose reader or smollm2.")
-    return "demo" if llm == "reader" else f"demo-{llm}"
+    if masks and llm != "reader":
+        raise MedVLM3DError("--masks", f"has no plan with --llm {llm}", "Use it with the reader.")
+    return "demo-masks" if masks else "demo" if llm == "reader" else f"demo-{llm}"
 
 # %% ../../nbs/front/cli.ipynb #4bad836e
 @app.command()
@@ -301,12 +303,14 @@ def demo(
         help="reader: the small language model trained here; smollm2: SmolLM2-135M.")] = "reader",
     out: Annotated[Optional[Path], typer.Option(
         "--out", help="The run folder; reports/demo, or reports/demo-smollm2.")] = None,
+    masks: Annotated[bool, typer.Option(
+        "--masks", help="Three windows, blocks 6 and 9, tokens taught with the outlines.")] = False,
     p: Changes = None,
 ):
     "The main job: phantom → features → two stages of training → test set → real scans → report."
     from medvlm3d.base.core import project_root, relative
     from medvlm3d.front.runners import run_plan
-    name = _demo_plan(llm)
+    name = _demo_plan(llm, masks)
     out = Path(out or project_root()/"reports"/name)
     records = run_plan(name, out, tell=say, **merged(p, out=rooted(out), llm=llm))
     say(f"done: {relative(records[-1])}")

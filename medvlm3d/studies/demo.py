@@ -105,7 +105,8 @@ def _sizes(features, image):
 def blind_plan(plan: Plan, share: float = 1.) -> Plan:
     "The plan of the blind twin, with `share` of the epochs: it has nothing to look at and needs fewer."
     values = plan.to_dict()
-    stages = [{**stage, "epochs": stage["epochs"] * share} for stage in values["stages"]]
+    stages = [{**stage, "epochs": stage["epochs"] * share, "masks": 0.}
+              for stage in values["stages"]]
     return Plan.of({**values, "blind": True, "stages": stages})
 
 # %% ../../nbs/studies/demo.ipynb #1e18fc1e

@@ -51,6 +51,8 @@ class Settings:
     depth: int = 8              # slices of a volume
     size: int = 32              # pixels of a slice's side
     encoder: str = "tiny"
+    layers: tuple = ()          # blocks of the encoder side by side; empty: the last
+    windows: tuple = ()         # three times low, high in HU; empty: grey
     rho: float = 50             # percent of the slices that are kept
     selection: str = "uniform"
     scale: int = 2              # of the pooling to tokens, along each axis
@@ -285,7 +287,9 @@ def draw_and_encode(data: Path, settings: Settings, *, seed: int = 0, workers: i
     corpus, device = data/"corpus", pick_device()
     make_phantom(corpus, settings.train, validation=0, test=settings.test, shape=settings.shape, seed=seed,
                  workers=workers, progress=progress)
-    encoder = load_encoder(settings.encoder, size=settings.size, device=device, dtype=quick_dtype(device))
+    shown = dict(windows=settings.windows, preprocess=Preprocess(*settings.shape, window=(-200, 400)))
+    encoder = load_encoder(settings.encoder, size=settings.size, layers=settings.layers, **shown,
+                           device=device, dtype=quick_dtype(device))
     kept = _encode(data, "train", settings, encoder=encoder, rho=settings.rho, strategy=settings.selection,
                    progress=progress)
     everything = _encode(data, "test", settings, encoder=encoder, rho=100, strategy="uniform",
@@ -393,6 +397,12 @@ def waterfall_table(results: Mapping) -> Table:
     return Table("From truth to answer", ("stage", *ASKED, "mean", "since the stage above"), tuple(rows),
                  _waterfall_note(results))
 
+def _input_text(settings):
+    "Layers and windows in words."
+    layers, windows = settings.get("layers"), settings.get("windows")
+    blocks = f"blocks {' and '.join(map(str, layers))}" if layers else "last layer"
+    return f"{blocks}, {'three windows' if windows else 'one window'}"
+
 def _waterfall_note(results):
     "On what the stages were measured."
     s = results["settings"]
@@ -400,7 +410,7 @@ def _waterfall_note(results):
     return (f"Closed accuracy, %, in brackets 95 % intervals over {s['test']} test phantoms of "
             f"{s['depth']}×{s['size']}×{s['size']} voxels that no model has learned from; "
             f"chance {results['chance']:.1f}. {s['selection']} selection, ρ = {s['rho']:g} %; features: "
-            f"{s['encoder']}, last layer, one window. The probe is taught with masks on {s['train']} "
+            f"{s['encoder']}, {_input_text(s)}. The probe is taught with masks on {s['train']} "
             f"phantoms, the model with answers on its own.{absent} Research use only.")
 
 # %% ../../nbs/studies/waterfall.ipynb #4885b2d0

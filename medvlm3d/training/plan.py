@@ -50,6 +50,7 @@ class Stage:
     warmup: float = .03      # share of the steps
     weight_decay: float = 0.
     beta2: float = .999      # of AdamW; see "What made it learn"
+    masks: float = 0.        # weight of the loss of outlined findings (notebook masks); 0: none
     lora: dict | None = None # parameters of the adapters
 
     def __post_init__(self):
@@ -170,7 +171,8 @@ def _completed(old, new):
     defaults = {f.name: f.default for f in fields(Plan) if f.default is not MISSING}
     known = {key: value for key, value in defaults.items() if key in new}
     model = {key: None for key in new["model"] if new["model"][key] is None}
-    return {**known, **old, "model": {**model, **old["model"]}}
+    stages = [{"masks": 0., **stage} for stage in old.get("stages", ())]
+    return {**known, **old, "stages": stages, "model": {**model, **old["model"]}}
 
 # %% ../../nbs/training/plan.ipynb #4030f56d
 def check_conditions(folder: Path | str, plan: Plan, ranks: int = 1, allow: bool = False,

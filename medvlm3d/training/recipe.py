@@ -130,7 +130,7 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
                   residual: bool = False, scale: int = 2, context: int | None = None, chat: bool = True,
                   stage1_epochs: float = 5., stage1_lr: float = 3e-3, stage2_epochs: float = 6.,
                   stage2_lr: float = 2e-3, batch: int = 12, accumulation: int = 1, weight_decay: float = 0.,
-                  beta2: float = .999, lora_targets: Sequence[str] = ("q_proj", "v_proj"),
+                  beta2: float = .999, masks: float = 0., lora_targets: Sequence[str] = ("q_proj", "v_proj"),
                   lora_dropout: float = .1, save_every: int = 100, **fields) -> Plan:
     """The two-stage `Plan` of a study on an existing feature store.
 
@@ -145,6 +145,7 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
     stage1_epochs, stage1_lr, stage2_epochs, stage2_lr : of the two stages
     batch, accumulation : volumes of a batch, and batches of a step
     weight_decay, beta2 : of AdamW
+    masks : weight of the loss of outlined findings in both stages; 0, as in the paper: none
     lora_targets, lora_dropout : matrices of the language model that get adapters, and their dropout
     save_every : steps between two checkpoints
     fields : further fields of the plan"""
@@ -155,6 +156,6 @@ def training_plan(data: Path | str, store: Path | str, *, llm: str = "reader",
     first = {"epochs": stage1_epochs, "lr": stage1_lr, **first_tasks(project_root()/data)}
     second = {"epochs": stage2_epochs, "lr": stage2_lr}
     stages = two_stages(first, second, lora=lora, batch=batch, accumulation=accumulation,
-                        weight_decay=weight_decay, beta2=beta2)
+                        weight_decay=weight_decay, beta2=beta2, masks=masks)
     return Plan.of({"data": str(data), "store": str(store), "model": model, "llm": name, "stages": stages,
                     "save_every": save_every, **fields})

@@ -36,6 +36,7 @@ from .launch import end_with_launcher, record_failure
 from .plan import (
     Plan, Stage, agree, base_dtype, check_conditions, check_lora, check_requirements, check_volumes,
     first_model, in_bf16, init_folder, plan_llm, training_features)
+from .masks import MaskLoss, MaskTargets
 from .record import training_record
 from .words import (
     check_unknown, is_scheduled, measure_targets, task_pair, unknown_by_split, unknown_line)
@@ -67,12 +68,14 @@ class PackedVolumes(torch.utils.data.Dataset):
     seed : of instructions and of alternating forms
     constant : features that replace those of every volume (a blind model)
     policy : "error" or "truncate", for targets longer than the context
+    targets : `MaskTargets` of outlined findings, or None
     """
     def __init__(self, samples, store, *, processor, config, tasks, weighting="question", forms="both",
-                 seed=0, constant=None, policy="error"):
+                 seed=0, constant=None, policy="error", targets=None):
         self.store, self.tokenizer, self.config = store, processor.tokenizer, config
         self.weighting, self.forms, self.policy = weighting, forms, policy
         self.seed, self.epoch, self.constant, self.tasks = seed, 0, constant, tasks
+        self.targets = targets
         self.segments = Segments(self.tokenizer)
         self.prefix = image_prefix(self.tokenizer, config.visual_tokens)
         self.groups = self._grouped(samples)
@@ -83,6 +86,7 @@ class PackedVolumes(torch.utils.data.Dataset):
         "Other volumes that are read in the same way, with both forms of each question, in epoch 0."
         other = copy.copy(self)
         other.groups, other.forms, other.epoch = self._grouped(samples), "both", 0
+        other.targets = None
         return other
 
     def __len__(self): return len(self.groups)
@@ -102,6 +106,16 @@ class PackedVolumes(torch.utils.data.Dataset):
         return pack_examples(self.prefix, [self.segments(*pair) for pair in pairs],
                              context=self.config.context, policy=self.policy, weighting=self.weighting)
 
+    @property
+    def types(self) -> list[str]:
+        "The types of the closed questions, in the order in which they first come."
+        return list(dict.fromkeys(s.type for _, group in self.groups for s in group if s.task == "closed"))
+
+    def closed(self, i: int) -> dict[int, str]:
+        "Number → type of the closed questions of a row, as they are packed."
+        samples = self._scheduled(self.groups[i][1])
+        return {n: s.type for n, s in enumerate(samples, 1) if s.task == "closed"}
+
     def names(self, rows: torch.Tensor) -> list[str]:
         "The images of the rows of a batch."
         return [self.groups[i][0] for i in rows.tolist()]
@@ -110,7 +124,14 @@ class PackedVolumes(torch.utils.data.Dataset):
         "A batch for `MedVLM3D.forward`, with the numbers of its `rows`."
         rows, features, packed = zip(*items)
         tokens = collate(packed, padding_id(self.tokenizer))
-        return {"rows": torch.tensor(rows), "features": torch.stack(features), **tokens}
+        seen = {"features": torch.stack(features), **self._outlined(rows)}
+        return {"rows": torch.tensor(rows), **seen, **tokens}
+
+    def _outlined(self, rows):
+        "What the masks of the rows say; nothing without masks."
+        if self.targets is None: return {}
+        shares, numbers = zip(*(self.targets(self.groups[row][0]) for row in rows))
+        return {"shares": torch.stack(shares), "numbers": torch.stack(numbers)}
 
 # %% ../../nbs/training/stages.ipynb #2f781f6f
 def make_arguments(plan: Plan, stage: Stage, *, folder: Path | str, steps_an_epoch: int,
@@ -211,6 +232,7 @@ def take_steps(run: RunFolder, plan: Plan, *, stage: Stage, model: MedVLM3D, dat
     before = base_hash(model.llm)
     trainer = SafeTrainer(model, arguments, data_collator=data.batch, train_dataset=data, signals=signals,
                           run=run, stage=stage.stage, nonfinite=plan.nonfinite)
+    if stage.masks: trainer.masks = stage.masks, MaskLoss(model.llm, model.processor.tokenizer)
     if held_out is not None: _add_validation(trainer, plan, held_out)
     trainer.train(resume_from_checkpoint=newest and str(newest))
     _check_end(trainer, stage.stage, before)
@@ -476,9 +498,10 @@ def stage_data(plan: Plan, stage: Stage, *, samples: list[Sample], store: Featur
     """
     constant = None
     if plan.blind: constant = training_features(store, list(by_image(samples))).mean(0).to(torch.bfloat16)
+    targets = MaskTargets(project_root()/plan.data, store, model.config) if stage.masks else None
     return PackedVolumes(samples, store, processor=model.processor, config=model.config, tasks=stage.tasks,
                          weighting=plan.weighting, forms=plan.forms, seed=plan.seed, constant=constant,
-                         policy=plan.policy)
+                         policy=plan.policy, targets=targets)
 
 # %% ../../nbs/training/stages.ipynb #03c64f63
 CARD = """---
@@ -492,7 +515,7 @@ tags: [medical, 3d, vision-language, research-only]
 Encoder {encoder} (frozen, not included; weights {weights}), {rho} % of the slices kept ({strategy}), \
 language model {base}.
 {volumes} volumes, {truncated} targets cut ({truncated_tokens} tokens), {unknown} of the training \
-targets' tokens unknown, {shared}seed {seed}, commit {commit}.
+targets' tokens unknown, {shared}seed {seed}, commit {commit}.{taught}
 
 | stage | tasks | learning rate | batch × accumulation × ranks | steps | last loss | parameters trained |
 |---|---|---|---|---|---|---|
@@ -518,8 +541,14 @@ def _trained(stage, manifest):
 # %% ../../nbs/training/stages.ipynb #33b3a6ef
 def write_card(run: RunFolder, plan: Plan, spec: dict) -> None:
     "Write `model/README.md` from the run's manifest and log, and from the `spec` of its feature store."
-    facts = {**_feature_facts(spec), **_run_facts(run.manifest), "base": _base_name(plan), "seed": plan.seed}
+    facts = {**_feature_facts(spec), **_run_facts(run.manifest), "base": _base_name(plan), "seed": plan.seed,
+             "taught": _taught_text(plan)}
     write_text(run/"model"/"README.md", CARD.format(rows=_stage_rows(run, plan), **facts))
+
+def _taught_text(plan):
+    "Whether outlines of findings were used in training."
+    if not any(stage.masks for stage in plan.stages): return ""
+    return "\nTaught with masks: outlines of the findings were used in training, an extension of the paper."
 
 def _stage_rows(run, plan):
     last = {entry["stage"]: entry for entry in run.read_log() if "loss" in entry}
