@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BROKEN_ROW', 'ROLES', 'LETTERS', 'separator', 'table_rows', 'json_records', 'parsed', 'plain_name', 'parse_columns',
-           'roles_of', 'unwrapped', 'text_of', 'listed_options', 'plain_question', 'key_of', 'record_line',
-           'with_letters']
+           'roles_of', 'unwrapped', 'text_of', 'listed_options', 'option_columns', 'plain_question', 'key_of',
+           'record_line', 'with_letters']
 
 # %% ../../nbs/evaluation/columns.ipynb #0241dae8
 import ast, csv, io, json, re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def _is_records(value):
     return isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value)
 
 def _array_in(whole, path):
-    "The list of records in a JSON value: itself, or the only one of an object; None if it is none of these."
+    "The records in a JSON value: a list, the only list of an object, or an object by id; else None."
     if isinstance(whole, list): return whole
+    if isinstance(whole, dict) and _is_records([*whole.values()]) and len(whole) > 1:
+        return [{"id": key, **record} for key, record in whole.items()]
     lists = [v for v in whole.values() if _is_records(v)] if isinstance(whole, dict) else []
     if len(lists) > 1:
         why = f"holds {len(lists)} lists of answers"
@@ -93,6 +96,10 @@ def parse_columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=")[::2] for pair in text.split(",")]
     roles = {role.strip(): column.strip() for role, column in pairs}
     wrong = [role for role, column in roles.items() if role not in ROLES or not column]
+    twice = [column for column, count in Counter(roles.values()).items() if count > 1]
+    if twice:
+        raise MedVLM3DError(f"--columns {text}", f"gives the column {twice[0]} two roles",
+                            "A column has one: what was answered is not what is true.")
     if wrong or len(roles) < len(pairs):
         why = f"does not say roles once each as ROLE=COLUMN ({', '.join(wrong) or 'one is said twice'})"
         raise MedVLM3DError(f"--columns {text}", why, f"Roles are {', '.join(ROLES)}.")
@@ -152,9 +159,15 @@ def listed_options(value: object) -> list[str]:
     if isinstance(value, str): value = re.split(r"\s*[\n|]\s*", value.strip()) if value.strip() else []
     return [_without_letter(letter, text_of(v)) for letter, v in zip(LETTERS, value or [])]
 
+def option_columns(columns: Sequence[str]) -> dict[str, str]:
+    "Letter → column, of columns that hold one option each; one such column alone is none."
+    matches = {column: _CHOICE_COLUMN.fullmatch(plain_name(column)) for column in columns}
+    found = {match[1]: column for column, match in matches.items() if match}
+    return found if len(found) > 1 else {}
+
 def _column_options(record):
     "The options in columns of their own, in order of their letters."
-    found = {m[1]: record[key] for key in record if (m := _CHOICE_COLUMN.fullmatch(plain_name(key)))}
+    found = {letter: record[column] for letter, column in option_columns(record).items()}
     texts = [text_of(found[letter]) for letter in sorted(found)]
     return ["NA" if text in ("", "-", "nan") else text for text in texts] if len(texts) > 1 else []
 

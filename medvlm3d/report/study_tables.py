@@ -378,8 +378,10 @@ def _corpus_text(prepared):
     if prepared.get("corpus", "phantom") == "phantom":
         return "Trained on procedural phantoms; it knows no patient."
     cases = prepared["cases"]
+    torn = ", ".join(prepared.get("torn", {}))
+    alike = f" Alike in training and test, so that scores flatter: {torn}." if torn else ""
     return (f"Trained on {cases['train']} volumes of a corpus of its user, evaluated on {cases['test']}; "
-            "it knows nothing else, and may repeat what stands in these reports.")
+            f"it knows nothing else, and may repeat what stands in these reports.{alike}")
 
 # %% ../../nbs/report/study_tables.ipynb #7870a213
 def model_card(out: Path | str, results: dict) -> str:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LISTING', 'EVERYTHING', 'OWN_FILES', 'is_listed', 'listing_path', 'read_corpus', 'corpus_state', 'encode_own',
-           'is_split', 'split_own', 'audit_own', 'prepare_own', 'found_lines', 'intensity_line', 'study_facts',
-           'run_table', 'write_comparison']
+           'is_split', 'split_own', 'audit_own', 'prepare_own', 'found_lines', 'torn_ties', 'torn_line',
+           'intensity_line', 'study_facts', 'run_table', 'write_comparison']
 
 # %% ../../nbs/studies/own.ipynb #c8e2dcf1
 from collections import Counter
@@ -19,7 +19,7 @@ from ..data.corpora import load_folder
 from ..data.m3d import is_m3d
 from ..data.manifest import load_samples, read_manifest, samples_root, write_manifest
 from ..data.samples import Sample, alias, by_image
-from ..data.split import split_corpus
+from ..data.split import OPTIONAL, split_corpus
 from ..data.ties import audit, write_audit
 from ..features.encode import chosen_input
 from ..features.store import FeatureStore, encode_corpus
@@ -107,19 +107,28 @@ def is_split(samples: Sequence[Sample]) -> bool:
     return "" not in splits and {"train", "test"} <= splits
 
 # %% ../../nbs/studies/own.ipynb #93634c64
-def split_own(listing: Path, samples: Sequence[Sample], *, shares: Sequence[float], seed: int = 0,
-              **options) -> None:
-    """Split a listing by patient, in place, unless it is split.
+def split_own(listing: Path, samples: Sequence[Sample], *, shares: Sequence[float], ties: Sequence[str] = (),
+              seed: int = 0, **options) -> list[str]:
+    """Split a listing by patient, in place, unless it is split; returns the kinds of ties that it tears.
 
     Parameters
     ----------
     listing, samples : the manifest, and what it lists
     shares : of training, validation and test
+    ties : kinds that hold volumes together beside the patient; none: all that the shares permit
     seed : of the order of equal groups
     options : of `split_corpus`
     """
-    if not is_split(samples):
-        split_corpus(listing, "patient", out=listing, shares=shares, seed=seed, **options)
+    if is_split(samples):
+        if ties: raise _split_already(listing)
+        return []
+    if ties: options["ties"] = ties
+    return split_corpus(listing, "patient", out=listing, shares=shares, loosen=not ties, seed=seed,
+                        **options)["torn"]
+
+def _split_already(listing):
+    return MedVLM3DError("ties", f"are not used: {relative(listing)} comes with a split of its own",
+                         "Leave them out, or take the splits out of the manifest.")
 
 # %% ../../nbs/studies/own.ipynb #e4419a48
 def audit_own(listing: Path, folder: Path | str, allow: Sequence[str] = ()) -> dict:
@@ -135,14 +144,16 @@ def audit_own(listing: Path, folder: Path | str, allow: Sequence[str] = ()) -> d
 
 # %% ../../nbs/studies/own.ipynb #7ca79adf
 def prepare_own(out: Path | str, corpus: Path | str, *, store: Path | str,
-                shares: Sequence[float] = (70, 15, 15), allow: Sequence[str] = (), seed: int = 0,
-                workers: int = 2, quiet: bool = False, **settings) -> dict:
+                shares: Sequence[float] = (70, 15, 15), ties: Sequence[str] = (),
+                allow: Sequence[str] = (), seed: int = 0, workers: int = 2, quiet: bool = False,
+                **settings) -> dict:
     """List, encode, split and audit a corpus; the facts go to `prepared.json` and are returned.
 
     Parameters
     ----------
     out, corpus, store : the study's folder, what the user gave, and the feature store
     shares : of training, validation and test, where the corpus is not split
+    ties : kinds that hold volumes together beside the patient; none: all that the shares permit
     allow : kinds of ties that are no leak here
     seed : of the split
     workers : processes and threads that read
@@ -153,10 +164,11 @@ def prepare_own(out: Path | str, corpus: Path | str, *, store: Path | str,
     unlisted, unread = folder/"not-listed.jsonl", folder/"set-aside.jsonl"
     samples = read_corpus(corpus, unlisted)
     kept = encode_own(samples, listing, store=store, rejects=unread, workers=workers, quiet=quiet, **settings)
-    split_own(listing, kept, shares=shares, seed=seed, workers=workers, progress=not quiet)
-    audit_own(listing, folder, allow)
+    options = dict(seed=seed, workers=workers, progress=not quiet)
+    torn = split_own(listing, kept, shares=shares, ties=ties, **options)
+    audited = audit_own(listing, folder, [*allow, *torn])
     aside = {"not listed": _count(unlisted), "not read": _count(unread)}
-    facts = study_facts(listing, FeatureStore(store), aside)
+    facts = study_facts(listing, FeatureStore(store), aside) | {"torn": torn_ties(audited, torn)}
     write_json(folder/"prepared.json", facts)
     print("\n".join(found_lines(facts)))
     return facts
@@ -169,7 +181,21 @@ def found_lines(facts: dict) -> list[str]:
     split = ", ".join(f"{n} {name}" for name, n in facts["cases"].items())
     aside = ", ".join(f"{n} {why}" for why, n in facts["set aside"].items() if n)
     volumes = f"{sum(facts['cases'].values())} volumes of {facts['patients']} patients: {split}"
-    return [volumes, f"set aside: {aside or 'none'}", intensity_line(facts["preprocess"])]
+    torn = [torn_line(facts["torn"])] if facts.get("torn") else []
+    return [volumes, *torn, f"set aside: {aside or 'none'}", intensity_line(facts["preprocess"])]
+
+# %% ../../nbs/studies/own.ipynb #3555ee99
+def torn_ties(audited: dict, torn: Sequence[str]) -> dict[str, int | None]:
+    "Kind of tie → volumes for testing that it ties to training; None where that was not looked at."
+    touched = {finding["kind"]: finding["touched"]["test"] for finding in audited["findings"]}
+    return {kind: touched.get(kind) for kind in torn}
+
+def torn_line(torn: dict[str, int | None]) -> str:
+    "What stands on both sides of a split, and how to ask for another one."
+    kinds = ", ".join(kind if n is None else f"{kind} ({n} test volumes)" for kind, n in torn.items())
+    kept = ", ".join(kind for kind in OPTIONAL if kind not in torn)
+    return (f"alike on both sides of the split, since the shares cannot be met otherwise: {kinds}; "
+            f"kept together: patient, {kept} (-p shares=[…], -p ties=[{', '.join(OPTIONAL)}])")
 
 # %% ../../nbs/studies/own.ipynb #0e0b5a67
 def intensity_line(preprocess: dict) -> str:
