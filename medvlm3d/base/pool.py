@@ -31,6 +31,12 @@ def _start_worker(parent, begin, arguments):
     if begin: begin(*arguments)
 
 # %% ../../nbs/base/pool.ipynb #0121bbbc
+def _processes(workers, spawn, begin, arguments):
+    "A pool of processes that end with this one."
+    context = get_context("spawn" if spawn else None)
+    first_step = os.getpid(), begin, arguments
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=first_step)
+
 @contextmanager
 def worker_pool(workers: int, *, threads: bool = False, spawn: bool = False, begin: Callable | None = None,
                 arguments: tuple = ()) -> Iterator[Executor]:
@@ -44,10 +50,7 @@ def worker_pool(workers: int, *, threads: bool = False, spawn: bool = False, beg
     begin, arguments : a function that each worker calls first, and what it is given
     """
     if threads: pool = ThreadPoolExecutor(workers, initializer=begin, initargs=arguments)
-    else:
-        context = get_context("spawn" if spawn else None)
-        first_step = os.getpid(), begin, arguments
-        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=first_step)
+    else: pool = _processes(workers, spawn, begin, arguments)
     try: yield pool
     finally: pool.shutdown(cancel_futures=True)
 

@@ -23,13 +23,16 @@ from .core import MedVLM3DError, pick_device
 PATIENCE = timedelta(days=1)
 
 @cache
+def _join():
+    "Begin to speak with the other processes of the run."
+    if "MASTER_ADDR" not in os.environ:
+        reason = "are set without MASTER_ADDR: the processes cannot meet"
+        raise MedVLM3DError("RANK and WORLD_SIZE", reason, "Start them with torchrun.")
+    dist.init_process_group("gloo", timeout=PATIENCE)
+
 def meeting() -> dist.ProcessGroup:
     "The gloo group of all ranks, opened at the first meeting."
-    if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:
-            reason = "are set without MASTER_ADDR: the processes cannot meet"
-            raise MedVLM3DError("RANK and WORLD_SIZE", reason, "Start them with torchrun.")
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    if not dist.is_initialized(): _join()
     if dist.get_backend() == "gloo": return dist.group.WORLD
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'JOINERS', 'LATEX', 'NUMBER', 'FORMULA', 'visible', 'printable', 'escape_html', 'escape_markdown',
            'escape_latex', 'escape_csv', 'text_rows', 'markdown_rows', 'write_csv', 'Table', 'text_table',
-           'markdown_table', 'latex_table', 'html_rows', 'html_table', 'write_table']
+           'markdown_table', 'latex_table', 'html_rows', 'html_table', 'write_table', 'write_tables']
 
 # %% ../../nbs/base/table.ipynb #eeebef0c
 import csv, io, re, unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -159,3 +159,8 @@ def write_table(table: Table, folder: Path | str, name: str):
     "Write `table` as name.md, name.csv, name.tex and name.html below `folder`."
     texts = {"md": table.markdown(), "csv": table.csv(), "tex": table.latex(), "html": table.html()}
     for suffix, text in texts.items(): write_text(Path(folder)/f"{name}.{suffix}", text)
+
+def write_tables(tables: Mapping[str, Table], folder: Path | str) -> Mapping[str, Table]:
+    "Write each table below `folder` by its name; returns them."
+    for name, table in tables.items(): write_table(table, folder, name)
+    return tables

@@ -48,6 +48,10 @@ def _array_in(whole, path):
     if isinstance(whole, dict) and _is_records([*whole.values()]) and len(whole) > 1:
         return [{"id": key, **record} for key, record in whole.items()]
     lists = [v for v in whole.values() if _is_records(v)] if isinstance(whole, dict) else []
+    return _only(lists, path)
+
+def _only(lists, path):
+    "The one list of these, or None where there is none; several are refused."
     if len(lists) > 1:
         why = f"holds {len(lists)} lists of answers"
         raise MedVLM3DError(relative(path), why, "Give a file with one list.")

@@ -7,7 +7,7 @@ __all__ = ['SCHEMA', 'COMPARED', 'chance_scores', 'central', 'constant_predictio
            'holm_table', 'evaluate_systems', 'lookup', 'correctness', 'seed_cells', 'over_trainings']
 
 # %% ../../nbs/evaluation/comparison.ipynb #e42bde94
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,8 +53,8 @@ def _by_frequency(counts):
 
 def _ranked_answers(training):
     "(task, type) → the answers of the training samples, most frequent first (ties: by name)."
-    counts = {}
-    for sample in training: counts.setdefault((sample.task, sample.type), Counter())[sample.answer] += 1
+    counts = defaultdict(Counter)
+    for sample in training: counts[sample.task, sample.type][sample.answer] += 1
     return {key: _by_frequency(of_type) for key, of_type in counts.items()}
 
 # %% ../../nbs/evaluation/comparison.ipynb #475232c6
@@ -170,13 +170,18 @@ def compare(a: list[dict], b: list[dict], *, task: str = "closed", protocol: str
 SCHEMA = "medvlm3d.results/1"
 COMPARED = {"closed": "accuracy", "open": "ROUGE-1", "report": "ROUGE-1"}
 
+def _compared_rows(versus, task, metric):
+    "The comparisons of all systems by one metric, type by type and for `macro`."
+    rows = []
+    for tasks in versus.values():
+        groups = tasks.get(task, {}).get(metric, {})
+        rows += [row for group, row in groups.items() if group != "micro"]
+    return rows
+
 def holm_table(versus: dict) -> dict:
     "Add `p_holm`, `mcnemar_holm` to `comparisons`, in place: adjusted over all systems, types and `macro`."
     for task, metric in COMPARED.items():
-        rows = []
-        for tasks in versus.values():
-            groups = tasks.get(task, {}).get(metric, {})
-            rows += [row for group, row in groups.items() if group != "micro"]
+        rows = _compared_rows(versus, task, metric)
         _adjust(rows, "p")
         _adjust(rows, "mcnemar")
     return versus

@@ -100,10 +100,14 @@ def _composed(sentence, parts):
         found += _paired(here) if len(here) > 1 else []
     return [m for m in found if "F" not in sentence.roles[m[0]:m[1]]]
 
+def _is_denied_before(sentence, mention):
+    "Whether one of the two words before a mention denies it."
+    before = sentence.words[max(0, mention.start - 2):mention.start]
+    return bool({"not", "no", "without"} & {*before})
+
 def _status(sentence, of_words, mention, composed):
     "The status of a mention; a composed one is also denied by a *not* directly before it."
-    before = sentence.words[max(0, mention.start - 2):mention.start]
-    if mention.start in composed and {"not", "no", "without"} & {*before}: return "absent"
+    if mention.start in composed and _is_denied_before(sentence, mention): return "absent"
     return of_words[mention.start]
 
 # %% ../../nbs/evaluation/findings.ipynb #881e95b8

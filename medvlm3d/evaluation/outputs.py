@@ -209,16 +209,21 @@ def json_line(record: object, where: str) -> dict:
     return check_closed(line, where) if line["task"] == "closed" else line
 
 # %% ../../nbs/evaluation/outputs.ipynb #5e124f59
+def _refuse_repeat(line, where, first):
+    "Refuse a line whose id another one has; `first` is id → number of its first line."
+    n = where.rsplit(":", 1)[-1]
+    before = first.setdefault(line["id"], n)
+    if before == n: return
+    why = f"repeats the id of line {before} ({line['id']!r})"
+    raise MedVLM3DError(where, why, "Keep one answer per item.")
+
 def json_lines(items: list, aside: list | None = None) -> list[dict]:
     "Prediction lines of (where, record) in our own form; each id stands once."
     first = {}
     def make(record: object, where: str) -> dict:
         line = json_line(record, where)
-        n = where.rsplit(":", 1)[-1]
-        before = first.setdefault(line["id"], n)
-        if before == n: return line
-        why = f"repeats the id of line {before} ({line['id']!r})"
-        raise MedVLM3DError(where, why, "Keep one answer per item.")
+        _refuse_repeat(line, where, first)
+        return line
     return gathered(items, make, aside)
 
 # %% ../../nbs/evaluation/outputs.ipynb #45344514
@@ -515,11 +520,15 @@ def check_most(path: Path, lines: list[dict], aside: list) -> None:
     odd = [p for p in aside if not p.why.endswith(STAYS)]
     if len(odd) > len(lines): settle(relative(path), odd, most=5, remedy="More rows are odd than not.")
 
-def _is_3drad(path, protocol):
-    "Whether the scores of 3D-RAD's script are asked for, or the file is one of its."
+def _check_protocol(protocol):
+    "Refuse the name of a protocol that is not known."
     if protocol not in (None, "3drad"):
         remedy = "Choose 3drad, or leave it out: m3d and standard are always computed."
         raise MedVLM3DError(f"--protocol {protocol}", "is not known", remedy)
+
+def _is_3drad(path, protocol):
+    "Whether the scores of 3D-RAD's script are asked for, or the file is one of its."
+    _check_protocol(protocol)
     return protocol == "3drad" or "Question Aspect" in Path(path).read_bytes()[:200].decode(errors="replace")
 
 # %% ../../nbs/evaluation/outputs.ipynb #a7294a21

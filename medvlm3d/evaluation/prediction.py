@@ -92,12 +92,16 @@ def with_silence(line: dict) -> dict:
     return {**line, "prediction": "", "error": line.get("error") or "no prediction"}
 
 # %% ../../nbs/evaluation/prediction.ipynb #e7214272
-def _checked_line(text, where):
-    "The JSON object of one line of a predictions file, with all required keys; `where` is file and line."
-    line = parse_answer(text, where)
+def _check_required(line, where):
+    "Refuse a line that lacks a key that every line needs."
     if absent := [key for key in REQUIRED if key not in line]:
         remedy = f"Each line needs {', '.join(REQUIRED)}."
         raise MedVLM3DError(where, f"lacks {', '.join(absent)}", remedy)
+
+def _checked_line(text, where):
+    "The JSON object of one line of a predictions file, with all required keys; `where` is file and line."
+    line = parse_answer(text, where)
+    _check_required(line, where)
     check_logprobs(line, where)
     return with_silence({"option_logprobs": None, "error": None, **line})
 

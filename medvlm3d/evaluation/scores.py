@@ -73,16 +73,19 @@ def with_groups(blocks: np.ndarray, statistic: Callable) -> np.ndarray:
     return np.concatenate([by_type, means], -1)
 
 # %% ../../nbs/evaluation/scores.ipynb #85ef8fc3
+def _members(types, names):
+    "Whether each item (N,) is of each of the types (G,): (N, G)."
+    return np.array(types)[:, None] == np.array(names)
+
 def _per_type(rows, types, names):
     "Each row (N, K) in the columns of its own type, zeros elsewhere: (N, T · K)."
-    member = np.array(types)[:, None] == np.array(names)
+    member = _members(types, names)
     return (member[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
 
 def _counted(rows, types, names):
     "Whether an item counts in each type and in both means (N, T + 2): a row of zeros counts nowhere."
     counts = rows.any(1)[:, None]
-    member = np.array(types)[:, None] == np.array(names)
-    return np.concatenate([member & counts, counts, counts], 1)
+    return np.concatenate([_members(types, names) & counts, counts, counts], 1)
 
 # %% ../../nbs/evaluation/scores.ipynb #9325a1aa
 def grouped_cells(rows: ArrayLike, types: Sequence[str], *, cases: Sequence[str], statistic: Callable = ratio,
@@ -138,11 +141,14 @@ def by_likelihood(scores: dict) -> bool:
     "Whether a system (its block of scores) answered closed questions by likelihood, without text."
     return scores.get("signatures", {}).get("closed") == LIKELIEST
 
+def _is_by_likelihood(line):
+    "Whether the answer of a line is its likeliest option, and nothing was written."
+    return line.get("option_logprobs") and not line.get("tokens")
+
 def answering_note(lines: list[dict]) -> str:
     "How closed lines were answered: by likelihood (log-probabilities and no token), or in words."
     answered = [line for line in lines if not line.get("error")]
-    by_likelihood = all(line.get("option_logprobs") and not line.get("tokens") for line in answered)
-    if answered and by_likelihood:
+    if answered and all(map(_is_by_likelihood, answered)):
         return LIKELIEST
     return "text, read by each protocol's parser"
 

@@ -104,13 +104,14 @@ def confidence_facts(seen: Seen, lines: Sequence[dict]) -> dict:
     _, confidence, right = judged_options(tempered(counted, seen.temperature))
     return {**facts, "calibration_error": calibration_error(reliability_bins(confidence, right))}
 
+def _fitted_words(seen):
+    "Whether the confidence is calibrated, in a sentence."
+    if seen is None or seen.temperature is None: return "The confidence of closed answers is not calibrated."
+    return (f"Confidence of closed answers: log-likelihoods divided by {seen.temperature:g}, fitted on "
+            f"{seen.calibrated_on:,} validation questions.")
+
 def confidence_words(seen: Seen | None) -> str:
     "What a card says about the confidence of a model's closed answers."
-    if seen is None or seen.temperature is None:
-        fitted = "The confidence of closed answers is not calibrated."
-    else:
-        fitted = (f"Confidence of closed answers: log-likelihoods divided by {seen.temperature:g}, fitted on "
-                  f"{seen.calibrated_on:,} validation questions.")
     threshold = seen.threshold if seen else None
-    return f"{fitted} " + ("No threshold is set: every question is answered." if threshold is None else
+    return f"{_fitted_words(seen)} " + ("No threshold is set: every question is answered." if threshold is None else
                            f"Below a confidence of {threshold:.0%} no answer is given.")

@@ -187,8 +187,8 @@ def _ran(llm):
     ran, hooks = {}, []
     if not has_values(llm): return ran
     for name, module in llm.named_modules():
-        def note(module, given, out, name=name): ran[name] = torch.is_tensor(out)
-        hooks.append(module.register_forward_hook(note))
+        def _note(module, given, out, name=name): ran[name] = torch.is_tensor(out)
+        hooks.append(module.register_forward_hook(_note))
     try:
         with torch.no_grad(), evaluating(llm): llm(inputs_embeds=trial_embeds(llm, 2), use_cache=False)
     finally:

@@ -164,8 +164,8 @@ class _Stack:
         self.array = np.empty((len(slices), *slices[0].shape), np.int16 if whole else np.float32)
         self.factor, self.mark, self.padding, self.seen = factor, -2**15 if whole else np.nan, 0, set()
 
-    def put(self, d, raw, s, *, ds):
-        "Slice `d`."
+    def put(self, d: int, raw: np.ndarray, s: Slice, *, ds) -> None:
+        "Store the raw values of the slice `s` at place `d`; `ds` is its pydicom data set."
         values, outside = _in_units(raw, s, ds), _padded(raw, s)
         if self.array.dtype == np.int16 and not fits(values.min() - 1, values.max()): self._widen()
         self.array[d] = values if self.factor == 1 else values * self.factor

@@ -221,12 +221,15 @@ def _by_class(uid):
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
     return next((OTHERS[p] for p in prefixes if p in OTHERS), None)
 
+def _is_grey(kind, ds):
+    "Whether a picture of the photometric interpretation `kind` has one value a pixel."
+    return kind in ("MONOCHROME1", "MONOCHROME2") and int(ds.get("SamplesPerPixel") or 1) == 1
+
 def _colour(ds):
     "What a picture in colour is, in words; None for grey."
     kind = ds.get("PhotometricInterpretation") or "MONOCHROME2"
     if "PALETTE" in str(kind): return "colour images (palette)"
-    grey = kind in ("MONOCHROME1", "MONOCHROME2") and int(ds.get("SamplesPerPixel") or 1) == 1
-    return None if grey else "colour images"
+    return None if _is_grey(kind, ds) else "colour images"
 
 def what_else(ds) -> str | None:
     "What a pydicom data set is, in words, if it is no slice of a scan."

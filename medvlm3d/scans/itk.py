@@ -216,14 +216,19 @@ def read_nrrd(path: Path, axis_order: str | None = None, *, frame: int | None = 
     return stored_volume(array[index], affine, files=files, notes=notes, **options)
 
 # %% ../../nbs/scans/itk.ipynb #af0d82bc
+def _meta_line(f):
+    "(key in lower case, value) of the next line; the value is None where the line is none of a header."
+    key, equals, value = f.readline(2**14).decode("latin-1").partition("=")
+    return key.strip().lower(), value.strip() if equals else None
+
 def _meta_header(f, path):
     "Key (lower case) → value of an open MetaImage stream, which then stands after its header."
     fields = {}
     for _ in range(1000):
-        key, equals, value = f.readline(2**14).decode("latin-1").partition("=")
-        if not equals: break
-        fields[key.strip().lower()] = value.strip()
-        if key.strip().lower() == "elementdatafile": return fields
+        key, value = _meta_line(f)
+        if value is None: break
+        fields[key] = value
+        if key == "elementdatafile": return fields
     raise MedVLM3DError(path, "has no readable MetaImage header", "Export the scan again.")
 
 # %% ../../nbs/scans/itk.ipynb #ce326a32

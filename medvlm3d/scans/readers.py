@@ -72,11 +72,14 @@ def _canonical(volume, kind):
     if kind == "dicom": return volume
     return replace(volume, warnings=(*volume.warnings, *slice_order(volume.voxels)))
 
+def _given(choices):
+    "Those options that were given."
+    return {name: value for name, value in choices.items() if value is not None}
+
 def _read_kind(path, kind, *, choices, options):
     "The `Volume` of a file; `choices` are the options that not every kind of file has."
     check_options(path, kind, **choices)
-    taken = {name: value for name, value in choices.items() if value is not None}
-    return _canonical(_READERS[kind](path, **taken, **options), kind)
+    return _canonical(_READERS[kind](path, **_given(choices), **options), kind)
 
 # %% ../../nbs/scans/readers.ipynb #9312ade8
 def read_volume(path: Path | str, axis_order: str | None = None, *, series: int | None = None,

@@ -219,12 +219,16 @@ def _is_orientation(letters):
     axes = ["RASLPI".find(c) % 3 for c in letters if c in "RASLPI"]
     return len(letters) == 3 and sorted(axes) == [0, 1, 2]
 
+def _check_letters(axis_order, path):
+    "Refuse letters that name no orientation."
+    if _is_orientation(axis_order): return
+    raise MedVLM3DError(path, f"{axis_order!r} is no orientation",
+                        "Give three letters such as RAS or LPS: where each axis grows to.")
+
 def letters_affine(axis_order: str, spacing: Sequence[float] | None,
                    path: Path | str) -> tuple[np.ndarray, tuple]:
     "(affine, notes) of an array whose axes grow towards three letters, such as RAS; `spacing` in mm or None."
-    if not _is_orientation(axis_order):
-        raise MedVLM3DError(path, f"{axis_order!r} is no orientation",
-                            "Give three letters such as RAS or LPS: where each axis grows to.")
+    _check_letters(axis_order, path)
     notes = (f"orientation {axis_order} as told",)
     if spacing is None: return codes_affine(axis_order), (*notes, "spacing unknown: 1 mm assumed")
     return codes_affine(axis_order, spacing), notes
