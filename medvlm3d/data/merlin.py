@@ -90,10 +90,14 @@ def read_phases(root: Path | str) -> dict[str, str]:
     return phases
 
 # %% ../../nbs/data/merlin.ipynb #a6cac9a7
+def _study_sample(study, facts, image, phase):
+    "What all samples of one study have in common."
+    return Sample(study, study, image=image, split=facts["split"], task="image", type="Image", modality="CT",
+                  patient=facts["patient"], phase=phase, source=SOURCE, licence=LICENCE, where=study)
+
 def _study_samples(study, facts, *, image, phase, findings):
     "The samples of one study: its report, and a question for each finding that is said or denied."
-    base = Sample(study, study, image=image, split=facts["split"], task="image", type="Image", modality="CT",
-                  patient=facts["patient"], phase=phase, source=SOURCE, licence=LICENCE, where=study)
+    base = _study_sample(study, facts, image, phase)
     if facts["report"]:
         yield replace(base, id=f"{study}/report", task="report", type="Report", answer=facts["report"])
     else: yield replace(base, id=f"{study}/image")

@@ -178,9 +178,13 @@ def scan_llava(file: Path | str, volumes: Mapping[str, Sample], problems: list) 
 RAD_COLUMNS = ("VolumeName", "Question", "Answer", "QuestionType")
 RAD_SOURCE, RAD_LICENCE = "3D-RAD", "CC BY-NC-SA 4.0"
 
+def _is_of_task(path):
+    "Whether a file lies in the folder of a task, such as `Task4_Existence_Detection`."
+    return path.parent.name.lower().startswith("task")
+
 def rad_files(root: Path | str) -> list[Path]:
     "The CSVs of 3D-RAD below a folder, those of `test/` and `train/`."
-    files = [p for p in sorted(Path(root).rglob("*.csv")) if re.match(r"task", p.parent.name, re.I)]
+    files = list(filter(_is_of_task, sorted(Path(root).rglob("*.csv"))))
     if not files:
         raise MedVLM3DError(relative(root), "holds no table of 3D-RAD",
                             "The layout is 3DRAD/test/Task4_Existence_Detection/Atelectasis.csv.")

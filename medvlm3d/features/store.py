@@ -82,13 +82,17 @@ def _read_card(file):
     return card
 
 # %% ../../nbs/features/store.ipynb #7741bd8d
+def _drop_leftovers(path):
+    "Remove shards without a card, and files that were not finished."
+    for file in path.glob("shard-*.safetensors"):
+        if not file.with_suffix(".json").exists(): file.unlink()
+    for file in path.glob(".*.part"): file.unlink()
+
 def drop_damaged(path: Path | str, verify: bool = True) -> list[str]:
     "Remove the cards of damaged shards, and what a killed process left; returns the names of the damaged."
     path = Path(path)
     damaged = [_drop(card, verify) for card in sorted(path.glob("shard-*.json"))]
-    for file in path.glob("shard-*.safetensors"):
-        if not file.with_suffix(".json").exists(): file.unlink()
-    for file in path.glob(".*.part"): file.unlink()
+    _drop_leftovers(path)
     return list(filter(None, damaged))
 
 def _drop(card, verify):

@@ -352,16 +352,19 @@ def totalseg(root: Root, out: Listing = None, *, rejects: Rejects = None, hashes
     write_listing(root, samples, out=out, rejects=rejects, hashes=hashes)
 
 # %% ../../nbs/front/data.ipynb #93d59cd3
+def _scan_at(scans: list, number: int) -> Path:
+    "The scan with a number from 1; a number that none has is refused."
+    from medvlm3d.base.core import MedVLM3DError
+    if 0 < number <= len(scans):
+        return scans[number - 1]
+    raise MedVLM3DError(f"scan {number}", f"is not one of {len(scans)}",
+                        "Numbers count from 1, in order of path.")
+
 def _print_scan(root: Path, number: int) -> None:
     "Print the path of the scan with a number; they count from 1, in order of path."
-    from medvlm3d.base.core import MedVLM3DError
     from medvlm3d.base.table import printable
     from medvlm3d.data.corpora import find_scans
-    scans = find_scans(root)
-    if not 0 < number <= len(scans):
-        raise MedVLM3DError(f"scan {number}", f"is not one of {len(scans)}",
-                            "Numbers count from 1, in order of path.")
-    print(printable(scans[number - 1].relative_to(root)))
+    print(printable(_scan_at(find_scans(root), number).relative_to(root)))
 
 def _say_left_over(root: Path) -> None:
     "Say what is taken from a plain folder, and how many of its files are not."

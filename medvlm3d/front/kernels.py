@@ -23,15 +23,19 @@ def _forget_project() -> None:
         del sys.modules[name]
 
 # %% ../../nbs/front/kernels.ipynb #1de89691
-def _become_kernel(request: dict) -> None:
-    "Turn this process into the kernel that `request` describes; returns when the kernel has ended."
+def _move_in(request: dict) -> None:
+    "Take on the environment, the folder and the arguments of a requested kernel, in a session of its own."
     os.setsid()
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
+    sys.argv = ["ipykernel_launcher", *request["arguments"]]
+
+def _become_kernel(request: dict) -> None:
+    "Turn this process into the kernel that `request` describes; returns when the kernel has ended."
+    _move_in(request)
     _forget_project()
     from ipykernel.kernelapp import IPKernelApp
-    sys.argv = ["ipykernel_launcher", *request["arguments"]]
     IPKernelApp.launch_instance(sys.argv[1:])
 
 # %% ../../nbs/front/kernels.ipynb #3f75cc00
@@ -89,14 +93,18 @@ def _wait_for(process: subprocess.Popen, address: str) -> None:
             raise RuntimeError(f"the process that forks kernels ended with status {process.returncode}")
         time.sleep(.05)
 
+def _start_serving(address: str) -> subprocess.Popen:
+    "A new process that forks kernels for requests at an address, and ends with this one."
+    program = f"from medvlm3d.front.kernels import serve; serve({address!r})"
+    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
+    atexit.register(process.kill)
+    return process
+
 @lru_cache(maxsize=1)
 def _parent(caller: int) -> str:
     "The address of the process that forks kernels for process `caller`."
     address = f"{tempfile.mkdtemp(prefix='kernels')}/socket"
-    program = f"from medvlm3d.front.kernels import serve; serve({address!r})"
-    process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-    atexit.register(process.kill)
-    _wait_for(process, address)
+    _wait_for(_start_serving(address), address)
     return address
 
 # %% ../../nbs/front/kernels.ipynb #c6ce0b0f

@@ -318,10 +318,14 @@ def check_pixels(pixels: Tensor, shape: tuple, batch: bool = False) -> Tensor:
 ANYWAY = {"return_tensors": "pt", "padding": True, "return_dict": True, "tokenize": True,
           "add_generation_prompt": True}
 
+def _changes_nothing(name, value):
+    "Whether a setting asks for what is done anyway."
+    return value in (None, False, {}) or name in ANYWAY and value == ANYWAY[name]
+
 def _check_settings(settings, where):
     "An error for a setting that is not what is done anyway."
     for name, value in settings.items():
-        if value in (None, False, {}) or name in ANYWAY and value == ANYWAY[name]: continue
+        if _changes_nothing(name, value): continue
         raise MedVLM3DError(where, f"does not know {name}={value!r}", "Leave it out.")
 
 def _one_of(value, other, names):
@@ -395,9 +399,13 @@ class _Words:
         return list(dict.fromkeys(pieces))
 
 # %% ../../nbs/method/language.ipynb #d128c38b
+def _is_one_question(conversation):
+    "Whether a conversation is one message, and a user's."
+    return len(conversation) == 1 and conversation[0]["role"] == "user"
+
 def _content_of(conversation):
     "The content of a conversation of one question, as a list of parts."
-    if len(conversation) == 1 and conversation[0]["role"] == "user":
+    if _is_one_question(conversation):
         content = conversation[0]["content"]
         return [{"type": "text", "text": content}] if isinstance(content, str) else content
     raise MedVLM3DError("the conversation", "is not one question of a user",

@@ -75,12 +75,16 @@ def draw_variant(item: Item) -> tuple:
     return mode_of(modality).unit(volume), scene.masks, facts
 
 # %% ../../nbs/phantoms/benchmark.ipynb #b1468181
-def _check_kinds(kinds):
-    "Raise unless all kinds of finding are known and there are at least two of them."
+def _check_known(kinds):
+    "Raise unless all kinds of finding are known."
     unknown = sorted({*kinds} - {*MORE_KINDS})
     if unknown:
         remedy = f"Choose from {', '.join(MORE_KINDS)}."
         raise MedVLM3DError(", ".join(unknown), "is no kind of finding", remedy)
+
+def _check_kinds(kinds):
+    "Raise unless all kinds of finding are known and there are at least two of them."
+    _check_known(kinds)
     if len(kinds) < 2:
         reason = "is the only kind of finding: to ask for it would be to answer"
         raise MedVLM3DError(", ".join(kinds), reason, "Give two kinds or more.")

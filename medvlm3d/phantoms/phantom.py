@@ -358,12 +358,15 @@ def read_truth(root: Path | str) -> dict[str, dict]:
     lines = split_lines((Path(root)/"truth.jsonl").read_text(encoding="utf-8"))
     return {row["image"]: row for row in map(json.loads, lines)}
 
+def _masks_file(root, row):
+    "The file of the masks of a row of truth."
+    path = (Path(root)/row["image"]).with_name("masks.npz")
+    if path.exists(): return path
+    reason = "is missing: the phantom was drawn before masks were stored"
+    remedy = "Make the phantom again in the same folder: it adds what is missing."
+    raise MedVLM3DError(relative(path), reason, remedy)
+
 def read_masks(root: Path | str, row: Mapping) -> tuple:
     "(tissues (D, H, W) as indices into TISSUES, lesion (D, H, W) bool) of a row of truth."
-    path = (Path(root)/row["image"]).with_name("masks.npz")
-    if not path.exists():
-        reason = "is missing: the phantom was drawn before masks were stored"
-        remedy = "Make the phantom again in the same folder: it adds what is missing."
-        raise MedVLM3DError(relative(path), reason, remedy)
-    with np.load(path, allow_pickle=False) as f: masks = f["masks"]
+    with np.load(_masks_file(root, row), allow_pickle=False) as f: masks = f["masks"]
     return masks & 127, masks > 127

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import MedVLM3DError, RunFolder, project_root, read_json, relative, write_text
-from ..base.table import Table, write_table
+from ..base.table import Table, write_tables
 from ..evaluation.comparison import lookup
 from ..evaluation.scores import TYPE_ORDER, WITHOUT, interval_text
 from ..evaluation.temperature import confidence_words
@@ -114,14 +114,17 @@ def _blind_text(share):
     return (f" The blind twin: the same plan with {100 * share:g} % of the epochs, "
             "every volume's features replaced by the mean of the training features.")
 
+def _seeds_text(seeds):
+    "How many trainings there were, and which of them the scores are of."
+    if len(seeds) == 1: return f"One training (seed {seeds[0]})."
+    listed = ", ".join(map(str, seeds))
+    return f"{len(seeds)} trainings (seeds {listed}); scores are of the first, and the table of seeds has all."
+
 def trainings_text(run: AnyRun) -> str:
     "How often the model was trained, and how its blind twin was, as sentences; empty if not in the results."
     training = results_of(run).get("trainings")
     if not training: return ""
-    n, seeds = len(training["seeds"]), ", ".join(map(str, training["seeds"]))
-    text = f"{n} trainings (seeds {seeds}); scores are of the first, and the table of seeds has all."
-    if n == 1: text = f"One training (seed {seeds})."
-    return text + _blind_text(training["blind"])
+    return _seeds_text(training["seeds"]) + _blind_text(training["blind"])
 
 # %% ../../nbs/report/study_tables.ipynb #8209b70d
 def _trained_once(c):
@@ -415,7 +418,7 @@ def render(out: Path | str) -> dict[str, Table]:
     if not results:
         raise MedVLM3DError(relative(folder/"results.json"), "is missing", "Run 92_evaluate first.")
     tables = study_tables(folder, Path(out).name)
-    for stem, table in tables.items(): write_table(table, folder/"tables", stem)
+    write_tables(tables, folder/"tables")
     _save_figures(run, results, folder/"figures")
     write_text(folder/"model"/"README.md", model_card(out, results))
     return tables

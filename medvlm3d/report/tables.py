@@ -163,13 +163,17 @@ def report_table(runs: dict, systems: Sequence[str] | None = ("model",)) -> Tabl
     return Table("Report generation", ("score", *_headings(columns)), tuple(rows), note)
 
 # %% ../../nbs/report/tables.ipynb #7df3a9e9
+def _closed_signature(of_run):
+    "How the model of a run answered closed questions; None where that is not known."
+    return of_run.get("systems", {}).get("model", {}).get("signatures", {}).get("closed")
+
 def closed_note(results: dict[str, dict], task: str = "closed") -> str:
     "How the model of each run answered closed questions, for the note of a table."
     if task != "closed": return ""
     note = ""
     for name, of_run in results.items():
-        signatures = of_run.get("systems", {}).get("model", {}).get("signatures", {})
-        if "closed" in signatures: note += f" Closed answers of {name}: {signatures['closed']}."
+        signature = _closed_signature(of_run)
+        if signature: note += f" Closed answers of {name}: {signature}."
     return note
 
 # %% ../../nbs/report/tables.ipynb #ae26acd5

@@ -16,7 +16,7 @@ from pathlib import Path
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #28a5acf2
 from ..base.core import MedVLM3DError, open_run, project_root, sha256_file, sha256_json, write_json
-from ..base.table import Table, write_table
+from ..base.table import Table, write_tables
 from ..data.corpora import Study, load_autopet, load_brats
 from ..data.m3d import read_image
 from ..data.manifest import with_hashes, write_manifest
@@ -549,6 +549,4 @@ def run(out: Path | str, data: Path | str, *, corpora: Sequence[str] = ("brats",
 def _write(folder, results, account):
     "Write the tables and the figure of agreement below a run folder; returns the tables by name."
     save_figure(agreement_figure(account), folder/"figures", "agreement")
-    tables = study_tables(results, account)
-    for name, table in tables.items(): write_table(table, folder/"tables", name)
-    return tables
+    return write_tables(study_tables(results, account), folder/"tables")

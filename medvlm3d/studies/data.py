@@ -19,7 +19,7 @@ import numpy as np
 
 # %% ../../nbs/studies/data.ipynb #5f28a86d
 from ..base.core import open_run, project_root, read_json, write_json
-from ..base.table import Table, write_table
+from ..base.table import Table, write_tables
 from ..data.m3d import image_reader
 from ..data.manifest import load_samples, samples_root
 from ..data.samples import by_image
@@ -356,9 +356,7 @@ def _write(folder, results, workers):
     "Write results, audit and tables of a run; returns the tables by name."
     write_json(folder/"results.json", results)
     write_audit(folder/"audit", results["audit"])
-    tables = study_tables(results, workers)
-    for name, table in tables.items(): write_table(table, folder/"tables", name)
-    return tables
+    return write_tables(study_tables(results, workers), folder/"tables")
 
 # %% ../../nbs/studies/data.ipynb #4913ef36
 def _save_sheets(folder, shape, seed):

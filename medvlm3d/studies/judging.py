@@ -53,14 +53,17 @@ def _shown(pair, facts, root):
                   image=image, mask=mask)
 
 # %% ../../nbs/studies/judging.ipynb #8b253ef2
+def _rows_of(path, root):
+    "Each line of a stored round, with the paths of its files below `root`."
+    lines = split_lines(Path(path).read_text(encoding="utf-8"))
+    return [_located(Judged(**json.loads(line)), Path(root)) for line in lines]
+
 def read_round(path: Path | str, root: Path | str) -> dict[str, Judged]:
     "id → `Judged` of a stored round."
     if not Path(path).exists():
         raise MedVLM3DError(relative(path), "is missing",
                             "Run `medvlm3d data crossmodal` again: it drafts and keeps the same pairs.")
-    lines = split_lines(Path(path).read_text(encoding="utf-8"))
-    rows = [_located(Judged(**json.loads(line)), Path(root)) for line in lines]
-    return {row.id: row for row in rows}
+    return {row.id: row for row in _rows_of(path, root)}
 
 def _located(row, root): return replace(row, image=root/row.image, mask=root/row.mask)
 
@@ -81,14 +84,18 @@ def keeping(vote: Callable, folder: Path | str, facts: dict, root: Path) -> Call
     return store_and_vote
 
 # %% ../../nbs/studies/judging.ipynb #a9789304
+def _png(figure):
+    "The PNG bytes of a figure."
+    out = BytesIO()
+    figure.savefig(out, format="png", dpi=80)
+    return out.getvalue()
+
 def pair_picture(judged: Judged, outline: bool = True) -> bytes:
     "PNG bytes of the volume of a `Judged` in three planes, below its question and answer."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     show_pair(figure.subplots(1, 3), judged, judged, outline)
-    out = BytesIO()
-    figure.savefig(out, format="png", dpi=80)
-    return out.getvalue()
+    return _png(figure)
 
 # %% ../../nbs/studies/judging.ipynb #bc3a4e85
 def _widgets():

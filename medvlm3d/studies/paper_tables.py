@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..base.core import RunFolder, project_root, read_json
-from ..base.table import Table, write_table
+from ..base.table import Table, write_tables
 from ..evaluation.comparison import lookup
 from ..evaluation.scores import by_likelihood
 from ..evaluation.uncertainty import at_floor
@@ -146,7 +146,7 @@ def _table_6(study):
 def write_paper_tables(out: Path | str, **folders) -> dict[str, Table]:
     "Write `paper_tables(**folders)` below `out`/tables as paper-table-1 … 8; returns them."
     tables = paper_tables(**folders)
-    for name, table in tables.items(): write_table(table, project_root()/out/"tables", f"paper-{name}")
+    write_tables({f"paper-{name}": table for name, table in tables.items()}, project_root()/out/"tables")
     return tables
 
 # %% ../../nbs/studies/paper_tables.ipynb #e3a14d10

@@ -22,7 +22,7 @@ import torch
 
 from ..base.core import (MedVLM3DError, RunFolder, open_run, project_root, relative,
                                 sha256_json, write_json)
-from ..base.table import Table, write_table
+from ..base.table import Table, write_tables
 from ..data.samples import Sample
 from ..evaluation.uncertainty import compare_seeds, holm, mcnemar, over_seeds
 from ..features.store import FeatureStore
@@ -60,11 +60,16 @@ def _times_100(value):
     return round(100 * float(value), 4)
 
 # %% ../../nbs/studies/sweep.ipynb #b152dc52
-def groups_within(items: Sequence[Sequence], corpus: str) -> dict:
-    "Group → indices of the items of `corpus`: each question type, and `mean` for all; {} without items."
+def _types_within(items, corpus):
+    "Question type → indices of the items of `corpus`."
     types = {}
     for i, (_, _, item_corpus, type, _) in enumerate(items):
         if item_corpus == corpus: types.setdefault(type, []).append(i)
+    return types
+
+def groups_within(items: Sequence[Sequence], corpus: str) -> dict:
+    "Group → indices of the items of `corpus`: each question type, and `mean` for all; {} without items."
+    types = _types_within(items, corpus)
     if not types: return {}
     everything = sorted(chain.from_iterable(types.values()))
     return {**dict(sorted(types.items())), "mean": everything}
@@ -310,13 +315,13 @@ def _from_3d(right, clusters, **bootstrap):
     return differences
 
 # %% ../../nbs/studies/sweep.ipynb #956d68a7
+def _share_name(share):
+    "A share of the training cases as text."
+    return share if isinstance(share, str) else f"{share:g}"
+
 def _by_share(function, shares, *args, **kwargs):
     "Share as text → `function` of what belongs to the share."
-    out = {}
-    for share, value in shares.items():
-        name = share if isinstance(share, str) else f"{share:g}"
-        out[name] = function(value, *args, **kwargs)
-    return out
+    return {_share_name(share): function(value, *args, **kwargs) for share, value in shares.items()}
 
 def _right_constants(letters, items): return right_answers([{"letters": text} for text in letters], items)
 def _mean_cell(right, clusters, **bootstrap): return percent(over_seeds(right, clusters, **bootstrap))
@@ -410,14 +415,16 @@ CURVE_NOTE = ("Equal steps; the learning rate of each side was chosen on another
               f"{INSTRUMENT}{TESTS}Research use only.")
 
 # %% ../../nbs/studies/sweep.ipynb #af8aa76e
+def _dial_settings(corpus, factors):
+    "By what the findings of a corpus differ, in words."
+    settings = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
+    return f"{corpus} {settings}"
+
 def dial_text(results: dict) -> str:
     "How much larger or more conspicuous the findings of each corpus were; \"\" where they were as usual."
     dial = results.get("corpora", {}).get("dial", {})
-    parts = []
-    for corpus, factors in dial.items():
-        settings = ", ".join(f"{name} {factor:g}" for name, factor in factors.items())
-        parts.append(f"{corpus} {settings}")
-    if not parts: return ""
+    if not dial: return ""
+    parts = [_dial_settings(corpus, factors) for corpus, factors in dial.items()]
     return f"Findings, times those of notebooks 08 and 08c: {'; '.join(parts)}. "
 
 # %% ../../nbs/studies/sweep.ipynb #40b4862e
@@ -590,7 +597,7 @@ def render_ablation(out: Path | str) -> dict[str, Table]:
     results = RunFolder(folder).results
     if not results: raise MedVLM3DError(relative(folder/"results.json"), "is missing", "Run 93_ablate first.")
     tables = ablation_tables(results)
-    for name, table in tables.items(): write_table(table, folder/"tables", name)
+    write_tables(tables, folder/"tables")
     for corpus in results["items"]:
         save_figure(differences_figure(results, corpus), folder/"figures", f"differences-{corpus}")
     if results["curve"]: save_figure(data_figure(results), folder/"figures", "curve")

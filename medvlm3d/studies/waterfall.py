@@ -21,7 +21,7 @@ from torch import Tensor
 
 # %% ../../nbs/studies/waterfall.ipynb #29cf0847
 from ..base.core import MedVLM3DError, open_run, pick_device, project_root, sha256_file, write_json
-from ..base.table import Table, write_table
+from ..base.table import Table, write_tables
 from ..data.m3d import load_m3d
 from ..data.samples import Sample
 from ..evaluation.metrics import offered
@@ -189,11 +189,13 @@ def view(stage: str, evidence: Evidence, kept: Tensor, tokens: Sequence[int]) ->
     return evidence if stage == MASKS[1] else evidence.pooled(tokens)
 
 # %% ../../nbs/studies/waterfall.ipynb #1a444437
+def _view_scores(evidence):
+    "What the rule makes of one view: scores of organ and place, and the facts for the kind."
+    return {"Organ": organ_scores(evidence), "Location": place_scores(evidence), "facts": grey_facts(evidence)}
+
 def seen_of(evidence: Evidence, kept: Tensor, tokens: Sequence[int]) -> dict:
     "Mask stage → what its rule makes of a case: scores of organ and place, and the facts for the kind."
-    views = {stage: view(stage, evidence, kept, tokens) for stage in MASKS}
-    return {stage: {"Organ": organ_scores(e), "Location": place_scores(e), "facts": grey_facts(e)}
-            for stage, e in views.items()}
+    return {stage: _view_scores(view(stage, evidence, kept, tokens)) for stage in MASKS}
 
 def mask_scores(train: Sequence[dict], test: Sequence[dict], *, rows: tuple[list, list]) -> dict:
     """Mask stage → question type → scores of each test case.
@@ -501,6 +503,4 @@ def waterfall_tables(results: Mapping) -> dict[str, Table]:
 def _write(folder, results):
     "Write the tables and the figure of a run; returns the tables."
     save_figure(waterfall_figure(results), folder/"figures", "waterfall")
-    tables = waterfall_tables(results)
-    for name, table in tables.items(): write_table(table, folder/"tables", name)
-    return tables
+    return write_tables(waterfall_tables(results), folder/"tables")

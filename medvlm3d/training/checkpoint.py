@@ -112,9 +112,13 @@ def _missing_part(folder):
 def _missing_files(folder, names): return [name for name in sorted(names) if not (folder/name).exists()]
 
 # %% ../../nbs/training/checkpoint.ipynb #b6bb1675
-def _damaged_part(folder):
+def _damaged_files(folder):
+    "The names of the files of a checkpoint that are not what its card says."
     files = read_json(folder/CARD)["files"]
-    damaged = [name for name, digest in files.items() if sha256_file(folder/name) != digest]
+    return [name for name, digest in files.items() if sha256_file(folder/name) != digest]
+
+def _damaged_part(folder):
+    damaged = _damaged_files(folder)
     return f"has damaged files: {', '.join(damaged)}" if damaged else None
 
 # %% ../../nbs/training/checkpoint.ipynb #2dd7d572

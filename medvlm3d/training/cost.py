@@ -397,14 +397,17 @@ def _recompute_blocks(model):
     enable({"use_reentrant": False})
 
 # %% ../../nbs/training/cost.ipynb #c5fd25ab
+def _timed_step(model, optimiser, inputs, bf16):
+    "(loss, seconds) of one step."
+    since = time.perf_counter()
+    loss = round(take_step(model, optimiser, inputs, bf16), 4)
+    return loss, time.perf_counter() - since
+
 def _timed_steps(model, stage, *, inputs, steps, bf16):
     "(losses, seconds) of `steps` steps with AdamW."
-    optimiser, losses, seconds = _adamw(model, stage), [], []
-    for _ in range(steps):
-        since = time.perf_counter()
-        losses.append(round(take_step(model, optimiser, inputs, bf16), 4))
-        seconds.append(time.perf_counter() - since)
-    return losses, seconds
+    optimiser = _adamw(model, stage)
+    timed = [_timed_step(model, optimiser, inputs, bf16) for _ in range(steps)]
+    return tuple(map(list, zip(*timed)))
 
 # %% ../../nbs/training/cost.ipynb #507ae535
 def _adamw(model, stage):

@@ -193,10 +193,13 @@ def record_failure(folder: Path | str, error: Exception, ranks: Ranks | None = N
         write_json(Path(folder)/f"failed-rank-{ranks.rank}.json", record)
 
 # %% ../../nbs/training/launch.ipynb #6273b09b
+def _words_of(error):
+    "What an error says; of foreign code also its kind."
+    return str(error) if isinstance(error, MedVLM3DError) else f"{type(error).__name__}: {error}"
+
 def _message(error, ranks):
     prefix = f"rank {ranks.rank}: " if ranks.world > 1 else ""
-    message = str(error) if isinstance(error, MedVLM3DError) else f"{type(error).__name__}: {error}"
-    return prefix + message[:500]
+    return prefix + _words_of(error)[:500]
 
 # %% ../../nbs/training/launch.ipynb #56076fa9
 ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.S)

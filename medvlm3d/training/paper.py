@@ -148,11 +148,14 @@ def store_part(store: Path | str, config: MedVLM3DConfig) -> Part:
     return Part("features", "store.json", True, shown(Path(store)) + "/")
 
 # %% ../../nbs/training/paper.ipynb #3f3172d1
+def _has_tokenizer(folder):
+    "Whether a folder of a model holds its tokenizer."
+    return any((folder/file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+
 def tokenizer_of(name: Path | str) -> PreTrainedTokenizerBase | None:
     "The tokenizer of a language model, `<image>` added, if it lies on this machine; else None."
     folder = llm_folder(name)
-    if folder is None: return None
-    if not any((folder/file).is_file() for file in ("tokenizer.json", "tokenizer.model")): return None
+    if folder is None or not _has_tokenizer(folder): return None
     tokenizer = load_tokenizer(folder)
     add_image_token(tokenizer)
     return tokenizer
