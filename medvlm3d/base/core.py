@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MedVLM3DError', 'FileError', 'plain_reason', 'outside', 'border', 'project_root', 'shared', 'home',
-           'relative', 'alive', 'sweep', 'atomic_path', 'write_text', 'write_json', 'parse_json', 'read_json',
-           'split_lines', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device', 'versions',
-           'git_commit', 'hardware', 'RunFolder', 'open_run']
+           'relative', 'alive', 'sweep', 'atomic_path', 'write_text', 'write_json', 'json_rows', 'parse_json',
+           'read_json', 'split_lines', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device',
+           'versions', 'git_commit', 'hardware', 'RunFolder', 'open_run']
 
 # %% ../../nbs/base/core.ipynb #77f9cebd
 import errno, hashlib, json, os, platform, random, re, subprocess, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, wraps
 from importlib import metadata
@@ -176,6 +176,10 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     "Write `value` as indented JSON, atomically; NaN and infinities are refused."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+def json_rows(rows: Iterable) -> str:
+    "Values as JSON, one a line."
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 # %% ../../nbs/base/core.ipynb #65ab81e0
 def parse_json(text: str, what: Any, remedy: str = "Restore or regenerate the file.") -> Any:

@@ -147,11 +147,14 @@ def _open_archive(path):
     return _open_zip(path) if zipfile.is_zipfile(path) else _open_tar(path)
 
 # %% ../../nbs/base/fetch.ipynb #c9c9f69e
+def _is_safe(name):
+    "Whether a member's name stays below the folder into which it is written, on every system."
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts and not {"\\", ":"} & set(name)
+
 def _refuse_unsafe(name, archive):
     "Raise if a member's name is absolute, holds `..`, a drive or a backslash."
-    path = PurePosixPath(name)
-    safe = not path.is_absolute() and ".." not in path.parts and not {"\\", ":"} & set(name)
-    if safe: return
+    if _is_safe(name): return
     reason = f"holds a member with the unsafe name {name!r}"
     raise MedVLM3DError(archive.name, reason, "Do not use this archive.")
 

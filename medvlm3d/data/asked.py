@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.core import border, MedVLM3DError, relative, write_text
+from ..base.core import border, json_rows, MedVLM3DError, relative, write_text
 from ..base.table import write_csv
 from .corpora import find_scans, loose_slices
 
@@ -112,13 +112,19 @@ class Asked:
         return cls(text, read_choices(record.get("choices") or (), place))
 
 # %% ../../nbs/data/asked.ipynb #c02c14b3
+def _from_json(text):
+    "What a text says in JSON; None where it is none."
+    try: return json.loads(text)
+    except json.JSONDecodeError: return None
+
+def _are_texts(value):
+    "Whether a value is a list of texts."
+    return isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+
 def read_choices(value: str | Sequence[str], place: str = "--choices") -> tuple:
     "Options from a JSON list of texts, or from one that is already read."
-    if isinstance(value, str):
-        try: value = json.loads(value)
-        except json.JSONDecodeError: value = None
-    texts = isinstance(value, (list, tuple)) and all(isinstance(choice, str) for choice in value)
-    if texts: return tuple(value)
+    choices = _from_json(value) if isinstance(value, str) else value
+    if _are_texts(choices): return tuple(choices)
     raise MedVLM3DError(place, "are no JSON list of texts", 'Write for instance ["liver", "spleen"].')
 
 # %% ../../nbs/data/asked.ipynb #e6f3a5aa
@@ -165,7 +171,7 @@ def check_table(path: Path | str) -> None:
 def write_table(path: Path | str, rows: Sequence[dict]) -> None:
     "Write rows as CSV or JSON lines, at once."
     if Path(path).suffix.lower() == ".jsonl":
-        return write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return write_text(path, json_rows(rows))
     write_csv(path, [COLUMNS, *([_cell(key, row[key]) for key in COLUMNS] for row in rows)])
 
 def _cell(key, value):

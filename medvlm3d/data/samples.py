@@ -196,10 +196,14 @@ def _links(folder):
 def _leaves(root, full): return not Path(os.path.realpath(full)).is_relative_to(os.path.realpath(root))
 
 # %% ../../nbs/data/samples.ipynb #3d6f1954
+def _points_outside(path):
+    "Whether a stored path leaves the folder to which it is relative, on any system."
+    posix = PurePosixPath(path)
+    return posix.is_absolute() or ".." in posix.parts or "\\" in path
+
 def path_problem(root: Path | str, path: str) -> str | None:
     "Why `path` cannot be used below `root`, or None."
-    posix = PurePosixPath(path)
-    if posix.is_absolute() or ".." in posix.parts or "\\" in path: return "the path leaves the data root"
+    if _points_outside(path): return "the path leaves the data root"
     full = os.path.join(root, path)
     if not os.path.exists(full): return "the file does not exist below the data root"
     return _link_problem(root, full)

@@ -175,12 +175,16 @@ def with_sides(samples: Iterable[Sample], census: Census, side: np.ndarray,
 # %% ../../nbs/data/split.ipynb #6fd90531
 REPAIR = "Repair the places named above first."
 
-def _check_options(by, ties):
-    if by not in ("case", "patient"):
-        raise MedVLM3DError(f"by={by!r}", "is no way to split", "Choose case or patient.")
+def _check_ties(ties):
+    "Refuse ties that are not known."
     unknown = ", ".join(sorted(set(ties) - set(OPTIONAL)))
     if unknown:
         raise MedVLM3DError("ties", f"does not know {unknown}", f"Choose from {', '.join(OPTIONAL)}.")
+
+def _check_options(by, ties):
+    if by not in ("case", "patient"):
+        raise MedVLM3DError(f"by={by!r}", "is no way to split", "Choose case or patient.")
+    _check_ties(ties)
 
 # %% ../../nbs/data/split.ipynb #6b03667a
 def _target(path, root, *, by, out):

@@ -14,7 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, zip_longest
 
 from .lexicon import (
     FINDING_TABLE, PROPERTY_TABLE, find_phrases, phrase_table, stem, tokens)
@@ -42,8 +42,7 @@ def unread_sections(text: str) -> list[tuple[int, int]]:
     "(start, end) of the sections of `text` that hold no findings, headings included."
     headings = list(HEADING.finditer(text))
     return [(match.start(), _section_end(text, match.end(), following))
-            for match, following in zip(headings, [*headings[1:],
-                                                   None]) if _UNREAD.fullmatch(match[1].strip())]
+            for match, following in zip_longest(headings, headings[1:]) if _UNREAD.fullmatch(match[1].strip())]
 
 # %% ../../nbs/evaluation/clauses.ipynb #e9b06a27
 ABBREVIATIONS = {"lt", "rt", "vs", "dr", "approx", "ca", "cf", "max", "min", "resp", "inf", "sup", "ant",

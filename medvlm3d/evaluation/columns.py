@@ -137,9 +137,13 @@ def roles_of(columns: Sequence[str], given: Mapping[str, str], where: str) -> di
 LETTERS = "ABCDEFGHIJ"
 _CHOICE_COLUMN = re.compile(r"(?:choice|option|op)?([a-j])")
 
+def _is_bracketed(value):
+    "Whether a value is a text in brackets or braces."
+    return isinstance(value, str) and value[:1] in "[{" and value[-1:] in "]}"
+
 def unwrapped(value: object) -> object:
     "A value; a text that is a Python or JSON list or object (as scripts print them) as what it says."
-    if not isinstance(value, str) or value[:1] not in "[{" or value[-1:] not in "]}": return value
+    if not _is_bracketed(value): return value
     for read in (json.loads, ast.literal_eval):
         try: return read(value)
         except (ValueError, SyntaxError): continue

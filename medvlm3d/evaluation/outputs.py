@@ -442,11 +442,14 @@ def _aside_block(counts):
     heading = [f"set aside: {numbers} (first at {counts['first']})", ""]
     return [heading, *([f"  {why}", str(n)] for why, n in counts["reasons"].items())]
 
+def _protocol_row(name, cell):
+    "A score of the protocol of 3D-RAD as texts."
+    return [name, f"{cell['value']:.2f}", f"{cell['with silence']:.2f}", str(cell["left out"])]
+
 def _protocol_block(named):
     "Rows of the protocol of 3D-RAD."
     if not named: return []
-    rows = [[name, f"{cell['value']:.2f}", f"{cell['with silence']:.2f}", str(cell["left out"])]
-            for name, cell in named.items() if cell["value"] is not None]
+    rows = [_protocol_row(name, cell) for name, cell in named.items() if cell["value"] is not None]
     return [["as 3D-RAD's script scores", "value", "with silence as 0", "left out"], *rows]
 
 # %% ../../nbs/evaluation/outputs.ipynb #c517192b

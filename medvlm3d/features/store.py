@@ -125,16 +125,20 @@ class ShardMaps:
         raise MedVLM3DError(where, "is damaged", REENCODE)
 
 # %% ../../nbs/features/store.ipynb #39a0e004
+def _check_form(form, place):
+    "Refuse a store in another form than this version writes."
+    if form == FORMAT: return
+    raise MedVLM3DError(place, f"has another form ({form} → {FORMAT})",
+                        "Encode into a new folder, or delete this one first.")
+
 def read_spec(path: Path) -> dict:
     "The settings of the store at `path`."
     file, place = path/"store.json", relative(path)
     if not file.exists():
         raise MedVLM3DError(place, "is no feature store", "Make it with `medvlm3d features`.")
     spec = read_json(file, dict)
-    form = spec.pop("format", "medvlm3d.features/1")
-    if form == FORMAT: return spec
-    raise MedVLM3DError(place, f"has another form ({form} → {FORMAT})",
-                        "Encode into a new folder, or delete this one first.")
+    _check_form(spec.pop("format", "medvlm3d.features/1"), place)
+    return spec
 
 # %% ../../nbs/features/store.ipynb #e7d9a94e
 def check_spec(path: Path, spec: StoreSpec) -> None:

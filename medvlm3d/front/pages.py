@@ -38,12 +38,15 @@ def _markdown(output) -> str:
     text = data.get("text/plain", output.get("text", ""))
     return f"```text\n{text.rstrip()}\n```"
 
+def _code_part(cell) -> list[str]:
+    "The code of a cell as part of a page; none where only its result is shown."
+    return [] if "result" in cell.metadata.get("tags", []) else [f"```python\n{cell.source}\n```"]
+
 def _cell_parts(cell) -> list[str]:
     "A cell of the index as parts of a page: its words, or its code and its outputs."
     if cell.cell_type == "markdown":
         return [cell.source]
-    code = [] if "result" in cell.metadata.get("tags", []) else [f"```python\n{cell.source}\n```"]
-    return code + [_markdown(output) for output in cell.outputs]
+    return _code_part(cell) + [_markdown(output) for output in cell.outputs]
 
 # %% ../../nbs/front/pages.ipynb #5aa3d245
 def _links_from_root(text: str) -> str:

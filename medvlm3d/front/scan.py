@@ -118,13 +118,16 @@ def note_preparation(processor, volume, quiet: bool = False) -> list[str]:
     return say_notes(list(processor.preprocess.notes(volume)), quiet)
 
 # %% ../../nbs/front/scan.ipynb #099589d3
+def _rounded(probabilities) -> dict | None:
+    "The probabilities of options, rounded to four digits; None where there are none."
+    if not probabilities:
+        return probabilities
+    return {option: round(float(p), 4) for option, p in dict(probabilities).items()}
+
 def answer_dict(answer) -> dict:
     "An `Answer` as plain values, probabilities rounded to four digits; without text where it abstains."
-    probabilities = answer.probabilities
-    if probabilities:
-        probabilities = {option: round(float(p), 4) for option, p in dict(probabilities).items()}
     return {"text": "" if answer.abstained else answer.text, "letter": answer.letter,
-            "probabilities": probabilities, "abstained": answer.abstained, "cut": answer.cut}
+            "probabilities": _rounded(answer.probabilities), "abstained": answer.abstained, "cut": answer.cut}
 
 # %% ../../nbs/front/scan.ipynb #f8975d45
 def _answer_lines(one, answer, threshold: float | None) -> list[str]:

@@ -172,13 +172,17 @@ def _from_hub(name, **options):
         raise MedVLM3DError(name, problem, "Check the path.") from error
 
 # %% ../../nbs/method/language.ipynb #16ee758d
+def _check_holds(folder, name, role):
+    "Refuse a folder of a model that lacks a file."
+    if (folder/name).exists(): return
+    problem = f"holds no {name}, so there is no {role}"
+    raise MedVLM3DError(folder.name, problem, "Give a folder written by MedVLM3D.save_pretrained.")
+
 def saved_folder(folder: str | Path, subfolder: str = "", **hub) -> Path:
     "A folder written by `save_pretrained`, or the hub's copy (`hub`: `revision`, `local_files_only`, …)."
     folder = Path(_from_hub(folder, **hub) if _is_hub_id(folder) else folder)/subfolder
     for name, role in (("config.json", "configuration"), ("model.safetensors", "connector")):
-        if (folder/name).exists(): continue
-        problem = f"holds no {name}, so there is no {role}"
-        raise MedVLM3DError(folder.name, problem, "Give a folder written by MedVLM3D.save_pretrained.")
+        _check_holds(folder, name, role)
     return folder
 
 # %% ../../nbs/method/language.ipynb #bbd8102f

@@ -15,11 +15,15 @@ from .seen import Seen
 # %% ../../nbs/method/publishing.ipynb #96a0dda0
 UNKNOWN = "Not recorded: what this model was trained on is not known."
 
+def _kinds_words(modalities):
+    "How many volumes there are of each modality, behind a colon; empty where that is not known."
+    kinds = ", ".join(f"{n} of {name}" for name, n in (modalities or {}).items())
+    return kinds and f": {kinds}"
+
 def data_line(seen: Seen | None) -> str:
     "What a model was trained on, in one sentence."
     if seen is None: return UNKNOWN
-    kinds = ", ".join(f"{n} of {name}" for name, n in (seen.modalities or {}).items())
-    return f"{seen.volumes} volumes ({seen.source or 'no source recorded'}){': ' + kinds if kinds else ''}."
+    return f"{seen.volumes} volumes ({seen.source or 'no source recorded'}){_kinds_words(seen.modalities)}."
 
 # %% ../../nbs/method/publishing.ipynb #97de35db
 def score_lines(results: dict | None) -> str:

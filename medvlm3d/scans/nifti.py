@@ -190,13 +190,16 @@ def read_nifti(path: Path, axis_order: str | None = None, *, frame: int | None =
                          notes=notes, **options)
 
 # %% ../../nbs/scans/nifti.ipynb #2c6bbaf2
+def _voxel_place(header, image):
+    "Where the voxels begin in the `.img` of a pair."
+    skip = int(header["vox_offset"])
+    if 0 <= skip <= PADDING: return skip
+    raise MedVLM3DError(image, "places its voxels impossibly", "Save it as .nii.")
+
 def _array_beside(image, header, shape, **choice):
     "The array of the `.img` of a pair."
     with open_plain(image) as f:
-        skip = int(header["vox_offset"])
-        if not 0 <= skip <= PADDING:
-            raise MedVLM3DError(image, "places its voxels impossibly", "Save it as .nii.")
-        read_exactly(f, skip, image)
+        read_exactly(f, _voxel_place(header, image), image)
         return read_array(f, shape, path=image, **choice)
 
 # %% ../../nbs/scans/nifti.ipynb #20cd3d95

@@ -266,11 +266,15 @@ def _possible(s):
     return np.isfinite(s.position).all() and np.allclose(products, np.eye(2), rtol=0, atol=.02)
 
 # %% ../../nbs/scans/series.ipynb #a2aaab13
-def _check_geometry(slices, path):
-    "Refuse multi-frame files without positions, and missing or impossible geometry."
+def _check_frames(slices, path):
+    "Refuse a multi-frame file without positions."
     if any(s.frames > 1 for s in slices):
         _refuse(path, "is a multi-frame file that does not say where its frames lie",
                 "Export the original series, as classic or enhanced CT or MR.")
+
+def _check_geometry(slices, path):
+    "Refuse multi-frame files without positions, and missing or impossible geometry."
+    _check_frames(slices, path)
     if not all(_has_place(s) and s.spacing is not None for s in slices):
         _refuse(path, "lacks the position, orientation or pixel spacing of its slices",
                 "Export the original series, not screenshots.")

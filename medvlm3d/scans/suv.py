@@ -125,12 +125,16 @@ def _impossible_tags(tracer):
 # %% ../../nbs/scans/suv.ipynb #8a617328
 def _dose_and_clock(t): return t.units, t.decay, t.weight, t.dose, t.half_life, t.injected
 
-def _check_tracers(tracers, path):
-    "Refuse a series whose tags are missing, impossible or not the same in all images."
+def _check_tags(tracers, path):
+    "Refuse a series whose tags are missing or impossible."
     missing = _missing_tags(tracers)
     if missing: _refuse(path, f"{', '.join(missing)} missing or zero")
     wrong = _impossible_tags(tracers[0])
     if wrong: _refuse(path, f"{', '.join(wrong)} outside anything possible, perhaps in another unit")
+
+def _check_tracers(tracers, path):
+    "Refuse a series whose tags are missing, impossible or not the same in all images."
+    _check_tags(tracers, path)
     if len({_dose_and_clock(t) for t in tracers}) > 1:
         _refuse(path, "its images state different units, weights, doses or injections")
 

@@ -100,14 +100,22 @@ def study_facts(study: Study, kind: str) -> Facts:
                  image=study.images[kind], mask=study.mask, **place)
 
 # %% ../../nbs/studies/crossmodal.ipynb #592efc71
-def _volume_and_mask(study, kind):
-    "(axial volume, bool mask on its grid) of one volume of a study."
+def _check_has_mask(study):
+    "Refuse a study without a mask."
     if study.mask is None:
         raise MedVLM3DError("the study", "has no mask", "Only studies with masks can be asked about.")
-    volume = reorient(read_image(study.images[kind], _modality(kind)), "axial")
-    mask = reorient(read_volume(study.mask), "axial")
+
+def _check_same_grid(mask, volume):
+    "Refuse a mask that lies on another grid than its volume."
     if mask.shape != volume.shape:
         raise MedVLM3DError("the mask", "lies on another grid than the volume", "Restore the files.")
+
+def _volume_and_mask(study, kind):
+    "(axial volume, bool mask on its grid) of one volume of a study."
+    _check_has_mask(study)
+    volume = reorient(read_image(study.images[kind], _modality(kind)), "axial")
+    mask = reorient(read_volume(study.mask), "axial")
+    _check_same_grid(mask, volume)
     return volume, mask.array > 0
 
 # %% ../../nbs/studies/crossmodal.ipynb #dee13b46

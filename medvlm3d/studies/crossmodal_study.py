@@ -508,12 +508,17 @@ def _pair_title(pair, facts):
     return f"{pair.source}, {MODALITY_WORDS[pair.modality]} ({facts.kind})\n{pair.question} {pair.answer}"
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #8369123d
-def _examples(pairs, each):
-    "The first pairs on place of every source and modality."
+def _placed_by_origin(pairs):
+    "(source, modality) → its pairs that ask for a place."
     groups = {}
     for pair in pairs:
         if pair.type == "Anatomical Localization":
             groups.setdefault((pair.source, pair.modality), []).append(pair)
+    return groups
+
+def _examples(pairs, each):
+    "The first pairs on place of every source and modality."
+    groups = _placed_by_origin(pairs)
     return [pair for kind in sorted(groups) for pair in groups[kind][:each]]
 
 # %% ../../nbs/studies/crossmodal_study.ipynb #ec2bd776

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from ..base.core import MedVLM3DError, project_root, relative, split_lines, write_text
+from ..base.core import MedVLM3DError, json_rows, project_root, relative, split_lines, write_text
 from ..base.table import escape_csv
 from ..data.samples import Sample
 from .crossmodal import show_pair
@@ -43,7 +43,7 @@ def write_round(path: Path | str, pairs: Sequence[Sample], facts: dict, root: Pa
     root : data root; the paths are stored as paths below it
     """
     rows = [_shown(pair, facts[pair.id], root) for pair in pairs]
-    write_text(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, json_rows(map(asdict, rows)))
 
 # %% ../../nbs/studies/judging.ipynb #168f384b
 def _shown(pair, facts, root):

@@ -561,15 +561,20 @@ def _difference_limits(results):
     return low - 1, high + 1
 
 # %% ../../nbs/studies/sweep.ipynb #2e757298
-def differences_figure(results: dict, corpus: str = "phantom", title: str = ""):
-    "Forest of the rows' differences on a corpus, by part; a heading names what its rows are compared with."
-    groups, rows = {}, results["rows"]
+def _differences_by_group(rows, corpus):
+    "Heading that names what its rows are compared with → (label, difference) of each that has one."
+    groups = {}
     for entry in rows.values():
         difference = mean_cell(entry, "versus", corpus)
         if not difference: continue
         base = rows[entry["versus row"]]
         line = _with_tokens(entry, base), difference
         groups.setdefault(_against(entry, base), []).append(line)
+    return groups
+
+def differences_figure(results: dict, corpus: str = "phantom", title: str = ""):
+    "Forest of the rows' differences on a corpus, by part; a heading names what its rows are compared with."
+    groups = _differences_by_group(results["rows"], corpus)
     title = title or _answers_text(results, corpus)
     return forest_figure(groups, "difference in accuracy (points)", width=7.2, title=title,
                          limits=_difference_limits(results))

@@ -69,12 +69,15 @@ PRESETS = {
     "paper": Settings(240, 120, depth=50, size=224, encoder="biomedclip", rho=28, selection="cosine"),
 }
 
+def _preset(name):
+    "The settings of a preset."
+    if name in PRESETS: return PRESETS[name]
+    raise MedVLM3DError(f"preset {name!r}", "is not known", f"Choose among {', '.join(PRESETS)}.")
+
 def settings_of(preset: str, **changes) -> Settings:
     "The settings of a preset, with `changes` where they are not None."
-    if preset not in PRESETS:
-        raise MedVLM3DError(f"preset {preset!r}", "is not known", f"Choose among {', '.join(PRESETS)}.")
     given = {name: value for name, value in changes.items() if value is not None}
-    return replace(PRESETS[preset], **given)
+    return replace(_preset(preset), **given)
 
 # %% ../../nbs/studies/waterfall.ipynb #4f8a5d7a
 @dataclass(frozen=True)

@@ -31,11 +31,16 @@ def smooth(values: list[float], share: float = .05) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 # %% ../../nbs/training/launch.ipynb #31985a09
-def steps_of(run: RunFolder | Path | str) -> dict[int, list[dict]]:
-    "{stage: its log entries that have a loss}; an error if there are none."
+def _losses_by_stage(run):
+    "{stage: its log entries that have a loss}."
     stages = {}
     for entry in _entries_of(run):
         if entry.get("loss") is not None: stages.setdefault(entry.get("stage", 1), []).append(entry)
+    return stages
+
+def steps_of(run: RunFolder | Path | str) -> dict[int, list[dict]]:
+    "{stage: its log entries that have a loss}; an error if there are none."
+    stages = _losses_by_stage(run)
     if stages: return stages
     raise MedVLM3DError(Path(getattr(run, "path", run)).name, "holds no training steps",
                         "Train first; log.jsonl needs lines with a loss.")

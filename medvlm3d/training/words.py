@@ -83,11 +83,14 @@ def _shared_words(words):
     return tuple(word for word, times in ranked[:8] if times >= SHARED)
 
 # %% ../../nbs/training/words.ipynb #0e3590aa
+def _missing_marks(text, tokenizer):
+    "(ids, a question mark for each unknown token) of a text: this tokenizer does not say where tokens lie."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids, ["?"] * ids.count(tokenizer.unk_token_id)
+
 def _missing_words(text, tokenizer):
     "(ids, the pieces that became the unknown token) of a text."
-    if not tokenizer.is_fast:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids, ["?"] * ids.count(tokenizer.unk_token_id)
+    if not tokenizer.is_fast: return _missing_marks(text, tokenizer)
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     return coded["input_ids"], _pieces_of(text, coded, tokenizer.unk_token_id)
 
