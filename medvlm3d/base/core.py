@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'MedVLM3DError', 'FileError', 'plain_reason', 'outside', 'border', 'project_root', 'shared', 'home',
-           'relative', 'alive', 'sweep', 'atomic_path', 'write_text', 'write_json', 'json_rows', 'parse_json',
+           'relative', 'alive', 'sweep', 'atomic_path', 'write_text', 'write_json', 'given', 'json_rows', 'parse_json',
            'read_json', 'split_lines', 'sha256_file', 'sha256_json', 'sha256_tensors', 'seed_everything', 'pick_device',
            'versions', 'git_commit', 'hardware', 'RunFolder', 'open_run']
 
@@ -176,6 +176,10 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     "Write `value` as indented JSON, atomically; NaN and infinities are refused."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+def given(values: dict) -> dict:
+    "Those of some values that are not None."
+    return {name: value for name, value in values.items() if value is not None}
 
 def json_rows(rows: Iterable) -> str:
     "Values as JSON, one a line."

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, relative, sha256_file, sha256_json, versions, write_json
+from ..base.core import MedVLM3DError, json_rows, relative, sha256_file, sha256_json, versions, write_json
 from ..base.pool import map_ahead, worker_pool
 from ..base.lock import only_writer
 from ..base.ranks import Ranks
@@ -142,7 +142,7 @@ def _write_share(path, results, bar):
     with open(path, "a", encoding="utf-8") as f:
         for _, rows in results:
             if isinstance(rows, Problem): problems.append(rows)
-            else: f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else: f.write(json_rows(rows))
             f.flush()
             bar.update()
     return problems

@@ -16,8 +16,8 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 
 import torch
-from ..base.core import MedVLM3DError, relative, sha256_json, sha256_tensors, split_lines, write_text
-from ..base.core import border
+from ..base.core import (
+    MedVLM3DError, border, json_rows, relative, sha256_json, sha256_tensors, split_lines, write_text)
 from ..base.lock import only_writer
 from ..base.ranks import Ranks, rank_device
 from ..data.manifest import load_samples
@@ -233,6 +233,10 @@ def _one_by_one(model, processor, bundle, features, **options):
         yield from predict_bundle(model, processor, bundle=[group], features=features, **options)
 
 # %% ../../nbs/evaluation/prediction.ipynb #598fe895
+def _source_of(features):
+    "What decides the features of a store or a mapping; `none` without images."
+    return "none" if features is None else getattr(features, "spec", "given")
+
 def fingerprint(model: MedVLM3D, features: Mapping | None = None, *, images: dict | None = None,
                 by: str | None = None, max_new_tokens: int = 256) -> str:
     """Hash of all that decides an answer: weights, the frozen language model, settings, and features.
@@ -244,10 +248,9 @@ def fingerprint(model: MedVLM3D, features: Mapping | None = None, *, images: dic
     images : exchange of images, if any
     by, max_new_tokens : settings of the answers
     """
-    source = "none" if features is None else getattr(features, "spec", "given")
     return sha256_json({"weights": sha256_tensors(model.own_state()), "base": model.config.llm_reference,
                         "way": answer_mode(model, by), "most": max_new_tokens,
-                        "images": images, "features": source})[:16]
+                        "images": images, "features": _source_of(features)})[:16]
 
 # %% ../../nbs/evaluation/prediction.ipynb #8b714bb8
 def parts_of(out: Path | str) -> Path:
@@ -291,7 +294,7 @@ def write_whole(out: Path | str, samples: Sequence[Sample], by: str):
     if lost := [s.id for s in samples if s.id not in lines]:
         raise MedVLM3DError(relative(out), f"lacks {len(lost)} of {len(samples)} answers, first {lost[0]!r}",
                             "Run the prediction again: it continues.")
-    write_text(out, "".join(json.dumps(lines[s.id], ensure_ascii=False) + "\n" for s in samples))
+    write_text(out, json_rows(lines[s.id] for s in samples))
     shutil.rmtree(parts_of(out))
 
 # %% ../../nbs/evaluation/prediction.ipynb #85860e7a
@@ -337,7 +340,7 @@ def _batches(model, processor, share, *, batch_size, **options):
 # %% ../../nbs/evaluation/prediction.ipynb #10ac137c
 def _append(f, lines, name):
     "Write lines with the fingerprint `name` to an open file, at once."
-    f.writelines(json.dumps({**line, "by": name}, ensure_ascii=False) + "\n" for line in lines)
+    f.write(json_rows({**line, "by": name} for line in lines))
     f.flush()
 
 def _write_share(path, name, batches, bar):

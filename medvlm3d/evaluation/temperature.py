@@ -113,5 +113,5 @@ def _fitted_words(seen):
 def confidence_words(seen: Seen | None) -> str:
     "What a card says about the confidence of a model's closed answers."
     threshold = seen.threshold if seen else None
-    return f"{_fitted_words(seen)} " + ("No threshold is set: every question is answered." if threshold is None else
-                           f"Below a confidence of {threshold:.0%} no answer is given.")
+    if threshold is None: return f"{_fitted_words(seen)} No threshold is set: every question is answered."
+    return f"{_fitted_words(seen)} Below a confidence of {threshold:.0%} no answer is given."

@@ -98,10 +98,10 @@ def numbers(text: str, option: str, example: str) -> list[float]:
 # %% ../../nbs/front/data.ipynb #6627b0b4
 def _draw(out: Path, changes: dict, **sizes) -> None:
     "Draw the benchmark that differs from the demonstration's corpus by `changes`, or that corpus itself."
-    from medvlm3d.base.core import relative
+    from medvlm3d.base.core import given, relative
     from medvlm3d.phantoms.benchmark import make_benchmark
     from medvlm3d.phantoms.phantom import make_phantom
-    changes = {name: value for name, value in changes.items() if value is not None}
+    changes = given(changes)
     rows = make_benchmark(out, **changes, **sizes) if changes else make_phantom(out, **sizes)
     say(f"done: {len(rows)} volumes in {relative(out)}")
 

@@ -61,13 +61,16 @@ def locate(name: str, download: bool = False) -> Path:
     raise MedVLM3DError(name, "is no encoder", f"Choose one of {', '.join(NAMES)}, a folder, or a hub id.")
 
 # %% ../../nbs/method/encoders.ipynb #0b831e06
+def _places_for(name: str) -> str:
+    "Where the files of a known encoder can be put."
+    return f"set {_variable(name)} to a folder with them, put them in {shown(home()/'encoders'/name)}/"
+
 def _how_to_get(name: str) -> str:
     "What to do about an encoder whose files are not on this machine."
     another = "pass a folder instead of a name, or load_encoder(..., download=True) with a network."
     if name not in KNOWN:
         return f"It needs open_clip_config.json or config.json, and the weights: {another}"
-    place = f"set {_variable(name)} to a folder with them, put them in {shown(home()/'encoders'/name)}/"
-    return f"It needs {KNOWN[name].wants}: {place}, {another}"
+    return f"It needs {KNOWN[name].wants}: {_places_for(name)}, {another}"
 
 def _hub_folder(name: str, repo: str, download: bool) -> Path:
     "The hub's cached copy of `repo`, downloaded only on request; an error at once if there is none."

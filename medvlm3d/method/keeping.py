@@ -179,11 +179,16 @@ class Keeping(Saving):
         return load_saved(cls, pretrained_model_name_or_path, **options)
 
 # %% ../../nbs/method/keeping.ipynb #5ac7630c
+def _hash_beside(file):
+    "The hash in the text file beside a file; None where there is none."
+    beside = Path(f"{file}.sha256")
+    return "".join(beside.read_text().split()[:1]) if beside.exists() else None
+
 def vouched(file: Path) -> Path:
     "A file, or an error if the hash beside it is another file's; older models have no hash."
-    beside = Path(f"{file}.sha256")
-    if beside.exists() and beside.read_text().split()[:1] != [sha256_file(file)]:
-        problem = f"is not the file that was saved ({beside.name} holds another hash)"
+    stated = _hash_beside(file)
+    if stated is not None and stated != sha256_file(file):
+        problem = f"is not the file that was saved ({file.name}.sha256 holds another hash)"
         name = f"{file.parent.name}/{file.name}"
         raise MedVLM3DError(name, problem, COPY)
     return file

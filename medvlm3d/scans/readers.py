@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..base.core import MedVLM3DError, outside
+from ..base.core import MedVLM3DError, given, outside
 from .arrays import read_numpy, read_pictures, read_tiff, slice_order
 from .dicom import read_dicom
 from .guard import members
@@ -72,14 +72,10 @@ def _canonical(volume, kind):
     if kind == "dicom": return volume
     return replace(volume, warnings=(*volume.warnings, *slice_order(volume.voxels)))
 
-def _given(choices):
-    "Those options that were given."
-    return {name: value for name, value in choices.items() if value is not None}
-
 def _read_kind(path, kind, *, choices, options):
     "The `Volume` of a file; `choices` are the options that not every kind of file has."
     check_options(path, kind, **choices)
-    return _canonical(_READERS[kind](path, **_given(choices), **options), kind)
+    return _canonical(_READERS[kind](path, **given(choices), **options), kind)
 
 # %% ../../nbs/scans/readers.ipynb #9312ade8
 def read_volume(path: Path | str, axis_order: str | None = None, *, series: int | None = None,

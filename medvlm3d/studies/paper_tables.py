@@ -289,12 +289,13 @@ def _condition(entry, results):
     features = _features_text(results) if entry.get("group") == "encoder" else ""
     return f", at {features}" if features else ""
 
+def _listed(label, corpus, cell):
+    "A row with its test, and its corpus if that is not the phantom."
+    on_corpus = f" on `{corpus}`" if corpus != "phantom" else ""
+    return f"{label} ({_tested(cell)}){on_corpus}"
+
 def _listing(rows):
-    texts = []
-    for label, corpus, cell in rows:
-        on_corpus = f" on `{corpus}`" if corpus != "phantom" else ""
-        texts.append(f"{label} ({_tested(cell)}){on_corpus}")
-    return "; ".join(texts) or "none"
+    return "; ".join(_listed(*row) for row in rows) or "none"
 
 # %% ../../nbs/studies/paper_tables.ipynb #4f606447
 def _verdicts(rows):

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # %% ../../nbs/studies/waterfall.ipynb #29cf0847
-from ..base.core import MedVLM3DError, open_run, pick_device, project_root, sha256_file, write_json
+from ..base.core import (
+    MedVLM3DError, given, open_run, pick_device, project_root, sha256_file, write_json)
 from ..base.table import Table, write_tables
 from ..data.m3d import load_m3d
 from ..data.samples import Sample
@@ -76,8 +77,7 @@ def _preset(name):
 
 def settings_of(preset: str, **changes) -> Settings:
     "The settings of a preset, with `changes` where they are not None."
-    given = {name: value for name, value in changes.items() if value is not None}
-    return replace(_preset(preset), **given)
+    return replace(_preset(preset), **given(changes))
 
 # %% ../../nbs/studies/waterfall.ipynb #4f8a5d7a
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ __all__ = ['BELOW', 'ROOT_CAUSE', 'LAUNCHER', 'smooth', 'steps_of', 'loss_figure
 # %% ../../nbs/training/launch.ipynb #7e3d483f
 import os, re, shutil, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -107,12 +108,14 @@ def _draw_validation(ax, points):
     ax.legend(frameon=False, fontsize=7)
 
 # %% ../../nbs/training/launch.ipynb #facd4125
+def _is_logged(key, entries):
+    "Whether an entry of a log has a quantity."
+    return any(entry.get(key) is not None for entry in entries)
+
 def _logged_keys(stages):
     "The quantities of `BELOW` that at least one entry of a log has."
-    logged = set()
-    for steps in stages.values():
-        for entry in steps: logged.update(key for key in BELOW if entry.get(key) is not None)
-    return [key for key in BELOW if key in logged]
+    entries = list(chain.from_iterable(stages.values()))
+    return [key for key in BELOW if _is_logged(key, entries)]
 
 # %% ../../nbs/training/launch.ipynb #c0fea18c
 def _draw_stage(axes, stage, steps, keys):
