@@ -191,12 +191,15 @@ def _row(record, from_csv):
 
 # %% ../../nbs/data/asked.ipynb #9dc536c0
 @border
+def _checked_row(record, place, is_csv):
+    "A record as a row of a table of answers; refused where it is none."
+    try: return _row(record, is_csv)
+    except (KeyError, TypeError, ValueError) as e:
+        reason = "is no row of a table of answers"
+        raise MedVLM3DError(place, reason, "Choose another file for the answers.") from e
+
 def read_table(path: Path | str) -> list[dict]:
     "The rows of a table that `write_table` wrote; an error names the line that is none of it."
-    path, rows = Path(path), []
-    for place, record in _records(path):
-        try: rows.append(_row(record, path.suffix.lower() == ".csv"))
-        except (KeyError, TypeError, ValueError) as e:
-            reason = "is no row of a table of answers"
-            raise MedVLM3DError(place, reason, "Choose another file for the answers.") from e
-    return rows
+    path = Path(path)
+    is_csv = path.suffix.lower() == ".csv"
+    return [_checked_row(record, place, is_csv) for place, record in _records(path)]

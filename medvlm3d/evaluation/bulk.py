@@ -13,7 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..base.core import MedVLM3DError, json_rows, relative, sha256_file, sha256_json, versions, write_json
+from ..base.core import (
+    MedVLM3DError, json_rows, relative, sha256_file, sha256_json, versions, write_json)
 from ..base.pool import map_ahead, worker_pool
 from ..base.lock import only_writer
 from ..base.ranks import Ranks

@@ -42,7 +42,8 @@ def unread_sections(text: str) -> list[tuple[int, int]]:
     "(start, end) of the sections of `text` that hold no findings, headings included."
     headings = list(HEADING.finditer(text))
     return [(match.start(), _section_end(text, match.end(), following))
-            for match, following in zip_longest(headings, headings[1:]) if _UNREAD.fullmatch(match[1].strip())]
+            for match, following in zip_longest(headings, headings[1:])
+            if _UNREAD.fullmatch(match[1].strip())]
 
 # %% ../../nbs/evaluation/clauses.ipynb #e9b06a27
 ABBREVIATIONS = {"lt", "rt", "vs", "dr", "approx", "ca", "cf", "max", "min", "resp", "inf", "sup", "ant",

@@ -80,6 +80,12 @@ def constant_predictions(lines: list[dict], training: Sequence) -> list[dict]:
     return predictions
 
 # %% ../../nbs/evaluation/comparison.ipynb #0f4fe425
+def _score_among(scores, metric):
+    "The score of single items that is called `metric`."
+    if metric in scores: return scores[metric]
+    raise MedVLM3DError(metric, "is not a score of single items",
+                        f"Choose accuracy or one of {', '.join(scores)}.")
+
 def item_values(lines: list[dict], task: str = "closed", *, protocol: str = "standard",
                 metric: str = "accuracy", meteor: Callable | None = None,
                 bertscore: Callable | None = None) -> np.ndarray:
@@ -95,10 +101,7 @@ def item_values(lines: list[dict], task: str = "closed", *, protocol: str = "sta
     """
     if metric == "accuracy": return accuracy_values(lines, protocol)
     scores = text_scores(column(lines, "prediction"), column(lines, "answer"), meteor, bertscore)
-    if metric not in scores:
-        raise MedVLM3DError(metric, "is not a score of single items",
-                            f"Choose accuracy or one of {', '.join(scores)}.")
-    return scores[metric]
+    return _score_among(scores, metric)
 
 # %% ../../nbs/evaluation/comparison.ipynb #b335ab64
 def _by_id(lines, task): return {line["id"]: line for line in lines if line["task"] == task}

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..base.core import project_root, write_text
+from .runners import cells_of
 
 # %% ../../nbs/front/pages.ipynb #508c5bb2
 WINGS = {
@@ -55,14 +56,9 @@ def _links_from_root(text: str) -> str:
     text = text.replace("](../", "](").replace('src="../', 'src="')
     return text.replace('src="images/', 'src="nbs/images/')
 
-def _cells_of(path: Path | str) -> list:
-    "The cells of a notebook."
-    import nbformat
-    return nbformat.read(path, 4).cells
-
 def readme(path: Path | str | None = None) -> str:
     "The notebook at `path` (the index where none is given) as the Markdown of the README."
-    cells = _cells_of(path or project_root()/"nbs"/"index.ipynb")
+    cells = cells_of(path or project_root()/"nbs"/"index.ipynb")
     parts = [part for cell in cells for part in _cell_parts(cell)]
     return _links_from_root("\n\n".join(parts) + "\n")
 
@@ -101,7 +97,7 @@ def _first(lines: list[str], mark: str) -> str | None:
 
 def headline(path: Path | str) -> tuple[str, str]:
     "Title of the notebook at `path` up to its colon, and the quoted sentence below it."
-    words = [cell.source for cell in _cells_of(path) if cell.cell_type == "markdown"]
+    words = [cell.source for cell in cells_of(path) if cell.cell_type == "markdown"]
     lines = "".join(words[:1]).splitlines()
     title = _first(lines, "# ") or Path(path).stem
     return title.split(": ")[0], _first(lines, "> ") or ""
@@ -169,7 +165,7 @@ def _formulas_of(cells: list) -> dict[int, tuple[str, str]]:
 
 def _equations_of(path: Path) -> list[tuple]:
     "The rows of `equations` of one lesson."
-    cells, functions = _cells_of(path), {}
+    cells, functions = cells_of(path), {}
     for cell in cells:
         functions |= _functions_of(cell)
     formulas = _formulas_of(cells)

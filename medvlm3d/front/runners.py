@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'KERNEL', 'WIDGET', 'RUN', 'HELD', 'AGAIN', 'DIED', 'CORPUS', 'runner_path', 'runner_parameters',
-           'runner_kinds', 'check_parameters', 'scrub', 'bare', 'record', 'run_parameters', 'remember', 'run_notebook',
-           'plan_path', 'read_plan', 'plan_step', 'made_in', 'step_key', 'trained_on', 'own_parameters', 'holds_run',
-           'refuse_other_corpus', 'changed_plan', 'run_plan']
+           'runner_kinds', 'cells_of', 'check_parameters', 'scrub', 'bare', 'record', 'run_parameters', 'remember',
+           'run_notebook', 'plan_path', 'read_plan', 'plan_step', 'made_in', 'step_key', 'trained_on', 'own_parameters',
+           'holds_run', 'refuse_other_corpus', 'changed_plan', 'run_plan']
 
 # %% ../../nbs/front/runners.ipynb #a435a903
 import ast, logging, os, re, sys, tempfile
@@ -52,10 +52,13 @@ def runner_kinds(name: Path | str) -> dict:
     return {parameter: kind for parameter, (_, kind) in _declared(name).items()}
 
 # %% ../../nbs/front/runners.ipynb #0ff983c1
-def _parameters_cell(name):
+def cells_of(path: Path | str) -> list:
+    "The cells of a notebook."
     import nbformat
-    cells = nbformat.read(runner_path(name), 4).cells
-    tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+    return nbformat.read(path, 4).cells
+
+def _parameters_cell(name):
+    tagged = [c for c in cells_of(runner_path(name)) if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) == 1:
         return tagged[0]
     raise MedVLM3DError(name, f"has {len(tagged)} cells tagged 'parameters'",
@@ -317,8 +320,7 @@ def _read_by(given: dict) -> dict[str, dict]:
 # %% ../../nbs/front/runners.ipynb #509d9184
 def step_key(name: Path | str, given: dict) -> str:
     "What makes a step the same step: cells, parameters, and what the folders named by them hold (not `out`)."
-    import nbformat
-    sources = [cell.source for cell in nbformat.read(runner_path(name), 4).cells]
+    sources = [cell.source for cell in cells_of(runner_path(name))]
     read = _read_by(given)
     return sha256_json([sources, given, *([read] if read else [])])
 

@@ -125,10 +125,13 @@ class Saving(Counting):
 # what transformers and its trainer hand on to saving: safetensors in one file, and so anyway
 SAVED_SO_ANYWAY = {"safe_serialization", "save_peft_format", "token"}
 
+def _asked_for(words):
+    "The names of the options that ask for something."
+    return {name for name, value in words.items() if value not in (None, False)}
+
 def _refuse(words, known, where):
     "An error that names the words which are given and would have no effect."
-    given = {name for name, value in words.items() if value not in (None, False)}
-    unknown = sorted(given - known)
+    unknown = sorted(_asked_for(words) - known)
     if unknown:
         remedy = "Leave them out: one file of tensors is written, and uploaded with huggingface_hub."
         raise MedVLM3DError(where, f"does not know {', '.join(unknown)}", remedy)

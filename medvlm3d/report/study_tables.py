@@ -118,7 +118,8 @@ def _seeds_text(seeds):
     "How many trainings there were, and which of them the scores are of."
     if len(seeds) == 1: return f"One training (seed {seeds[0]})."
     listed = ", ".join(map(str, seeds))
-    return f"{len(seeds)} trainings (seeds {listed}); scores are of the first, and the table of seeds has all."
+    return (f"{len(seeds)} trainings (seeds {listed}); scores are of the first, "
+            "and the table of seeds has all.")
 
 def trainings_text(run: AnyRun) -> str:
     "How often the model was trained, and how its blind twin was, as sentences; empty if not in the results."

@@ -169,10 +169,14 @@ def _refuse(reason, remedy): raise MedVLM3DError("Preprocess", reason, remedy)
 
 def _ascending(pair): return len(pair) == 2 and pair[0] < pair[1]
 
-def _check_window(window):
-    "Refuse a window that is no name and no (low, high)."
+def _check_window_name(window):
+    "Refuse a name that no window has."
     if isinstance(window, str) and window not in WINDOWS:
         _refuse(f"no window {window!r}", f"Use (low, high) or {', '.join(WINDOWS)}.")
+
+def _check_window(window):
+    "Refuse a window that is no name and no (low, high)."
+    _check_window_name(window)
     if isinstance(window, tuple) and not _ascending(window):
         _refuse(f"window {window} is not (low, high)", "Give two ascending HU values.")
 

@@ -114,12 +114,15 @@ def ratio(times: dict[str, list], name: str, base: str) -> tuple[float, float, f
     return median(times[name]) / median(times[base]), min(within), max(within)
 
 # %% ../../nbs/studies/efficiency.ipynb #231b5ce4
+def _own_status():
+    "What Linux says about this process."
+    status = Path("/proc/self/status")
+    if status.exists(): return status.read_text()
+    raise MedVLM3DError("/proc/self/status", "does not exist", "Measure peak memory on Linux.")
+
 def resident(field: str = "VmHWM") -> int:
     "Bytes of this process's memory: `VmRSS` now, `VmHWM` at its peak."
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise MedVLM3DError("/proc/self/status", "does not exist", "Measure peak memory on Linux.")
-    _, found = status.read_text().split(f"\n{field}:")
+    _, found = _own_status().split(f"\n{field}:")
     return 1024 * int(found.split()[0])
 
 # %% ../../nbs/studies/efficiency.ipynb #3b06ac21

@@ -69,6 +69,10 @@ def _csv_rows(path):
 # %% ../../nbs/studies/raters.ipynb #206add09
 _WRITE_ONE = f"Write {' or '.join(VERDICTS)}."
 
+def _check_verdict(verdict):
+    "Refuse what is no verdict."
+    if verdict not in VERDICTS: raise MedVLM3DError(verdict, "is no verdict", _WRITE_ONE)
+
 def set_verdict(path: Path | str, id: str, verdict: str, comment: str = ""):
     """Write one verdict into a sheet.
 
@@ -79,7 +83,7 @@ def set_verdict(path: Path | str, id: str, verdict: str, comment: str = ""):
     verdict : "accept" or "reject"
     comment : any text
     """
-    if verdict not in VERDICTS: raise MedVLM3DError(verdict, "is no verdict", _WRITE_ONE)
+    _check_verdict(verdict)
     rows = read_rows(path)
     _row_of(rows, id).update(verdict=verdict, comment=comment)
     write_rows(path, [list(map(row.get, SHEET)) for row in rows])

@@ -194,7 +194,8 @@ def view(stage: str, evidence: Evidence, kept: Tensor, tokens: Sequence[int]) ->
 # %% ../../nbs/studies/waterfall.ipynb #1a444437
 def _view_scores(evidence):
     "What the rule makes of one view: scores of organ and place, and the facts for the kind."
-    return {"Organ": organ_scores(evidence), "Location": place_scores(evidence), "facts": grey_facts(evidence)}
+    return {"Organ": organ_scores(evidence), "Location": place_scores(evidence),
+            "facts": grey_facts(evidence)}
 
 def seen_of(evidence: Evidence, kept: Tensor, tokens: Sequence[int]) -> dict:
     "Mask stage → what its rule makes of a case: scores of organ and place, and the facts for the kind."

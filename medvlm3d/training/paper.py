@@ -161,6 +161,10 @@ def tokenizer_of(name: Path | str) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 # %% ../../nbs/training/paper.ipynb #99a4772a
+def _row_dicts(columns, rows):
+    "Each row as column → text."
+    return [dict(zip(columns, row)) for row in rows]
+
 @dataclass(frozen=True, repr=False)
 class DryRun:
     "Tables (title, columns, rows of texts, note) and whether all files are there; prints as text."
@@ -174,8 +178,7 @@ class DryRun:
 
     def to_dict(self) -> dict:
         "Plain values for JSON."
-        tables = {}
-        for title, columns, rows, _ in self.tables: tables[title] = [dict(zip(columns, row)) for row in rows]
+        tables = {title: _row_dicts(columns, rows) for title, columns, rows, _ in self.tables}
         return {"ready": self.ready, "tables": tables}
 
 # %% ../../nbs/training/paper.ipynb #54de1152
