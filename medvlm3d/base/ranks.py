@@ -22,7 +22,6 @@ from .core import MedVLM3DError, pick_device
 # %% ../../nbs/base/ranks.ipynb #36c0b184
 PATIENCE = timedelta(days=1)
 
-@cache
 def _join():
     "Begin to speak with the other processes of the run."
     if "MASTER_ADDR" not in os.environ:
@@ -30,6 +29,7 @@ def _join():
         raise MedVLM3DError("RANK and WORLD_SIZE", reason, "Start them with torchrun.")
     dist.init_process_group("gloo", timeout=PATIENCE)
 
+@cache
 def meeting() -> dist.ProcessGroup:
     "The gloo group of all ranks, opened at the first meeting."
     if not dist.is_initialized(): _join()

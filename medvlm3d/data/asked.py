@@ -190,7 +190,6 @@ def _row(record, from_csv):
     return {key: _value(key, record[key]) if from_csv else record[key] for key in COLUMNS}
 
 # %% ../../nbs/data/asked.ipynb #9dc536c0
-@border
 def _checked_row(record, place, is_csv):
     "A record as a row of a table of answers; refused where it is none."
     try: return _row(record, is_csv)
@@ -198,6 +197,7 @@ def _checked_row(record, place, is_csv):
         reason = "is no row of a table of answers"
         raise MedVLM3DError(place, reason, "Choose another file for the answers.") from e
 
+@border
 def read_table(path: Path | str) -> list[dict]:
     "The rows of a table that `write_table` wrote; an error names the line that is none of it."
     path = Path(path)
