@@ -71,11 +71,14 @@ def text_rows(rows: Sequence[Sequence]) -> str:
 # %% ../../nbs/base/table.ipynb #5d5e5fe7
 def _markdown_row(cells): return f"| {' | '.join(map(escape_markdown, cells))} |"
 
+def _markdown_rule(count):
+    "The line below the heading of a Markdown table with so many columns."
+    return f"| {' | '.join(['---'] * count)} |"
+
 def markdown_rows(rows: Sequence[Sequence]) -> str:
     "A Markdown table; the first row is its heading."
     heading, *body = rows
-    line = f"| {' | '.join(['---'] * len(heading))} |"
-    return "\n".join([_markdown_row(heading), line, *map(_markdown_row, body)])
+    return "\n".join([_markdown_row(heading), _markdown_rule(len(heading)), *map(_markdown_row, body)])
 
 # %% ../../nbs/base/table.ipynb #406de4de
 def _latex_row(cells): return " & ".join(map(escape_latex, cells)) + r" \\"

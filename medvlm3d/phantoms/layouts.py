@@ -247,12 +247,16 @@ def _jobs_of(root, layout, *, studies, seed, shape):
     list_jobs = _autopet_jobs if layout == "autopet" else _phantom_jobs
     return write_body, list_jobs(root, studies, seed=seed, shape=shape)
 
+def _is_filled(root):
+    "Whether a folder exists and holds something."
+    return root.exists() and any(root.iterdir())
+
 def _check_target(root, config):
     "Raise if the folder holds anything that was not generated with this configuration."
     mark = root/"GENERATED.json"
     if mark.exists():
         _check_same(root, read_json(mark), config)
-    elif root.exists() and any(root.iterdir()):
+    elif _is_filled(root):
         remedy = "Choose an empty folder: nothing real is ever written over."
         raise MedVLM3DError(relative(root), "holds files that were not generated", remedy)
 

@@ -113,10 +113,14 @@ def _npz_array(path, max_voxels):
         raise MedVLM3DError(path, "is no readable .npz", "Save it again with numpy.savez.") from e
 
 # %% ../../nbs/scans/arrays.ipynb #3644bd29
+def _axis_letters(axis_order):
+    "The letters of an array's axes without that of channels."
+    return (axis_order or "CDHW").replace("C", "")
+
 def _in_order(spacing, axis_order):
     "The lengths along D, H, W of an array with these axes."
     if spacing is None: return (1., 1., 1.)
-    letters = [c for c in axis_order or "CDHW" if c != "C"]
+    letters = _axis_letters(axis_order)
     return tuple(float(spacing[letters.index(c)]) for c in "DHW")
 
 # %% ../../nbs/scans/arrays.ipynb #ced944ee

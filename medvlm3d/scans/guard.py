@@ -138,9 +138,13 @@ def check_regular(path: Path) -> None:
 # %% ../../nbs/scans/guard.ipynb #076d4116
 _OF_SYSTEMS = {".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 
+def _parts_of(name):
+    "The parts of a path inside a folder or zip, whichever way its slashes lean."
+    return PurePosixPath(name.replace("\\", "/")).parts or ("",)
+
 def is_leftover(name: str) -> bool:
     "Whether a path inside a folder or zip names what macOS or Windows left there."
-    parts = PurePosixPath(name.replace("\\", "/")).parts or ("",)
+    parts = _parts_of(name)
     return parts[-1].startswith("._") or parts[-1].lower() in _OF_SYSTEMS or "__MACOSX" in parts
 
 def without_leftovers(paths: Iterable[Path]) -> list[Path]:

@@ -292,10 +292,13 @@ def _meta_dtype(fields, path):
     return np.dtype((">" if big else "<") + kind), notes
 
 # %% ../../nbs/scans/itk.ipynb #82d1d6fc
+def _are_sides(letters):
+    "Whether a text is three letters of sides of the patient."
+    return len(letters) == 3 and set(letters) <= set("RASLPI")
+
 def _contradicts(letters, affine):
     "Whether the letters of AnatomicalOrientation name other axes than the affine, read either way."
-    stated = len(letters) == 3 and set(letters) <= set("RASLPI")
-    if not stated or not has_axes(affine): return False
+    if not _are_sides(letters) or not has_axes(affine): return False
     return letters not in (axis_codes(-affine), axis_codes(affine))
 
 # %% ../../nbs/scans/itk.ipynb #47f9bf5a

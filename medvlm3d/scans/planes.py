@@ -120,9 +120,14 @@ def three_planes(volume: Volume, point: Sequence[int] | None = None, marks: Sequ
     return figure
 
 # %% ../../nbs/scans/planes.ipynb #89d470f6
+def _lengths(volume):
+    "Plane → the length of the scan across it, in mm."
+    sizes = zip(volume.codes, volume.shape, volume.spacing)
+    return {AXIS_PLANE[code]: count * step for code, count, step in sizes}
+
 def _patient_size(volume):
     "The lengths of the scan in mm from right to left, front to back and foot to head."
-    lengths = {AXIS_PLANE[c]: n * s for c, n, s in zip(volume.codes, volume.shape, volume.spacing)}
+    lengths = _lengths(volume)
     return lengths["sagittal"], lengths["coronal"], lengths["axial"]
 
 def _figure_size(across, front, up, width=10.):

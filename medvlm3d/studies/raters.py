@@ -48,12 +48,16 @@ def write_rows(path: Path | str, rows: Sequence[Sequence[str]]):
     write_csv(path, [SHEET, *rows])
 
 # %% ../../nbs/studies/raters.ipynb #7dab2825
-def read_rows(path: Path | str) -> list[dict]:
-    "The rows of a sheet as dicts; MedVLM3DError if the file is no sheet."
-    rows = _csv_rows(path)
+def _check_columns(rows, path):
+    "Refuse rows with other columns than a sheet's."
     if any(set(row) != {*SHEET} for row in rows):
         raise MedVLM3DError(relative(path), "does not have a sheet's columns",
                             f"They are {', '.join(SHEET)}.")
+
+def read_rows(path: Path | str) -> list[dict]:
+    "The rows of a sheet as dicts; MedVLM3DError if the file is no sheet."
+    rows = _csv_rows(path)
+    _check_columns(rows, path)
     return rows
 
 def _csv_rows(path):

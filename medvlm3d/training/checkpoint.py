@@ -146,11 +146,14 @@ def _refuse_flawed(folder, flaws):
                         "Restore the files from a copy, or delete the folder to begin the stage anew.")
 
 # %% ../../nbs/training/checkpoint.ipynb #5c2b342a
+def _older(folder, keep):
+    "The checkpoints behind the newest `keep`; none without a number."
+    return checkpoints(folder)[keep:] if keep else []
+
 def tidy(folder: Path | str, keep: int | None = None, best: int | None = None) -> None:
     "Remove what is half written and, with a number to `keep`, all checkpoints but the newest and the `best`."
     shutil.rmtree(Path(folder)/PART, ignore_errors=True)
-    old = checkpoints(folder)[keep:] if keep else []
-    for checkpoint in old:
+    for checkpoint in _older(folder, keep):
         if step_of(checkpoint) != best: _remove(checkpoint)
 
 def _remove(checkpoint):

@@ -107,10 +107,14 @@ def unknown_by_split(samples: Iterable[Sample], tokenizer: PreTrainedTokenizerBa
             for split, group in by_split(samples).items()}
 
 # %% ../../nbs/training/words.ipynb #b6abac50
+def _often(words):
+    "The words that are often unknown, behind a comma; empty where there are none."
+    return f", often {', '.join(words)}" if words else ""
+
 def unknown_line(split: str, counts: Unknown) -> str:
     "What is said of a split, also where nothing is unknown."
     line = f"{split}: {counts.unknown:,} of {counts.tokens:,} target tokens are unknown ({counts.share:.1%})"
-    return line + (f", often {', '.join(counts.words)}" if counts.words else "")
+    return line + _often(counts.words)
 
 # %% ../../nbs/training/words.ipynb #866b5dff
 OTHERS = ("Teach a small reader the words of these reports (llm=own), or take a language model that can "
