@@ -14,7 +14,7 @@ STEADY := OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= TOKENIZERS_
 RECIPE  = { pwd; $(BIN)/python --version; cat pyproject.toml $(if $(LOCKED),requirements-dev.lock); }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fetch demo test lint export lab notebooks readme docs lock sbom clean
+.PHONY: help setup fetch demo test browser lint export lab notebooks readme docs lock sbom clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,10 @@ demo: setup  ## the main job: fetch, prepare, train, evaluate, report; ARGS="--l
 test: fetch  ## everything CI checks: export, lint, notebooks, runners, command line
 	@$(BIN)/ruff check --quiet medvlm3d tests
 	@$(STEADY) $(BIN)/python -m pytest tests -q -n $(JOBS) --maxschedchunk 1 $(ARGS)
+
+browser: fetch  ## the local page in a real Chromium (on Debian: apt-get install chromium); pictures in site-shots/
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[browser]'
+	@$(STEADY) $(BIN)/python -m pytest tests/browser_page.py -q $(ARGS)
 
 lint: setup  ## ruff on the exported library and the tests
 	@$(BIN)/ruff check medvlm3d tests

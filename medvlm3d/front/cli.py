@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .app import local_page
 from .data import data_app, say
 from .options import Mode, modes
 from .scan import NOTICE, Layers, Windows, demo_model, encode, predict
@@ -573,6 +574,7 @@ def waterfall(config: Config = None, out: Out = None, p: Changes = None):
 # %% ../../nbs/front/cli.ipynb #27329d8d
 for verb in (predict, encode):
     app.command()(verb)
+app.command("app")(local_page)
 
 @data_app.command()
 def crossmodal(config: Config = None, out: Out = None, p: Changes = None):
