@@ -288,7 +288,8 @@ def test_a_chat_about_an_opened_scan_and_its_refusals(client, tmp_path):
     url = f"volume:{opened(client, me, tmp_path)['id']}"
     assert talk(client, me, url, choices=["liver", "spleen"]).json()["choices"][0]["message"]["content"] in ("liver", "spleen")
     assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
-    for address, more, words in [("https://example.org/x.nii", {}, "not read"), ("file:///etc/passwd", {}, "not read"), (url, {"temperature": 1}, "temperature"),
+    for address, more, words in [("https://example.org/x.nii", {}, "not read"), ("file:///etc/passwd", {}, "not read"),
+                                 (url, {"temperature": 1}, "temperature"),
                                  (url, {"tools": []}, "tools"), (url, {"model": "gpt"}, "gpt"), ("data:;base64,*", {}, "damaged")]:
         assert words in reason(talk(client, me, address, **more), 400)
     assert reason(talk(client, {}, url), 404)

@@ -70,7 +70,7 @@ def make_desk(models: dict[str, Path], *, device: str, limits: object):
     viewer = fetch("niivue")/"niivue.umd.js"
     return Desk(Models(models, device), Visits(limits), viewer)
 
-# %% ../../nbs/front/app.ipynb #7560e58e
+# %% ../../nbs/front/app.ipynb #d4b766bc
 def _warm(models) -> None:
     "Load the first model and its encoder; what goes wrong is said when it is asked."
     from medvlm3d.base.core import MedVLM3DError
@@ -84,12 +84,12 @@ def serve(desk, sock: socket.socket) -> None:
     "Serve until the process is told to stop; then all visits end. No request is logged."
     import uvicorn
     from medvlm3d.front.routes import make_app
-    config = uvicorn.Config(make_app(desk), log_level="critical", access_log=False, timeout_graceful_shutdown=3,
-                            server_header=False, timeout_keep_alive=30)
+    config = uvicorn.Config(make_app(desk), log_level="critical", access_log=False,
+                            timeout_graceful_shutdown=3, server_header=False, timeout_keep_alive=30)
     _warm(desk.models)
     uvicorn.Server(config).run(sockets=[sock])
 
-# %% ../../nbs/front/app.ipynb #97f6b5dc
+# %% ../../nbs/front/app.ipynb #b21d2837
 PageModels = Annotated[Optional[list[Path]], typer.Option(
     "--model", help="A model folder; several times to compare. [default: the demo model]")]
 Port = Annotated[int, typer.Option(help="The port on 127.0.0.1; 0 takes a free one.", min=0, max=65535)]
@@ -97,7 +97,8 @@ MaxMegabytes = Annotated[int, typer.Option(help="The largest upload of a scan, i
 MaxSeconds = Annotated[float, typer.Option(help="The longest answer, in seconds.", min=0)]
 
 def local_page(model: PageModels = None, *, port: Port = 8765, device: Device = "auto",
-               max_voxels: MaxVoxels = None, max_megabytes: MaxMegabytes = 4096, max_seconds: MaxSeconds = 300):
+               max_voxels: MaxVoxels = None, max_megabytes: MaxMegabytes = 4096,
+               max_seconds: MaxSeconds = 300):
     """A page on this machine: look at a scan, ask about it, see where the words looked. Also an HTTP service.
 
     It answers on 127.0.0.1 only, needs no network, and deletes what was sent when a visit ends.

@@ -108,7 +108,7 @@ async def clear_files(desk: Desk, request: Request) -> dict:
     await run_in_threadpool(visit.clear)
     return {"files": visit.files}
 
-# %% ../../nbs/front/routes.ipynb #8daefd9e
+# %% ../../nbs/front/routes.ipynb #b2b56edb
 READING = {"series": int, "frame": int, "modality": str, "intensity": str, "axis_order": str,
            "resample": bool, "suv": bool, "non_finite": str}
 
@@ -119,7 +119,7 @@ def reading_options(record: object) -> dict:
     for name, value in options.items():
         check_name(name, READING, "a scan", "option")
         if type(value) is not READING[name]:
-            raise Refused(name, f"is no {READING[name].__name__}", "Give a value of this kind, or leave it out.")
+            raise Refused(name, f"is no {READING[name].__name__}", "Give such a value, or leave it out.")
     return options
 
 async def open_scan(desk: Desk, request: Request) -> dict:
@@ -152,12 +152,13 @@ def _prepared(desk, scan, wanted):
     name = desk.models.name(wanted.model)
     with desk.models.using(name) as model: return prepared(model, scan, wanted, name)
 
-# %% ../../nbs/front/routes.ipynb #e1b2f2ee
+# %% ../../nbs/front/routes.ipynb #61304f68
 async def kept_slices(desk: Desk, request: Request) -> dict:
     "The kept slices for `?model=&selection=&rho=`, and what of the scan is unlike the training."
     scan, wanted = desk.scan(request), _setting(desk, request)
     ready = await run_in_threadpool(_prepared, desk, scan, wanted)
-    return {"kept": kept_places(ready, scan.volume), "warnings": list(ready.warnings), "notes": list(ready.notes)}
+    return {"kept": kept_places(ready, scan.volume), "warnings": list(ready.warnings),
+            "notes": list(ready.notes)}
 
 async def kept_picture(desk: Desk, request: Request) -> Response:
     "A kept slice as PNG, counted from 0, for the same query."
@@ -170,9 +171,9 @@ async def heat_overlay(desk: Desk, request: Request) -> Response:
     scan, said = desk.said(request)
     return Response(await run_in_threadpool(heat_volume, desk.models, said, scan.volume), media_type=NIFTI)
 
-# %% ../../nbs/front/routes.ipynb #25865c4b
-def _ask(desk, scan, wanted, say=len, stopped=None):
-    said = ask_scan(desk.models, scan, wanted, limits=desk.visits.limits, say=say, stopped=stopped)
+# %% ../../nbs/front/routes.ipynb #173a405f
+def _ask(desk, scan, *, wanted, say=len, stopped=None):
+    said = ask_scan(desk.models, scan, wanted=wanted, limits=desk.visits.limits, say=say, stopped=stopped)
     return said_dict(said, scan.volume)
 
 def event_lines(found) -> Response:
@@ -185,15 +186,16 @@ async def post_answer(desk: Desk, request: Request) -> dict | Response:
     wanted = Wanted.of(await read_json_body(request))
     scan = desk.visit(request).scan(wanted.volume)
     desk.models.name(wanted.model)
-    if not wanted.stream: return await run_in_threadpool(_ask, desk, scan, wanted)
-    return event_lines(events(lambda say, stopped: _ask(desk, scan, wanted, say, stopped)))
+    if not wanted.stream: return await run_in_threadpool(partial(_ask, desk, scan, wanted=wanted))
+    return event_lines(events(lambda say, stopped: _ask(desk, scan, wanted=wanted, say=say, stopped=stopped)))
 
 async def list_models(desk: Desk, request: Request) -> dict:
     "The models and what is known about their training."
     return {"models": [model_dict(desk.models, name) for name in desk.models.folders], "notice": NOTICE}
 
-# %% ../../nbs/front/routes.ipynb #98f158ab
-CHAT = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature", "n", "choices", "user")
+# %% ../../nbs/front/routes.ipynb #5c2cf811
+CHAT = ("model", "messages", "max_tokens", "max_completion_tokens", "stream", "temperature", "n", "choices",
+        "user")
 MOST_CHAT = 2**30
 
 def _parts(record: dict) -> list:
@@ -201,19 +203,22 @@ def _parts(record: dict) -> list:
     messages = record.get("messages")
     one = isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict)
     if not one or messages[0].get("role") != "user":
-        raise Refused("messages", "are not one question of a user", "Ask one question at a time: nothing else was trained.")
+        raise Refused("messages", "are not one question of a user",
+                      "Ask one question at a time: nothing else was trained.")
     content = messages[0].get("content")
     parts = content if isinstance(content, list) else []
     if parts and all(isinstance(part, dict) for part in parts): return parts
-    raise Refused("messages", "hold no scan", 'Give parts: a text, and {"type": "image_url", "image_url": {"url": "volume:ID"}}.')
+    remedy = 'Give parts: a text, and {"type": "image_url", "image_url": {"url": "volume:ID"}}.'
+    raise Refused("messages", "hold no scan", remedy)
 
-# %% ../../nbs/front/routes.ipynb #3e7e12fa
+# %% ../../nbs/front/routes.ipynb #da948b08
 def _address(part: dict) -> str:
     "The address of a scan in a part."
     value = part.get(part.get("type", ""), part.get("image_url"))
     url = value.get("url") if isinstance(value, dict) else value
     if isinstance(url, str) and url.startswith(("volume:", "data:")): return url
-    raise Refused("the scan", "has an address that is not read", "Give volume:ID of an opened scan, or a data: address.")
+    raise Refused("the scan", "has an address that is not read",
+                  "Give volume:ID of an opened scan, or a data: address.")
 
 def chat_request(record: object) -> tuple[str, dict]:
     "The address of the scan, and the fields of an answer, from the body of a chat."
@@ -222,12 +227,13 @@ def chat_request(record: object) -> tuple[str, dict]:
     if record.get("temperature") or record.get("n", 1) != 1:
         raise Refused("temperature and n", "are not used: the likeliest words are given", "Leave them out.")
     parts = _parts(record)
-    texts = [part["text"] for part in parts if part.get("type") == "text" and isinstance(part.get("text"), str)]
+    texts = [str(part.get("text") or "") for part in parts if part.get("type") == "text"]
     scans = [_address(part) for part in parts if part.get("type") != "text"]
     if len(scans) != 1: raise Refused("messages", f"hold {len(scans)} scans", "Give one.")
     longest = record.get("max_completion_tokens") or record.get("max_tokens") or 256
-    return scans[0], {"question": " ".join(texts), "choices": record.get("choices"), "model": record.get("model"),
-                      "max_new_tokens": longest, "stream": record.get("stream", False)}
+    return scans[0], {"question": " ".join(texts), "choices": record.get("choices"),
+                      "model": record.get("model"), "max_new_tokens": longest,
+                      "stream": record.get("stream", False)}
 
 # %% ../../nbs/front/routes.ipynb #56aca7dc
 def data_bytes(address: str) -> tuple[str, bytes]:
@@ -249,7 +255,7 @@ def scan_of_data(desk: Desk, address: str) -> Scan:
         return visit.open(partial(read_volume, max_voxels=desk.visits.limits.voxels))
     finally: visit.end()
 
-# %% ../../nbs/front/routes.ipynb #080a0184
+# %% ../../nbs/front/routes.ipynb #3dbe5ae9
 def _completion(shown: dict, **parts) -> dict:
     "The frame of a chat's answer."
     return {"id": f"chatcmpl-{shown['id']}", "created": int(time.time()), "model": shown["model"], **parts}
@@ -262,7 +268,8 @@ def chat_answer(shown: dict) -> dict:
 
 def chat_chunks(found, model: str):
     "Events as the chunks of a chat completion."
-    frame = {"id": "chatcmpl-stream", "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+    frame = {"id": "chatcmpl-stream", "object": "chat.completion.chunk", "created": int(time.time()),
+             "model": model}
     spoken = False
     for event in found:
         if "error" in event: yield json.dumps({"error": event["error"]})
@@ -280,7 +287,7 @@ def _last_chunks(frame, shown, spoken):
     last = _delta(text, "length" if shown["cut"] else "stop")
     yield json.dumps({**frame, "choices": [last], "medvlm3d": shown})
 
-# %% ../../nbs/front/routes.ipynb #99335b65
+# %% ../../nbs/front/routes.ipynb #21394054
 async def chat(desk: Desk, request: Request) -> dict | Response:
     "A chat completion about one scan (`volume:ID`, or a `data:` address)."
     address, fields = chat_request(await read_json_body(request, MOST_CHAT))
@@ -288,18 +295,20 @@ async def chat(desk: Desk, request: Request) -> dict | Response:
     else: scan = desk.visit(request).scan(address.removeprefix("volume:"))
     wanted = Wanted.of({"volume": scan.id, **fields})
     name = desk.models.name(wanted.model)
-    if not wanted.stream: return chat_answer(await run_in_threadpool(_ask, desk, scan, wanted))
-    found = events(lambda say, stopped: _ask(desk, scan, wanted, say, stopped))
+    if not wanted.stream:
+        return chat_answer(await run_in_threadpool(partial(_ask, desk, scan, wanted=wanted)))
+    found = events(lambda say, stopped: _ask(desk, scan, wanted=wanted, say=say, stopped=stopped))
     lines = (f"data: {line}\n\n" for line in chat_chunks(found, name))
     return StreamingResponse(lines, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 async def chat_models(desk: Desk, request: Request) -> dict:
     "The models, as chat programs list them."
-    rows = [{"id": name, "object": "model", "created": 0, "owned_by": "medvlm3d"} for name in desk.models.folders]
-    return {"object": "list", "data": rows}
+    same = {"object": "model", "created": 0, "owned_by": "medvlm3d"}
+    return {"object": "list", "data": [{"id": name, **same} for name in desk.models.folders]}
 
-# %% ../../nbs/front/routes.ipynb #d6aaa056
-FILES = {"": ("index.html", "text/html"), "page.css": ("page.css", "text/css"), "page.js": ("page.js", "text/javascript")}
+# %% ../../nbs/front/routes.ipynb #a87071be
+FILES = {"": ("index.html", "text/html"), "page.css": ("page.css", "text/css"),
+         "page.js": ("page.js", "text/javascript")}
 
 async def page_file(desk: Desk, request: Request) -> Response:
     "A file of the page."
@@ -311,7 +320,7 @@ async def viewer_file(desk: Desk, request: Request) -> Response:
     if desk.viewer is None: raise NotHere("the viewer", "was not fetched", "Run medvlm3d fetch niivue.")
     return Response(desk.viewer.read_bytes(), media_type="text/javascript")
 
-# %% ../../nbs/front/routes.ipynb #db1f0665
+# %% ../../nbs/front/routes.ipynb #2a06b5fd
 @dataclass(frozen=True)
 class Entry:
     "A route: method, path, what serves it, and the fields of its JSON body."
@@ -323,7 +332,8 @@ class Entry:
 _KIND = {int: "integer", str: "string", bool: "boolean"}
 _READ = {name: (_KIND[kind], "as for medvlm3d predict") for name, kind in READING.items()}
 _CHAT = {"model": ("string", "a model"), "messages": ("array", "one message of a user: a text and a scan"),
-         "choices": ("array", "the options of a closed question"), "stream": ("boolean", "chunks as they come"),
+         "choices": ("array", "the options of a closed question"),
+         "stream": ("boolean", "chunks as they come"),
          "max_tokens": ("integer", "the longest answer")}
 ENTRIES = (
     Entry("GET", "/", page_file), Entry("GET", "/page.css", page_file), Entry("GET", "/page.js", page_file),
@@ -340,23 +350,26 @@ ENTRIES = (
     Entry("GET", "/answers/{answer}/heat.nii", heat_overlay),
     Entry("GET", "/v1/models", chat_models), Entry("POST", "/v1/chat/completions", chat, _CHAT))
 
-# %% ../../nbs/front/routes.ipynb #e3651736
+# %% ../../nbs/front/routes.ipynb #7d5402d9
 def _path_words(path: str) -> tuple[str, list]:
     "A path as OpenAPI writes it, and its parameters."
     pieces = path.replace(":path", "").replace(":int", "")
     names = [part.partition("}")[0] for part in pieces.split("{")[1:]]
-    kinds = {"k": "integer"}
-    return pieces, [{"name": name, "in": "path", "required": True, "schema": {"type": kinds.get(name, "string")}}
-                    for name in names]
+    return pieces, [_parameter(name) for name in names]
+
+def _parameter(name):
+    kind = "integer" if name == "k" else "string"
+    return {"name": name, "in": "path", "required": True, "schema": {"type": kind}}
 
 def _operation(entry: Entry, parameters: list) -> dict:
     "What OpenAPI says of one route."
-    said = {"summary": entry.serve.__doc__, "operationId": f"{entry.serve.__name__}{entry.path.count('.') or ''}",
-            "parameters": parameters, "responses": {"200": {"description": "as the summary says"},
-                                                    "4XX": {"description": "an object `error` with its reason and remedy"}}}
+    replies = {"200": {"description": "as the summary says"},
+               "4XX": {"description": "an object `error` with its reason and remedy"}}
+    said = {"summary": entry.serve.__doc__, "parameters": parameters, "responses": replies}
     if entry.fields:
         fields = {name: {"type": kind, "description": words} for name, (kind, words) in entry.fields.items()}
-        said["requestBody"] = {"content": {"application/json": {"schema": {"type": "object", "properties": fields}}}}
+        schema = {"type": "object", "properties": fields}
+        said["requestBody"] = {"content": {"application/json": {"schema": schema}}}
     return said
 
 def description() -> dict:
@@ -369,22 +382,24 @@ def description() -> dict:
     return {"openapi": "3.1.0", "info": {"title": "medvlm3d", "version": __version__, "description": NOTICE},
             "paths": paths}
 
-# %% ../../nbs/front/routes.ipynb #9626fe6e
+# %% ../../nbs/front/routes.ipynb #b021eba4
 def described_html() -> str:
     "The description as a page."
     rows = [("method", "path", "what", "fields of the body")]
-    for entry in ENTRIES: rows.append((entry.method, entry.path, entry.serve.__doc__, ", ".join(entry.fields or ())))
+    for entry in ENTRIES:
+        rows.append((entry.method, entry.path, entry.serve.__doc__, ", ".join(entry.fields or ())))
     return (f"<!doctype html><html lang=en><meta charset=utf-8><title>medvlm3d: the service</title>"
             f"<link rel=stylesheet href=page.css><main class=prose><h1>The service</h1><p><b>{NOTICE}</b></p>"
             f"<p>As OpenAPI: <a href=openapi.json>openapi.json</a>. <a href='.'>The page</a></p>"
             f"<table>{html_rows(rows)}</table></main></html>")
 
-# %% ../../nbs/front/routes.ipynb #0959bdbd
+# %% ../../nbs/front/routes.ipynb #4c8b315c
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
-HEADERS = ((b"content-security-policy", b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-            b"img-src 'self' blob: data:; connect-src 'self' blob: data:; font-src 'self' data:; "
-            b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"),
-           (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"))
+_POLICY = (b"default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
+           b"img-src 'self' blob: data:; connect-src 'self' blob: data:; font-src 'self' data:; "
+           b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HEADERS = ((b"content-security-policy", _POLICY), (b"x-content-type-options", b"nosniff"),
+           (b"referrer-policy", b"no-referrer"), (b"cache-control", b"no-store"))
 
 def check_origin(headers: dict) -> None:
     "Refuse a request for another host, or from a page of another."
@@ -395,7 +410,7 @@ def check_origin(headers: dict) -> None:
     if origin and urlsplit(origin).netloc != host:
         raise Refused("the page", "is of another site", "Open the page that medvlm3d app prints.")
 
-# %% ../../nbs/front/routes.ipynb #6fba3244
+# %% ../../nbs/front/routes.ipynb #96bcbf1b
 class Gate:
     "Checks who asks, and adds headers."
     def __init__(self, app: Callable): self.app = app
@@ -406,7 +421,8 @@ class Gate:
         async def with_headers(message):
             if message["type"] == "http.response.start":
                 names = {name for name, _ in message["headers"]}
-                message["headers"] = [*message["headers"], *(pair for pair in HEADERS if pair[0] not in names)]
+                more = [pair for pair in HEADERS if pair[0] not in names]
+                message["headers"] = [*message["headers"], *more]
             await send(message)
 
         try: check_origin(dict(scope["headers"]))

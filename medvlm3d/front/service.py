@@ -59,13 +59,13 @@ class Models:
             yield self.loaded[name]
         finally: self.lock.release()
 
-# %% ../../nbs/front/service.ipynb #0791e3b7
+# %% ../../nbs/front/service.ipynb #63d3684e
 WORDS = MappingProxyType({
     "volume": ("string", "the id of an opened scan"),
     "question": ("string", "the question; without one, a report is written"),
     "choices": ("array", "the options of a closed question, as texts"),
     "model": ("string", "the name of a model; the first when not given"),
-    "selection": ("string", f"the rule that keeps slices: {', '.join(STRATEGIES)}; the model's own when not given"),
+    "selection": ("string", f"the rule that keeps slices ({', '.join(STRATEGIES)}); else the model's own"),
     "rho": ("number", "percent of the slices that are kept; the model's own when not given"),
     "max_new_tokens": ("integer", "the longest answer"),
     "min_confidence": ("number", "below it a closed question gets no answer; the model's own when not given"),
@@ -172,7 +172,7 @@ def prepared(model: MedVLM3D, scan: Scan, wanted: Wanted, name: str) -> Prepared
         scan.prepared[key] = prepare_scan(model, scan.volume, wanted.selection, wanted.rho)
     return scan.prepared[key]
 
-# %% ../../nbs/front/service.ipynb #8a13a496
+# %% ../../nbs/front/service.ipynb #a3f56917
 def kept_places(ready: Prepared, volume: Volume) -> list[dict]:
     "Of each kept slice its number among the prepared ones, and the RAS mm of its middle."
     preprocess = ready.network.processor.preprocess
@@ -183,7 +183,8 @@ def kept_places(ready: Prepared, volume: Volume) -> list[dict]:
     for i in ready.indices.tolist():
         depth = start + (i + .5) * (stop - start) / preprocess.depth - .5
         mm = view.affine @ [depth, *middle[1:], 1]
-        places.append({"slice": i, "of": preprocess.depth, "plane": view.plane, "mm": mm[:3].round(2).tolist()})
+        places.append({"slice": i, "of": preprocess.depth, "plane": view.plane,
+                       "mm": mm[:3].round(2).tolist()})
     return places
 
 def slice_picture(ready: Prepared, k: int) -> bytes:
@@ -250,8 +251,8 @@ def _with_threshold(answer: Answer, threshold: float | None) -> Answer:
     if threshold is None or answer.confidence is None: return answer
     return replace(answer, abstained=answer.confidence < threshold)
 
-# %% ../../nbs/front/service.ipynb #91212a66
-def ask_scan(models: Models, scan: Scan, wanted: Wanted, *, limits: Limits = Limits(),
+# %% ../../nbs/front/service.ipynb #618af87d
+def ask_scan(models: Models, scan: Scan, *, wanted: Wanted, limits: Limits = Limits(),
              say: Callable[[str], None] = len, stopped: threading.Event | None = None) -> Said:
     """Answer a request about an open scan, and keep the answer with it.
 
@@ -263,22 +264,24 @@ def ask_scan(models: Models, scan: Scan, wanted: Wanted, *, limits: Limits = Lim
     stopped : an event that ends the answer
     """
     name, start = models.name(wanted.model), time.monotonic()
+    stopped = stopped or threading.Event()
     with models.using(name) as model:
         ready = prepared(model, scan, wanted, name)
-        answer = _generate(ready, wanted, say=say, stopped=stopped or threading.Event(), seconds=limits.seconds)
+        answer = _generate(ready, wanted, say=say, stopped=stopped, seconds=limits.seconds)
     answer = _with_threshold(answer, wanted.min_confidence)
-    said = Said(new_id(), wanted, name, answer=answer, ready=ready, seconds=round(time.monotonic() - start, 2))
+    seconds = round(time.monotonic() - start, 2)
+    said = Said(new_id(), wanted, name, answer=answer, ready=ready, seconds=seconds)
     scan.keep(said.id, said, limits.answers)
     return said
 
-# %% ../../nbs/front/service.ipynb #5685a0f2
+# %% ../../nbs/front/service.ipynb #407cf2ab
 def said_dict(said: Said, volume: Volume) -> dict:
     "An answer with what belongs beside it, ready for JSON."
     ready, asked = said.ready, said.wanted.asked
     unknown = note_unknown(ready.network.processor, [asked], quiet=True)
     config = ready.network.config
-    return {"id": said.id, "question": asked.question, "choices": list(asked.choices), **answer_dict(said.answer),
-            "warnings": list(ready.warnings), "notes": [*ready.notes, *unknown],
+    return {"id": said.id, "question": asked.question, "choices": list(asked.choices),
+            **answer_dict(said.answer), "warnings": list(ready.warnings), "notes": [*ready.notes, *unknown],
             "kept": kept_places(ready, volume), "model": said.model, "selection": config.selection,
             "rho": config.rho, "seconds": said.seconds, "notice": NOTICE}
 
@@ -384,7 +387,7 @@ def scan_dict(scan: Scan) -> dict:
             "assumed": v.assumed, "warnings": list(v.warnings), "windows": _windows(v), "thinned": step,
             "notice": NOTICE}
 
-# %% ../../nbs/front/service.ipynb #e4355f84
+# %% ../../nbs/front/service.ipynb #3a1e05e6
 @lru_cache
 def _seen_in(folder: Path):
     from medvlm3d.method.seen import read_seen
@@ -397,5 +400,6 @@ def model_dict(models: Models, name: str) -> dict:
     folder, seen = models.folders[name], _seen_in(models.folders[name])
     config = read_json(folder/"config.json", dict)
     about = {key: config.get(key) for key in ("encoder", "selection", "rho", "fusion", "attention")}
-    known = {key: getattr(seen, key) for key in ("volumes", "source", "modalities", "planes", "threshold")} if seen else None
-    return {"name": name, **about, "seen": known, "record": None if seen else NO_RECORD}
+    if seen is None: return {"name": name, **about, "seen": None, "record": NO_RECORD}
+    known = {key: getattr(seen, key) for key in ("volumes", "source", "modalities", "planes", "threshold")}
+    return {"name": name, **about, "seen": known, "record": None}

@@ -104,7 +104,7 @@ class Arriving:
         self.path.unlink(missing_ok=True)
         self.visit.count(-self.size)
 
-# %% ../../nbs/front/visits.ipynb #4807752c
+# %% ../../nbs/front/visits.ipynb #b15e09e0
 class _Tray:
     "The files of a scan that is not read yet."
     def __init__(self, folder: Path, limits: Limits):
@@ -117,7 +117,8 @@ class _Tray:
         with self.lock:
             self.bytes += size
             if size <= 0 or self.bytes <= self.limits.bytes: return
-        raise TooMuch("the upload", f"is larger than {in_megabytes(self.limits.bytes)}", "Send one series alone.")
+        reason = f"is larger than {in_megabytes(self.limits.bytes)}"
+        raise TooMuch("the upload", reason, "Send one series alone.")
 
     def receive(self, name: str) -> Arriving:
         "A place for one file."
@@ -125,8 +126,10 @@ class _Tray:
         with self.lock:
             self.files += 1
             if self.files > self.limits.files:
-                raise TooMuch("the upload", f"has more than {self.limits.files} files", "Send one series alone.")
-        if path.exists(): raise Refused(path.name, "was sent already", "Clear the files, and send them again.")
+                reason = f"has more than {self.limits.files} files"
+                raise TooMuch("the upload", reason, "Send one series alone.")
+        if path.exists():
+            raise Refused(path.name, "was sent already", "Clear the files, and send them again.")
         return Arriving(self, path)
 
     def clear(self) -> None:
@@ -181,7 +184,7 @@ class Visit(_Tray):
         self.scans.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../../nbs/front/visits.ipynb #64078d88
+# %% ../../nbs/front/visits.ipynb #5704783b
 def _remove_left(place: Path) -> None:
     "Remove the folders of processes that have ended."
     for folder in place.glob("medvlm3d-visits-*-*"):
@@ -209,7 +212,8 @@ class Visits:
     def find(self, token: str | None) -> Visit:
         "The visit with a token."
         visit = self.visits.get(token or "")
-        if visit is None: raise NotHere("the visit", "has ended or never began", "Reload the page; or POST /visits.")
+        if visit is None:
+            raise NotHere("the visit", "has ended or never began", "Reload the page; or POST /visits.")
         visit.used = time.monotonic()
         return visit
 
