@@ -170,14 +170,16 @@ def check_endings(overlay: Path | None, overlay_nifti: Path | None) -> None:
     _check_ending(overlay_nifti, "--overlay-nifti", (".nii", ".nii.gz"))
 
 # %% ../../nbs/front/scan.ipynb #0861d1f3
-def draw_overlay(path: Path, network, found) -> None:
+def draw_overlay(path: Path, network, *, found, volume) -> None:
     "Write a picture of the kept slices and of where the words of the first of the `Answers` looked."
     from medvlm3d.base.core import atomic_path
+    from medvlm3d.report.figures import placement_of
     from medvlm3d.report.looking import look_figure
     question, answer = found.asked[0].question, found.answers[0].text
     title = f"where “{answer[:50]}” looked. {NOTICE}"
     figure = look_figure(network, found.pixels, features=found.features, indices=found.indices,
-                         question=question, answer=answer, title=title)
+                         question=question, answer=answer, title=title,
+                         placement=placement_of(network.processor.preprocess, volume))
     with atomic_path(path) as part:
         figure.savefig(part, format=path.suffix[1:].lower(), dpi=150)
 
@@ -334,7 +336,7 @@ def predict_one(
     found = answer_scan(network, volume, asked=asked, **settings)
     _print_answers(network, volume, model=model, found=found, quiet=quiet, as_json=as_json)
     if overlay:
-        draw_overlay(overlay, network, found)
+        draw_overlay(overlay, network, found=found, volume=volume)
     if overlay_nifti:
         write_overlay(overlay_nifti, network, found, volume)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..method.model import MedVLM3D
 from ..method.packing import collate, pack_examples, padding_id
 from ..method.tokens import image_prefix, prompt_ids, report_prompt, target_ids
-from .figures import overlay
+from .figures import Placement, overlay
 from ..base.core import atomic_path
 from ..scans.prepare import Preprocess
 from ..scans.volume import Volume
@@ -94,7 +94,7 @@ def look(model: MedVLM3D, features: Tensor, asked: Sequence[tuple]) -> Tensor:
 
 # %% ../../nbs/report/looking.ipynb #e6ce7865
 def look_figure(model: MedVLM3D, pixels: Tensor, *, features: Tensor, indices: Tensor, question: str | None,
-                answer: str, title: str = "") -> Figure:
+                answer: str, title: str = "", placement: Placement | None = None) -> Figure:
     """A picture of where the words of an answer looked.
 
     Parameters
@@ -104,9 +104,10 @@ def look_figure(model: MedVLM3D, pixels: Tensor, *, features: Tensor, indices: T
     features, indices : its kept features (1, D′, N, C), and the slices they are of
     question, answer : the question (None: a report) and its answer
     title : above the picture
+    placement : `placement_of` the scan, for the patient's sides and millimetres
     """
     attention = look(model, features, [(question, answer)])[0].numpy()
-    return overlay(pixels.cpu().numpy(), attention, kept=indices.tolist(),
+    return overlay(pixels.cpu().numpy(), attention, kept=indices.tolist(), body=True, placement=placement,
                    title=title or f"where the words looked: {answer[:60]}")
 
 # %% ../../nbs/report/looking.ipynb #3be01d20

@@ -42,7 +42,7 @@ from ..method.seen import Seen
 from ..method.tokens import open_prompt, report_prompt
 from ..method.weights import quietly
 from ..phantoms.phantom import make_phantom, read_truth
-from ..report.figures import overlay, save_figure, slice_strip
+from ..report.figures import overlay, placement_of, save_figure, slice_strip
 from ..report.looking import look
 from ..report.study_tables import BESIDE, REFERENCES, STATEMENT
 from ..scans.readers import real_scans
@@ -447,12 +447,13 @@ def read_scan(out: Path | str, model: MedVLM3D, *, name: str, volume: Volume, ma
     folder, pixels = project_root()/out, model.processor.preprocess(volume)
     features, indices = model.encode(pixels[None])
     trace, answers = model.trace(pixels, ORGAN, list(ORGANS)), _answer_questions(model, features)
-    lesion = _lesion(model, volume, mask)
+    lesion = resample_mask(mask, model.processor.preprocess, volume)
     facts = {"name": name, "modality": volume.modality, "trace": trace.table(times=False),
-             **_slices_facts(indices[0].tolist(), lesion),
+             **_slices_facts(indices[0].tolist(), lesion_slices(lesion).tolist()),
              "report": model.say(features, report_prompt(0)), "answers": answers, "statement": STATEMENT}
     attention = look(model, features, [(open_prompt(ORGAN), answers[ORGAN]["text"])])[0].numpy()
-    _save_figures(folder/"figures", pixels.numpy(), attention, facts)
+    _save_figures(folder/"figures", facts, pixels=pixels.numpy(), attention=attention, lesion=lesion,
+                  placement=placement_of(model.processor.preprocess, volume))
     write_json(folder/"real"/f"{name}.json", facts)
     return facts
 
@@ -460,9 +461,7 @@ def read_scan(out: Path | str, model: MedVLM3D, *, name: str, volume: Volume, ma
 def _slices_facts(kept, lesion):
     return {"kept": kept, "lesion": lesion, "lesion slices kept": len({*kept} & {*lesion})}
 
-def _lesion(model, volume, mask):
-    "Indices of the prepared slices that show the lesion."
-    return lesion_slices(resample_mask(mask, model.processor.preprocess, volume)).tolist()
+
 
 # %% ../../nbs/studies/demo.ipynb #56bdfa50
 def _answer_questions(model, features):
@@ -475,12 +474,14 @@ def _answer_facts(answer):
     return {"text": answer.text, "probabilities": probabilities}
 
 # %% ../../nbs/studies/demo.ipynb #575a925a
-def _save_figures(folder, pixels, attention, facts):
+def _save_figures(folder, facts, *, pixels, attention, lesion, placement):
+    "The kept slices among all, and where the words of the organ looked."
     name, kept, organ = facts["name"], facts["kept"], facts["answers"][ORGAN]["text"]
     strip = slice_strip(pixels, kept, lesion=facts["lesion"], title=f"{name} ({facts['modality']})")
-    title = f"{name}: where the answer “{organ}” looked ({ORGAN})"
+    title = f"{name}: where the answer “{organ}” looked ({ORGAN}), blue: the lesion"
+    heat = overlay(pixels, attention, kept=kept, title=title, body=True, lesion=lesion, placement=placement)
     save_figure(strip, folder, f"real-{name}-slices")
-    save_figure(overlay(pixels, attention, kept=kept, title=title), folder, f"real-{name}-attention")
+    save_figure(heat, folder, f"real-{name}-attention")
 
 # %% ../../nbs/studies/demo.ipynb #db0c4fac
 def read_real_scans(out: Path | str, names: Sequence[str] = ("lung1", "lung2", "brain1", "brain2")) -> dict:

@@ -225,7 +225,7 @@ def _figure_2_title(views):
             "Research use only.")
 
 # %% ../../nbs/studies/pictures.ipynb #54e4b603
-def answers_figure(out: Path | str, data: Path | str, *, store: Path | str, cases: int = 3, slices: int = 4,
+def answers_figure(out: Path | str, data: Path | str, *, store: Path | str, cases: int = 3, slices: int = 8,
                    seed: int = 0):
     """The paper's Figure 2 from a study's folder: slices, question, truth, answer, attention and lesion.
 
@@ -249,7 +249,7 @@ def answers_figure(out: Path | str, data: Path | str, *, store: Path | str, case
 
 def _rows_of_slices(rows, slices):
     "A figure, and its axes in rows of so many slices and one wider place for the text."
-    width, height = 1.35 * slices + 2.6, 1.5 * rows + .3
+    width, height = 1.2 * slices + 2.6, 1.35 * rows + .3
     return new_figure(width, height, rows, slices + 1, squeeze=False, width_ratios=[*[1] * slices, 1.7])
 
 # %% ../../nbs/studies/pictures.ipynb #8f323daa
