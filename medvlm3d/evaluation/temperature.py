@@ -19,7 +19,8 @@ from ..base.core import MedVLM3DError
 from .calibration import calibration_error, judged_options, reliability_bins
 from .metrics import offered
 from .prediction import task_lines
-from ..method.seen import Seen, read_seen, write_seen
+from ..method.sealed import SUMS, seal
+from ..method.seen import FILE, Seen, read_seen, write_seen
 
 # %% ../../nbs/evaluation/temperature.ipynb #7fd4c5b6
 def weighed(lines: Sequence[dict]) -> list[dict]:
@@ -92,6 +93,7 @@ def keep_calibration(folder: Path | str, lines: Sequence[dict], threshold: float
     "Write temperature and threshold into the record of the model in `folder`; returns the record."
     seen = calibrated(read_seen(folder) or Seen(), lines, threshold)
     write_seen(folder, seen)
+    if (Path(folder)/SUMS).exists(): seal(folder, [FILE])
     return seen
 
 # %% ../../nbs/evaluation/temperature.ipynb #190a1114
