@@ -100,3 +100,14 @@ def test_the_study_takes_ties_as_a_change_and_knows_their_names(tmp_path):
     result = CliRunner().invoke(app, words)
     assert isinstance(result.exception, MedVLM3DError) and "ties" in str(result.exception)
     assert np.all([not path.exists() for path in (tmp_path/"run", tmp_path/"scans"/"study.jsonl")])
+
+
+@pytest.mark.parametrize("change, says", [
+    ("depth=0", "at least 1"), ("size=-1", "at least 1"), ("rho=200", "at most 100"), ("batch=0", "at least 1"),
+    ("resamples=0", "at least 1"), ("stage1_epochs=-1", "at least 0"), ("stage2_lr=-1e-3", "at least 0"), ("unknown_limit=2", "at most 1")])
+def test_a_number_out_of_range_is_refused_before_the_first_step(change, says, tmp_path):
+    write_scans(tmp_path/"scans", 2)
+    words = ["study", str(tmp_path/"scans"), "--out", str(tmp_path/"run"), "--preset", "laptop", "-p", change]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, MedVLM3DError) and repr(change.partition("=")[0]) in str(result.exception)
+    assert says in str(result.exception) and not (tmp_path/"run").exists()
