@@ -76,6 +76,8 @@ def render_study(folder, scratch, patch):
     scratch.mkdir()
     for part in folder.iterdir():
         if part.name not in ("tables", "figures", "model", "notebooks"): (scratch/part.name).symlink_to(part)
+    (scratch/"model").mkdir()
+    if (folder/"model"/"seen.json").exists(): (scratch/"model"/"seen.json").symlink_to(folder/"model"/"seen.json")
     patch.setattr("medvlm3d.report.study_tables.save_figure", lambda *_: None)
     render(scratch)
     options = yaml.safe_load((ROOT/"runs"/f"{folder.name}.yaml").read_text())["99_report"]
