@@ -141,7 +141,7 @@ def test_only_a_keyboard(visit):
     assert {"file", "folder", "view", "window", "axial", "coronal", "sagittal", "opacity", "question", "choices", "send"} <= reached
     assert any(name.startswith("kept slice") for name in reached)
     page.focus("#question")
-    page.keyboard.type("Is there a lesion?")
+    page.keyboard.type("Where is the lesion?")
     page.keyboard.press("Enter")
     page.wait_for_selector("article.shown")
 
