@@ -216,7 +216,7 @@ def test_what_is_typed_wrong_is_told_before_a_model_is_loaded(wrong, scan, monke
 
 def test_the_answer_is_printed_before_a_picture_fails(model, scan, tmp_path, monkeypatch):
     from medvlm3d.front import scan as front
-    def fails(*_): raise MedVLM3DError("o.png", "cannot be drawn", "Try again.")
+    def fails(*_, **__): raise MedVLM3DError("o.png", "cannot be drawn", "Try again.")
     monkeypatch.setattr(front, "draw_overlay", fails)
     shown = CliRunner().invoke(app, ["predict", str(scan), "--model", str(model), "-q", "Which organ?", "--choices", "liver,spleen",
                                      "--overlay", str(tmp_path/"o.png"), "--json"])
