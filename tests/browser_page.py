@@ -55,7 +55,7 @@ def visit(browser, address):
         expect.set_options(timeout=PATIENCE)
         page.on("request", lambda r: None if r.url.startswith((address, "blob:", "data:")) else wrong.append(r.url))
         page.on("pageerror", lambda e: wrong.append(str(e)))
-        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and "400" not in m.text else None)
+        page.on("console", lambda m: wrong.append(m.text) if m.type == "error" and not {"400", "404"} & {*m.text.split()} else None)
         page.goto(address)
         page.wait_for_selector("body[data-ready=yes]")
         return page
