@@ -426,7 +426,7 @@ BAD = {
     "a log-probability that is a text": (json.dumps({**LINE, "option_logprobs": ["x", -2]}), r":1: has an option_logprob"),
     "two files in one": (OPEN + OPEN, r":3: has the question type 'Question Type'|:3: has 'bleu'"),
     "nothing": ("\n", "holds no answers"),
-    "only a header": (OPEN.split("\n")[0], "holds no answers"),
+    "only a header": (OPEN.split("\n")[0], "holds a header and no answers"),
     "cut JSON": (json.dumps(LINE) + "\n" + json.dumps({**LINE, "id": "2"})[:-5], r":2: is not JSON"),
     "the same id twice": ((json.dumps(LINE) + "\n") * 2, r":2: repeats the id of line 1"),
     "a number as prediction": (json.dumps({**LINE, "prediction": 3}),
