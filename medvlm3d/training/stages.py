@@ -19,7 +19,7 @@ from ..base.core import (
     MedVLM3DError, RunFolder, open_run, pick_device, project_root, read_json, relative,
     seed_everything, sha256_file, write_json, write_text)
 from ..base.lock import only_writer
-from ..base.ranks import Ranks
+from ..base.ranks import Ranks, end_rank
 from ..base.values import check_name, read_yaml
 from ..data.manifest import load_samples, pin_data, samples_root
 from ..data.samples import Sample, by_image
@@ -673,7 +673,12 @@ def main(words: list[str]) -> None:
     An error of the library becomes one line and exit status 1."""
     folder = next((w for w in words if not w.startswith("-")), ".")
     end_with_launcher()
-    try: train(folder, _read_plan(Path(folder)/"plan.yaml"), **_allowances(words, folder))
+    try:
+        train(folder, _read_plan(Path(folder)/"plan.yaml"), **_allowances(words, folder))
+        end_rank()
+    except SystemExit as e:     # told to stop, and saved: as all ranks were
+        end_rank(e.code)
+        raise
     except Exception as e:
         record_failure(folder, e)
         if isinstance(e, MedVLM3DError): sys.exit(str(e))
