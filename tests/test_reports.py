@@ -80,8 +80,9 @@ def render_study(folder, scratch, patch):
     if (folder/"model"/"seen.json").exists(): (scratch/"model"/"seen.json").symlink_to(folder/"model"/"seen.json")
     patch.setattr("medvlm3d.report.study_tables.save_figure", lambda *_: None)
     render(scratch)
-    options = yaml.safe_load((ROOT/"runs"/f"{folder.name}.yaml").read_text())["99_report"]
-    beside = {key: options[key] for key in ("ablation", "crossmodal") if key in options}
+    plan = folder/"run.yaml" if (folder/"run.yaml").exists() else ROOT/"runs"/f"{folder.name}.yaml"
+    options = yaml.safe_load(plan.read_text())["99_report"]
+    beside = {key: options[key] for key in ("ablation", "crossmodal") if options.get(key)}
     write_paper_tables(scratch, study=options["out"], **beside)
 
 
